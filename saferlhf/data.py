@@ -106,13 +106,14 @@ def buckets(
 def data_path(
     name:str='', # a file or folder in data/
 ) -> Path: # that exists
-    "Where a shipped file lies: $SAFERLHF_HOME/data, the package's own data, or a source checkout. FileNotFoundError that says so."
+    "Where a shipped file lies: $SAFERLHF_HOME/data, the installed package or the checkout around it; else a FileNotFoundError."
     import saferlhf
     home, package = os.environ.get('SAFERLHF_HOME'), Path(saferlhf.__file__).parent
-    for folder in [Path(home)/'data'] if home else [package/'_data', package.parent/'data']:
-        if (folder/name).exists() and (folder/'sources.json').exists(): return folder/name
-    raise FileNotFoundError(f'no data file {name!r} in {folder}' + ('' if home else f' or {package/"_data"}') +
-        ': set SAFERLHF_HOME to a checkout of saferlhf (the folder that holds data/), or correct it')
+    checkout = [package.parent/'data'] if (package.parent/'settings.ini').exists() else []
+    folders = [*([Path(home)/'data'] if home else []), package/'_data', *checkout]
+    for folder in folders:
+        if (folder/(name or 'sources.json')).exists(): return folder/name
+    raise FileNotFoundError(f'no data file {name!r} in {" or ".join(map(str, folders))}: set SAFERLHF_HOME to a checkout of saferlhf')
 
 def sha256(
     path, # a file

@@ -6,12 +6,12 @@
 __all__ = ['Optim', 'schedule', 'adamw', 'device', 'TorchEngine', 'single_rank', 'deepspeed', 'zero_config', 'DeepSpeedEngine',
            'load', 'ranks', 'gather', 'reduce_mean']
 
-# %% ../nbs/06_engine.ipynb #da2438f8
+# %% ../nbs/06_engine.ipynb #92d953a0
 import math
 import os
 import socket
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -93,7 +93,7 @@ class TorchEngine:
     def restore(self, state):
         for k, v in state.items(): getattr(self, k).load_state_dict(v)
 
-# %% ../nbs/06_engine.ipynb #08e7be7d
+# %% ../nbs/06_engine.ipynb #32c97401
 def single_rank():
     "Environment of a one-process job, unless a launcher has set one. DeepSpeed reads it when it is imported."
     if 'RANK' in os.environ: return
@@ -105,7 +105,8 @@ def deepspeed():
     "The deepspeed module, imported once, without compiling its CPU communication kernel."
     single_rank()
     try: import deepspeed as ds
-    except ImportError as e: raise ImportError("engine='deepspeed' needs the package deepspeed: pip install deepspeed, or use engine='torch'") from e
+    except ImportError as e:
+        raise ImportError("engine='deepspeed' needs the package deepspeed: pip install deepspeed, or use engine='torch'") from e
     if not torch.cuda.is_available(): ds.ops.__compatible_ops__['deepspeed_shm_comm'] = False
     return ds
 
@@ -116,7 +117,8 @@ def zero_config(
 )->dict:
     "DeepSpeed's configuration; batch sizes are ours, so its own accumulation is one."
     world = int(os.environ.get('WORLD_SIZE', 1))
-    return dict(train_batch_size=world, train_micro_batch_size_per_gpu=1, gradient_accumulation_steps=1, zero_optimization=dict(stage=zero),
+    stage = zero if optim or zero == 3 else 0      # a frozen model has nothing for stages 1 and 2 to shard, and DeepSpeed refuses them
+    return dict(train_batch_size=world, train_micro_batch_size_per_gpu=1, gradient_accumulation_steps=1, zero_optimization=dict(stage=stage),
                 bf16=dict(enabled=precision == 'bf16'), gradient_clipping=optim.clip if optim else 0., zero_allow_untested_optimizer=True,
                 steps_per_print=10**9)
 
@@ -168,7 +170,7 @@ def load(
         keep = HfDeepSpeedConfig(zero_config(optim, zero, precision))
     return DeepSpeedEngine(make(), optim, steps, precision, zero, keep)
 
-# %% ../nbs/06_engine.ipynb #29a93d8e
+# %% ../nbs/06_engine.ipynb #11c849ee
 def ranks()->int:
     "How many processes share this job."
     return dist.get_world_size() if dist.is_initialized() else 1
@@ -187,7 +189,7 @@ def reduce_mean(
     weight:float=1.,  # e.g. this rank's number of rows
 )->dict:              # name -> float
     "Weighted mean over ranks of all metrics, in one collective, and one transfer from the device."
-    x = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device()) for v in metrics.values()] + [torch.tensor(1., dtype=torch.float64, device=device())])
+    x = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device()) for v in [*metrics.values(), 1.]])
     x = x * weight
     if ranks() > 1: dist.all_reduce(x)
     return dict(zip(metrics, (x[:-1] / x[-1]).tolist(), strict=True))

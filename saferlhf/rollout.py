@@ -83,7 +83,8 @@ class Rollout:
         "Some rows, with no more padding than they need."
         S, T = self.prompt_mask[rows].sum(1).max(), self.mask[rows].sum(1).max()
         cut = dict(prompts=slice(-S, None), prompt_mask=slice(-S, None), responses=slice(T), mask=slice(T), logp=slice(T))
-        return Rollout(eos=self.eos, prompt_ids=self.prompt_ids[rows], truncated=self.truncated[rows], **{k: getattr(self, k)[rows, c] for k, c in cut.items()})
+        cut = {k: getattr(self, k)[rows, columns] for k, columns in cut.items()}
+        return Rollout(eos=self.eos, prompt_ids=self.prompt_ids[rows], truncated=self.truncated[rows], **cut)
 
     def texts(self, tokenizer):
         "The responses as strings, without special tokens."
@@ -108,7 +109,8 @@ class Sampler:
         "Sample until every row has ended."
         with torch.no_grad():
             if hasattr(self.model, 'dense_weights'):
-                with self.model.dense_weights() as model, torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.model.precision == 'bf16'):
+                autocast = torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.model.precision == 'bf16')
+                with self.model.dense_weights() as model, autocast:
                     return self._generate(model, batch, samples, first)
             return self._generate(self.model, batch, samples, first)
 
@@ -123,7 +125,8 @@ class Sampler:
         see = open_.repeat(1, 1, S, 1)
         see[:, :, :, :S].masked_fill_(torch.ones(S, S, device=ids.device).triu(1).bool(), closed)
         see[:, 0, range(S), range(S)] = 0.
-        out = model(input_ids=ids, attention_mask=see, position_ids=positions(mask), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        out = model(input_ids=ids, attention_mask=see, position_ids=positions(mask), past_key_values=cache, use_cache=True,
+                    logits_to_keep=1)
         place, alive = mask.sum(1, keepdim=True), torch.ones(B, dtype=torch.bool, device=ids.device)
         tokens, logps, masks = [], [], []
         for t in range(T):
@@ -183,7 +186,8 @@ def score_texts(
     batch_tokens:int=16384,
 )->np.ndarray:              # (N,) scores, or (N, D)
     "Scores of texts; responses over the limit are cut and end in EOS, as in training."
-    seqs = [encode_prompt(p, tokenizer, max_prompt_tokens) + encode_response(r, tokenizer, max_new_tokens) for p, r in zip(prompts, responses, strict=True)]
+    seqs = [encode_prompt(p, tokenizer, max_prompt_tokens) + encode_response(r, tokenizer, max_new_tokens)
+            for p, r in zip(prompts, responses, strict=True)]
     device, out = next(getattr(scorer, 'model', scorer).parameters()).device, [None] * len(seqs)
     for index in by_length(seqs, batch_tokens):
         ids, mask = pad([seqs[i] for i in index], 0)

@@ -116,7 +116,8 @@ def check_metrics(
     unknown = sorted(set(metrics) - set(METRICS))
     if unknown: raise KeyError(f'metrics {unknown} are not defined; add a line to saferlhf.train.METRICS')
     bad = sorted(k for k, v in metrics.items() if not math.isfinite(v))
-    if bad: raise FloatingPointError(f'step {step}: {bad} not finite; look at the samples of this step, lower the learning rate or raise kl_coef')
+    if bad:
+        raise FloatingPointError(f'step {step}: {bad} not finite; look at this step\'s samples, lower the learning rate or raise kl_coef')
 
 def loop(
     step,               # function of the step's number returning metrics
@@ -188,7 +189,8 @@ def valid_loss(
     batch_size:int=32,
 )->float:                # nats per token
     "Mean language modelling loss."
-    total = [lm_loss(engine(input_ids=b.to(engine.device), use_cache=False).logits, b.to(engine.device)).item() * len(b) for b in blocks.split(batch_size)]
+    parts = [b.to(engine.device) for b in blocks.split(batch_size)]
+    total = [lm_loss(engine(input_ids=b, use_cache=False).logits, b).item() * len(b) for b in parts]
     return sum(total) / len(blocks)
 
 # %% ../nbs/09_train.ipynb #cec48512
@@ -239,4 +241,5 @@ def score_batches(
 # %% ../nbs/09_train.ipynb #2c2b7db5
 def glossary()->str: # markdown
     "The table of METRICS."
-    return '\n'.join(['| name | definition | unit | healthy |', '| --- | --- | --- | --- |'] + [f'| {k} | {d} | {u} | {h} |' for k, (d, u, h) in METRICS.items()])
+    rows = [('name', 'definition', 'unit', 'healthy'), ('---',) * 4, *((k, *v) for k, v in METRICS.items())]
+    return '\n'.join('| ' + ' | '.join(map(str, r)) + ' |' for r in rows)

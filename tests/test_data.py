@@ -247,7 +247,8 @@ def test_a_changed_file_is_refused(tmp_path, monkeypatch):
     text = gzip.decompress((tmp_path/'data'/'eval_prompts.jsonl.gz').read_bytes()).replace(b'a', b'b', 1)
     (tmp_path/'data'/'eval_prompts.jsonl.gz').write_bytes(gzip.compress(text))
     with pytest.raises(ValueError, match='sha256'): shipped('eval_prompts')
-    with pytest.raises(FileNotFoundError, match='SAFERLHF_HOME'): shipped('sft')
+    assert data_path('sft.jsonl.gz').parent != tmp_path/'data' and data_path() == tmp_path/'data'   # else the shipped one
+    with pytest.raises(FileNotFoundError, match='nothing.json.*SAFERLHF_HOME'): data_path('nothing.json')
     with pytest.raises(ValueError, match='eval_prompts'): shipped('nothing')
 
 def test_label_sources_are_kept(tables):
