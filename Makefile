@@ -1,0 +1,42 @@
+# Each target makes .venv first when it is missing or older than settings.ini.
+PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+SHELL := bash
+.PHONY: reproduce figures test drift lint notebooks pytest lab docs
+
+reproduce: .venv/.installed
+	@$(BIN)/saferlhf reproduce $(if $(PROFILE),--profile $(PROFILE))
+
+figures: .venv/.installed
+	@$(BIN)/saferlhf figures $(if $(PROFILE),--profile $(PROFILE))
+
+lab: .venv/.installed
+	@$(BIN)/jupyter lab nbs
+
+docs: .venv/.installed
+	@$(BIN)/python tests/readme.py
+
+# One phase after the other, the quick ones first; pytest's closing line is the last one.
+test: .venv/.installed
+	@$(MAKE) --no-print-directory drift && $(MAKE) --no-print-directory lint && $(MAKE) --no-print-directory notebooks && $(MAKE) --no-print-directory pytest
+
+timed = echo "== $(1)"; start=$$SECONDS; $(2) && echo "== $(1): $$((SECONDS - start)) s"
+
+drift: .venv/.installed
+	@$(call timed,the package and the notebooks are what nbdev-export and nbdev-clean leave, $(BIN)/python tests/drift.py)
+
+lint: .venv/.installed
+	@$(call timed,ruff, $(BIN)/ruff check -q .)
+
+notebooks: .venv/.installed
+	@$(call timed,library notebooks, OMP_NUM_THREADS=1 $(BIN)/nbdev-test nbs --n-workers 2 --pause 0 --timing)
+
+pytest: .venv/.installed
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest
+
+.venv/.installed: settings.ini setup.py pyproject.toml
+	@test -n "$(PYTHON)" && $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "saferlhf needs Python 3.11 or newer: install it, or name it with make PYTHON=/path/to/python3.11"; exit 1; }
+	@echo "== making .venv with $$($(PYTHON) --version); the packages take a minute or two"; start=$$SECONDS; \
+	  $(PYTHON) -m venv .venv && $(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[dev]' && \
+	  touch $@ && echo "== .venv: $$((SECONDS - start)) s"
