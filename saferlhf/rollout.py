@@ -50,7 +50,7 @@ def pick(
     cdf = logits.double().softmax(-1).cumsum(-1)
     return torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True).squeeze(-1).clamp_max(logits.shape[-1] - 1)
 
-# %% ../nbs/08_rollout.ipynb #14900980
+# %% ../nbs/08_rollout.ipynb #fbd8650c
 @dataclass
 class Rollout:
     "Prompts and sampled responses, with what was recorded while sampling."
@@ -90,7 +90,7 @@ class Rollout:
         "The responses as strings, without special tokens."
         return tokenizer.batch_decode([r[:n].tolist() for r, n in zip(self.responses, self.lengths, strict=True)], skip_special_tokens=True)
 
-# %% ../nbs/08_rollout.ipynb #28181d7a
+# %% ../nbs/08_rollout.ipynb #58a850d0
 @dataclass
 class Sampler:
     "Answers prompts with a causal LM."
@@ -141,7 +141,7 @@ class Sampler:
         fill = 0 if self.eos is None else self.eos
         return Rollout(keys, ids, mask, torch.stack(tokens, 1) * m + fill * (1 - m), m, torch.stack(logps, 1) * m, alive, self.eos)
 
-# %% ../nbs/08_rollout.ipynb #1bae0947
+# %% ../nbs/08_rollout.ipynb #670db7ac
 def respond(
     sampler:Sampler,
     tokenizer,

@@ -7,13 +7,15 @@ __all__ = ['PARAMETERS', 'PROFILES', 'check_parameters', 'parameters', 'warm_ker
            'default_profile', 'Record', 'Run', 'check_profiles', 'deviations', 'identity', 'latest', 'resolve',
            'results_home', 'runs_home', 'templates_home']
 
-# %% ../nbs/13_runs.ipynb #46cc0ea7
+# %% ../nbs/13_runs.ipynb #0b6d24a9
 import ast
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections import deque
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
@@ -26,8 +28,8 @@ from .records import (Record, Run, _nearest, _values, check_profiles, command_fo
 
 _all_ = ['Record', 'Run', 'check_profiles', 'deviations', 'identity', 'latest', 'resolve', 'results_home', 'runs_home', 'templates_home']
 
-# %% ../nbs/13_runs.ipynb #6a007594
-PARAMETERS = dict(profile=str, seed=int, round=int, parents=dict, overrides=dict) # all that a template may be told
+# %% ../nbs/13_runs.ipynb #99272c9d
+PARAMETERS = dict(profile=str, seed=int, round=int, parents=dict, overrides=dict, results_dir=str, figures_dir=str) # all that a notebook may be told
 
 def check_parameters(
     template:str|Path, # a notebook
@@ -60,7 +62,7 @@ def parameters(
         if type(scope.get(name)) is not wanted: raise ValueError(f'parameter {name} must be a {wanted.__name__}, not {scope.get(name)!r}')
     return {name: scope[name] for name in names}
 
-# %% ../nbs/13_runs.ipynb #26f5889e
+# %% ../nbs/13_runs.ipynb #2791373a
 _FRESH = """
 get_ipython().reset()
 import gc, os, sys
@@ -78,14 +80,15 @@ def warm_kernel():
     from jupyter_client import AsyncKernelManager
     from jupyter_core.utils import run_sync
     os.environ.setdefault('OMP_NUM_THREADS', str(len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()))
-    km = AsyncKernelManager(kernel_name='python3', transport='ipc' if os.name == 'posix' else 'tcp')
+    home = tempfile.mkdtemp()                                                   # sockets of one's own: kernels side by side must not meet
+    km = AsyncKernelManager(kernel_name='python3', **dict(transport='ipc', ip=f'{home}/k') if os.name == 'posix' else {})
     client, clients = km.client, []
     km.client = lambda: clients.append(client()) or clients[-1]                 # papermill does not close its own
     run_sync(km.start_kernel)()
     try: yield km
     finally:
         for kc in clients: kc.stop_channels()
-        run_sync(km.shutdown_kernel)(now=True)
+        run_sync(km.shutdown_kernel)(now=True); shutil.rmtree(home, ignore_errors=True)
 
 def _freshen(km, env):
     "Make a kernel as good as new; one that died is started again."
@@ -192,6 +195,37 @@ def default_profile()->str: # 'gpu' or 'cpu'
     "The profile that fits this machine."
     return 'gpu' if torch.cuda.is_available() else 'cpu'
 
-# %% ../nbs/13_runs.ipynb #3235a91d
+# %% ../nbs/13_runs.ipynb #05842b24
 "PROFILES: profile -> stage -> {field marked as scale: value, 'override': {any other field: value}}; `check_profiles` holds them to that."
-PROFILES = {'smoke': {}, 'cpu': {}, 'gpu': {}, 'paper': {}}
+PROFILES = {
+    'smoke': dict(  # seconds: random two-layer models, real rows
+        base_lm=dict(vocab=600, hidden=32, layers=2, heads=4, kv_heads=2, ffn=64, epochs=0.02, block=128, batch_size=16),
+        sft=dict(rows=64, epochs=1., batch_size=16, lr=1e-3, max_prompt_tokens=96, max_new_tokens=96),
+        gold=dict(pairs=48, epochs=1., batch_size=16, lr=1e-3, max_prompt_tokens=96, max_new_tokens=24),
+        reward=dict(pairs=48, epochs=1., batch_size=16, lr=1e-3, max_prompt_tokens=96, max_new_tokens=24),
+        cost=dict(pairs=48, epochs=1., batch_size=16, lr=1e-3, max_prompt_tokens=96, max_new_tokens=24),
+        judge=dict(pairs=48, epochs=1., batch_size=16, lr=1e-3, max_prompt_tokens=96, max_new_tokens=24),
+        collect=dict(related=24, unrelated=8, candidates=32, holdout=4, max_prompt_tokens=96, max_new_tokens=12),
+        policy=dict(steps=3, prompts=8, micro_batch=4, minibatches=2, window=16, max_prompt_tokens=96, max_new_tokens=12, actor_lr=1e-4, critic_lr=1e-4,
+                    lambda_lr=0.1),
+        evaluate=dict(unsafe=24, safe=12, max_prompt_tokens=96, max_new_tokens=12)),
+    'cpu': dict(    # a quarter of an hour on two cores: the shipped nano model
+        base_lm=dict(),
+        sft=dict(rows=2000, epochs=2., batch_size=32, lr=1e-3, max_prompt_tokens=48, max_new_tokens=48),
+        gold=dict(pairs=100_000, epochs=3., batch_size=32, lr=3e-4, max_prompt_tokens=64, max_new_tokens=64),
+        reward=dict(pairs=1400, epochs=1., batch_size=32, lr=5e-4, max_prompt_tokens=48, max_new_tokens=48),
+        cost=dict(pairs=1600, epochs=1., batch_size=32, lr=5e-4, max_prompt_tokens=48, max_new_tokens=48),
+        judge=dict(pairs=1500, epochs=1., batch_size=32, lr=5e-4, max_prompt_tokens=48, max_new_tokens=48),
+        collect=dict(related=320, unrelated=100, candidates=400, max_prompt_tokens=48, max_new_tokens=48),
+        policy=dict(steps=40, prompts=32, micro_batch=32, window=128, max_prompt_tokens=48, max_new_tokens=48, actor_lr=1e-4, critic_lr=2e-4,
+                    lambda_lr=0.1, override=dict(ptx_coef=0.1, clip_ratio=0.2)),
+        evaluate=dict(unsafe=512, safe=128, max_prompt_tokens=48, max_new_tokens=48)),
+}
+PROFILES['gpu'] = {**PROFILES['cpu'],  # the same models, more of everything, minutes on one GPU
+    'base_lm': dict(epochs=8.),
+    'sft': PROFILES['cpu']['sft'] | dict(rows=6000),
+    'reward': PROFILES['cpu']['reward'] | dict(pairs=6000, epochs=2.), 'cost': PROFILES['cpu']['cost'] | dict(pairs=8000, epochs=2.),
+    'collect': PROFILES['cpu']['collect'] | dict(related=1200, unrelated=400, candidates=800),
+    'policy': PROFILES['cpu']['policy'] | dict(steps=80, prompts=96, micro_batch=96, window=256),
+    'evaluate': PROFILES['cpu']['evaluate'] | dict(unsafe=1000, safe=300)}
+PROFILES['paper'] = {}                   # the defaults of every configuration: 7B models on eight GPUs

@@ -20,7 +20,7 @@ from .engine import reduce_mean
 from .losses import cost_loss, lm_loss, lm_loss_from_logp, reward_loss
 from .models import token_logps
 
-# %% ../nbs/09_train.ipynb #b7a996c5
+# %% ../nbs/09_train.ipynb #e700c94a
 def setting(
     default,          # the paper's value
     scale:bool=False, # may differ between profiles
@@ -61,7 +61,7 @@ class SFTConfig:
 @dataclass(frozen=True)
 class ScoreConfig:
     "Training a reward or a cost model."
-    kind:str = setting('reward')                                    # 'reward' or 'cost'
+    kind:str = setting('reward', scale=True)                               # 'reward' or 'cost'
     pairs:int = setting(1_000_000, scale=True)                      # most training pairs, newest first
     epochs:float = setting(2., scale=True, source='Tables 2, 3')    # passes over the pairs
     batch_size:int = setting(128, scale=True, source='script: 16 on each of 8 GPUs') # pairs per step, all ranks
@@ -107,7 +107,7 @@ METRICS = { # name -> (definition, unit, healthy range)
     'rollout_s': ('time of generating and scoring', 's', ''), 'update_s': ('time of the updates', 's', ''),
 }
 
-# %% ../nbs/09_train.ipynb #21604ced
+# %% ../nbs/09_train.ipynb #27f2255b
 def check_metrics(
     metrics:dict, # name -> number
     step:int,
@@ -172,7 +172,7 @@ def lm_step(
     engine.backward(loss)
     return dict(loss=loss.detach(), grad_norm=engine.step())
 
-# %% ../nbs/09_train.ipynb #16d1cbf6
+# %% ../nbs/09_train.ipynb #aa9a740f
 def pack(
     documents,      # iterable of token id lists, each ending in EOS
     block:int,      # tokens in a row
@@ -238,7 +238,7 @@ def score_batches(
     steps = max(1, round(len(order) * config.epochs / whole))
     return steps, lambda i: pair_batch([pairs[k] for k in order[i]], tokenizer, config.max_prompt_tokens, config.max_new_tokens)
 
-# %% ../nbs/09_train.ipynb #2c2b7db5
+# %% ../nbs/09_train.ipynb #f62c08cd
 def glossary()->str: # markdown
     "The table of METRICS."
     rows = [('name', 'definition', 'unit', 'healthy'), ('---',) * 4, *((k, *v) for k, v in METRICS.items())]
