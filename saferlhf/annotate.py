@@ -30,7 +30,7 @@ class Annotator(Protocol):
         prompts:list,   # (N,) prompts: a string, or a list of turns
         responses:list, # (N,) answers
     )->list:            # (N,) sets of harm categories; an empty set means safe
-        ...
+        "Stage 1: what is harmful about each answer."
 
     def rank(self,
         prompts:list,     # (N,) prompts
@@ -38,7 +38,7 @@ class Annotator(Protocol):
         responses_1:list, # (N,) second answers
         dimension:str,    # 'helpfulness' or 'harmlessness'
     )->np.ndarray:        # (N,) 0 or 1: the answer preferred in this dimension (harmlessness: the SAFER one)
-        ...
+        "Stage 2: which answer is better, in one dimension at a time."
 
 # %% ../nbs/11_annotate.ipynb #266a5498
 def item_id(

@@ -30,7 +30,7 @@ class Optim:
     clip:float=1.0          # largest gradient norm
 
 def schedule(
-    optim:Optim,
+    optim:Optim, # warm-up and schedule
     steps:int,   # all steps of the run
 ):               # -> function of the step's number (from 0) giving the factor on the rate
     "Warm-up, then constant or cosine."
@@ -43,8 +43,8 @@ def schedule(
     return factor
 
 def adamw(
-    model,
-    optim:Optim,
+    model,       # nn.Module
+    optim:Optim, # rate, betas and weight decay
 )->torch.optim.AdamW:
     "AdamW with weight decay on matrices only, told apart by their shape and not by their name."
     ps = [p for p in model.parameters() if p.requires_grad]
@@ -77,20 +77,31 @@ class TorchEngine:
     def __call__(self, *args, **kw):
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == 'bf16'): return self.model(*args, **kw)
 
-    def backward(self, loss, last=True): loss.backward()
+    def backward(self,
+        loss,      # ()
+        last=True, # of the micro-batches of one optimizer step
+    ):
+        "Add a loss's gradient."
+        loss.backward()
 
     def step(self):
+        "Clip, update, move the schedule and clear; returns the norm before clipping."
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.optim.clip)
         self.optimizer.step(); self.scheduler.step(); self.optimizer.zero_grad(set_to_none=True)
         return norm
 
     def dense_weights(self):
+        "The model with whole weights, for as long as the block lasts: what the sampler decodes with."
         return nullcontext(self.model)
 
     def state(self):
+        "State dicts of the model, the optimizer and the schedule."
         return dict(model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), scheduler=self.scheduler.state_dict())
 
-    def restore(self, state):
+    def restore(self,
+        state:dict, # as from `state`
+    ):
+        "Put saved state back."
         for k, v in state.items(): getattr(self, k).load_state_dict(v)
 
 # %% ../nbs/06_engine.ipynb #32c97401
@@ -111,15 +122,15 @@ def deepspeed():
     return ds
 
 def zero_config(
-    optim:Optim|None,
+    optim:Optim|None,     # None: frozen
     zero:int=0,           # ZeRO stage 0 to 3
     precision:str='fp32', # 'fp32' or 'bf16'
 )->dict:
     "DeepSpeed's configuration; batch sizes are ours, so its own accumulation is one."
     world = int(os.environ.get('WORLD_SIZE', 1))
     stage = zero if optim or zero == 3 else 0      # a frozen model has nothing for stages 1 and 2 to shard, and DeepSpeed refuses them
-    return dict(train_batch_size=world, train_micro_batch_size_per_gpu=1, gradient_accumulation_steps=1, zero_optimization=dict(stage=stage),
-                bf16=dict(enabled=precision == 'bf16'), gradient_clipping=optim.clip if optim else 0., zero_allow_untested_optimizer=True,
+    return dict(train_batch_size=world, train_micro_batch_size_per_gpu=1, gradient_accumulation_steps=1,
+                zero_optimization=dict(stage=stage), bf16=dict(enabled=precision == 'bf16'), gradient_clipping=optim.clip if optim else 0., zero_allow_untested_optimizer=True,
                 steps_per_print=10**9)
 
 # %% ../nbs/06_engine.ipynb #55d5f632
@@ -137,11 +148,16 @@ class DeepSpeedEngine:
 
     def __call__(self, *args, **kw): return self.engine(*args, **kw)
 
-    def backward(self, loss, last=True):
+    def backward(self,
+        loss,      # ()
+        last=True, # of the micro-batches of one optimizer step: gradients are reduced here
+    ):
+        "Add a loss's gradient."
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss)
 
     def step(self):
+        "As in `TorchEngine`."
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]      # at stage 0 DeepSpeed keeps no norm
         norm = torch.nn.utils.get_total_norm(grads) if self.zero == 0 else None
         self.engine.step()
@@ -149,6 +165,7 @@ class DeepSpeedEngine:
 
     @contextmanager
     def dense_weights(self):
+        "The model with its weights gathered, for as long as the block lasts."
         with deepspeed().zero.GatheredParameters(list(self.model.parameters()), enabled=self.zero == 3): yield self.model
 
 # %% ../nbs/06_engine.ipynb #f4d3ce21

@@ -231,7 +231,7 @@ def _shown(path, root):
 
 # %% ../nbs/14_figures.ipynb #3ae8f8bc
 def save(
-    fig:Figure,
+    fig:Figure,              # from one of the functions above
     name:str,                # file name without ending
     notebook:str,            # the notebook that drew it, as a path in the project
     results:list,            # paths of the results files it was drawn from

@@ -29,7 +29,7 @@ def positions(
     "Position ids that ignore padding: the running count of tokens, minus one."
     return (mask.cumsum(-1) - 1).clamp_min(0)
 
-# %% ../nbs/02_models.ipynb #8d68cc41
+# %% ../nbs/02_models.ipynb #1d6ab42d
 def gather_logps(
     logits:Tensor,        # (B, T, V) in any float type
     ids:Tensor,           # (B, T) the tokens whose log-probability is wanted
@@ -48,7 +48,7 @@ def token_logps(
 )->Tensor:                # (B, T) fp32, nats; meaningless where the response mask is 0
     "Log-probability of every response token given what stands before it."
     logits = model(input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False, logits_to_keep=T + 1).logits
-    return gather_logps(logits[:, :-1], ids[:, -T:], temperature)
+    return gather_logps(logits[:, :-1], ids[:, ids.shape[1] - T:], temperature)
 
 # %% ../nbs/02_models.ipynb #c1c438e8
 class Scores(NamedTuple):
@@ -127,7 +127,7 @@ class ScoreModel(nn.Module):
         for p in self.score_head.parameters(): p.mul_(factor)
         return self
 
-# %% ../nbs/02_models.ipynb #2567f8ed
+# %% ../nbs/02_models.ipynb #d3434028
 def load_score_model(
     path,                   # local folder or hub name: a score model or a causal LM
     kind:str='reward',      # as in `ScoreModel`
@@ -147,7 +147,7 @@ def load_score_model(
     return model
 
 def save_score_model(
-    model:ScoreModel,
+    model:ScoreModel, # its body's configuration is kept
     path,            # folder, made if missing
     dtype=None,      # None keeps the dtype of the weights
 ):
@@ -169,14 +169,14 @@ def save_score_model(
 ScoreModel.from_pretrained = staticmethod(load_score_model)
 ScoreModel.save_pretrained = save_score_model
 
-# %% ../nbs/02_models.ipynb #9649261e
+# %% ../nbs/02_models.ipynb #309aa341
 TINY = {'llama': {}, 'mistral': {}, 'qwen2': {}, 'gemma': dict(head_dim=8),
         'gpt2': dict(n_embd=32, n_layer=2, n_head=4, n_positions=128, resid_pdrop=0., embd_pdrop=0., attn_pdrop=0.),
         'opt': dict(ffn_dim=64, word_embed_proj_dim=32, dropout=0.)}
 
 def tiny_config(
     arch:str='llama',   # a key of `TINY`
-    vocab_size:int=128,
+    vocab_size:int=128, # tokens
 )->AutoConfig:
     "A two-layer configuration of the family `arch`."
     if arch not in TINY: raise ValueError(f'no tiny {arch!r}; choose from {sorted(TINY)}')
@@ -187,24 +187,24 @@ def tiny_config(
 
 def tiny_model(
     arch:str='llama',   # a key of `TINY`
-    vocab_size:int=128,
-    seed:int=0,
+    vocab_size:int=128, # tokens
+    seed:int=0,         # of the weights
 ):
     "A random two-layer causal LM, in eval mode, the same for the same seed."
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(tiny_config(arch, vocab_size)).eval()
 
-# %% ../nbs/02_models.ipynb #f1e68393
+# %% ../nbs/02_models.ipynb #f3eef7c2
 def llama(
-    vocab_size:int,
+    vocab_size:int,    # tokens
     hidden:int,        # width
-    layers:int,
+    layers:int,        # blocks
     heads:int,         # query heads
     kv_heads:int,      # key/value heads, a divisor of `heads`
     ffn:int,           # width of the gated MLP
     max_tokens:int=512,# longest sequence
-    seed:int=0,
+    seed:int=0,        # of the weights
 ):
     "A randomly initialised Llama with tied embeddings."
     with torch.random.fork_rng(devices=[]):

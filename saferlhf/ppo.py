@@ -7,7 +7,6 @@ __all__ = ['PPOConfig', 'ppo_step', 'token_values', 'minibatches', 'ratios', 'de
            'two_token_lambda', 'run_two_token']
 
 # %% ../nbs/10_ppo.ipynb #78d0fa01
-import time
 from dataclasses import dataclass
 
 import torch
@@ -60,7 +59,7 @@ def ppo_step(
     prompts:dict,        # as from `prompt_batch`
     ptx,                 # batch as from `text_batch`, or None
     objective:Objective, # what tells PPO, reward shaping and PPO-Lag apart
-    config:PPOConfig,
+    config:PPOConfig,    # coefficients and sizes
     step:int,            # number of the rollout: a prompt that comes again gets fresh samples
 )->dict:                 # metrics
     "One rollout and its updates."
@@ -83,7 +82,7 @@ def ppo_step(
     for rows in minibatches(len(roll.mask), config, step):                                       # 4. update
         for part in rows.split(config.micro_batch):
             r, last = roll.take(part), part[-1] == rows[-1]
-            cut = lambda x: x[part, :r.mask.shape[1]]
+            cut = lambda x, part=part, T=r.mask.shape[1]: x[part, :T]
             logp = logps(actor, r)
             loss = actor_loss(logp, r.logp, cut(advantage), r.mask, config.clip_ratio, len(rows))
             nll = sft_loss(actor, ptx) if ptx is not None and last else torch.tensor(0.)
@@ -98,7 +97,7 @@ def ppo_step(
 # %% ../nbs/10_ppo.ipynb #2bc09d83
 def token_values(
     critic,      # ScoreModel or an engine around one
-    r:Rollout,
+    r:Rollout,   # B answers
 )->Tensor:       # (B, T) value of the state before each response token
     "The critic's score one slot to the left of every response token."
     T = r.mask.shape[1]
@@ -106,7 +105,7 @@ def token_values(
 
 def minibatches(
     n:int,             # rows of the rollout
-    config:PPOConfig,
+    config:PPOConfig,  # epochs and minibatches
     step:int,          # seeds the order
 )->list:               # row indices of each optimizer step
     "Random minibatches, `config.epochs` passes."
@@ -116,13 +115,14 @@ def minibatches(
 def ratios(
     logp:Tensor,       # (B, T) now
     r:Rollout,         # with the log-probabilities of sampling
-    config:PPOConfig,
-)->dict:
+    config:PPOConfig,  # clip_ratio
+)->dict:               # metrics
     "How far the policy has moved since it sampled."
     m = r.mask.bool()
     log_ratio = (logp.detach() - r.logp)[m]
     far = log_ratio.exp() - 1
-    return dict(ratio=far.mean() + 1, ratio_max=far.abs().max(), approx_kl=(far - log_ratio).mean(), clip_fraction=(far.abs() > config.clip_ratio).float().mean())
+    clipped = (far.abs() > config.clip_ratio).float().mean()
+    return dict(ratio=far.mean() + 1, ratio_max=far.abs().max(), approx_kl=(far - log_ratio).mean(), clip_fraction=clipped)
 
 def describe(roll, scores, kl, values, returns, parts, config)->dict: # metrics of a rollout and of its updates, see METRICS
     "The numbers that go into the log."
@@ -136,7 +136,7 @@ def describe(roll, scores, kl, values, returns, parts, config)->dict: # metrics 
     return out | sums | dict(ratio=parts[0]['ratio']) | {k: parts[-1][k] for k in ('ratio_max', 'approx_kl', 'clip_fraction')}
 
 def make_objective(
-    config:PPOConfig,
+    config:PPOConfig, # objective, and the multiplier's or nu
 )->Objective:
     "The objective that a configuration names."
     if config.objective == 'ppo': return ppo()
@@ -148,7 +148,7 @@ def make_objective(
 def two_token_world(
     lam:float,         # multiplier
     kl_coef:float,     # nats
-    vocab:int=12,
+    vocab:int=12,      # tokens
     length:int=8,      # tokens in a response
 )->dict:               # reward, cost of a response under the optimal policy, and its token probabilities
     "The closed form: token 0 (A) pays 1, token 1 (B) pays 2 and costs 1."
@@ -157,7 +157,7 @@ def two_token_world(
     return dict(reward=length * (p[0] + 2 * p[1]).item(), cost=length * p[1].item(), p=p)
 
 def two_token_lambda(
-    kl_coef:float,
+    kl_coef:float,      # nats
     threshold:float=2., # mean cost of a response
 )->float:
     "lambda* by bisection: the optimal policy's cost falls as lambda grows."
@@ -169,9 +169,9 @@ def two_token_lambda(
 
 # %% ../nbs/10_ppo.ipynb #f80379be
 def run_two_token(
-    kl_coef:float,
+    kl_coef:float,           # nats
     objective:str='ppo_lag', # or 'ppo': no limit
-    seed:int=0,
+    seed:int=0,              # of weights, sampling and minibatches
     steps:int=300,           # rollouts of `batch` responses
     batch:int=256,           # responses per rollout, and the window of costs
 )->list:                     # metrics of every step
@@ -179,8 +179,9 @@ def run_two_token(
     from saferlhf.engine import Optim, load
     from saferlhf.models import ScoreModel, llama
     torch.manual_seed(seed)
-    config = PPOConfig(objective=objective, steps=steps, prompts=batch, max_new_tokens=8, kl_coef=kl_coef, clip_ratio=0.2, clip_value=50., ptx_coef=0.,
-                       epochs=2, minibatches=2, micro_batch=batch, threshold=2., lambda_lr=0.05, window=batch, actor_lr=2e-3, critic_lr=2e-3)
+    config = PPOConfig(objective=objective, steps=steps, prompts=batch, max_new_tokens=8, kl_coef=kl_coef, ptx_coef=0.,
+                       clip_ratio=0.2, clip_value=50., epochs=2, minibatches=2, micro_batch=batch,
+                       threshold=2., lambda_lr=0.05, window=batch, actor_lr=2e-3, critic_lr=2e-3)
     def model(): lm = llama(12, 32, 1, 2, 2, 64, max_tokens=32, seed=seed); lm.config.tie_word_embeddings = False; return lm
     def policy():
         lm = model(); lm.lm_head.weight = torch.nn.Parameter(torch.zeros_like(lm.lm_head.weight)); return lm

@@ -110,7 +110,7 @@ METRICS = { # name -> (definition, unit, healthy range)
 # %% ../nbs/09_train.ipynb #27f2255b
 def check_metrics(
     metrics:dict, # name -> number
-    step:int,
+    step:int,     # for the message
 ):
     "Refuse names that nobody defined and numbers that are not finite."
     unknown = sorted(set(metrics) - set(METRICS))
@@ -139,8 +139,8 @@ def loop(
 # %% ../nbs/09_train.ipynb #97a46a74
 def text_batch(
     rows:list,             # dicts with prompt and response
-    tokenizer,
-    max_prompt_tokens:int,
+    tokenizer,             # of the policy
+    max_prompt_tokens:int, # template included
     max_new_tokens:int,    # a longer response is cut, without EOS: it did not end there
 )->dict:                   # input_ids, attention_mask (B, S+T), mask (B, T)
     "Supervised rows laid out like a rollout."
@@ -163,7 +163,7 @@ def sft_step(engine, batch)->dict: # metrics
     return dict(loss=loss.detach(), grad_norm=engine.step())
 
 def lm_step(
-    engine,
+    engine,     # of a causal LM
     ids:Tensor, # (B, L) packed text
 )->dict:        # metrics
     "One optimizer step of language modelling."
@@ -184,9 +184,9 @@ def pack(
 
 @torch.no_grad()
 def valid_loss(
-    engine,
+    engine,              # of a causal LM
     blocks:Tensor,       # (N, L) packed held-out text
-    batch_size:int=32,
+    batch_size:int=32,   # rows in a forward pass
 )->float:                # nats per token
     "Mean language modelling loss."
     parts = [b.to(engine.device) for b in blocks.split(batch_size)]
@@ -198,7 +198,7 @@ def score_loss(
     kind:str,                 # 'reward' or 'cost'
     end_scores:Tensor,        # (2B,) the high responses first
     batch:dict,               # high_sign, low_sign, paired (B,)
-    regularization:float=0.,
+    regularization:float=0.,  # weight of the mean squared score
 )->Tensor:                    # ()
     "Eq. E2 or E3 on a batch of pairs."
     high, low = end_scores.chunk(2)
@@ -207,10 +207,10 @@ def score_loss(
     raise ValueError(f"kind is 'reward' or 'cost', not {kind!r}")
 
 def score_step(
-    engine,
+    engine,                   # of a ScoreModel
     batch:dict,               # as from `pair_batch`
     kind:str,                 # 'reward' or 'cost'
-    regularization:float=0.,
+    regularization:float=0.,  # weight of the mean squared score
 )->dict:                      # metrics
     "One optimizer step of a reward or cost model."
     b = {k: v.to(engine.device) for k, v in batch.items()}
@@ -227,9 +227,9 @@ def score_step(
 
 def score_batches(
     pairs:list,     # rows as from `reward_pairs` or `cost_pairs`
-    tokenizer,
-    config:ScoreConfig,
-    seed:int=0,
+    tokenizer,      # of the score model
+    config:ScoreConfig, # batch size, epochs and budgets
+    seed:int=0,     # of the order
 )->tuple:           # (number of steps, function of the step's number giving its batch)
     "Length-bucketed batches in a new order each epoch."
     whole = math.ceil(config.epochs)

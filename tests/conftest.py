@@ -1,0 +1,17 @@
+"The smoke pipeline last, and the size of the package before pytest's closing line."
+import os
+
+os.environ.setdefault('OMP_NUM_THREADS', '1')       # small tensors: threads of two libraries in one another's way cost minutes
+os.environ.setdefault('MPLBACKEND', 'Agg')
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: 'test_smoke' in item.nodeid)
+
+
+def pytest_terminal_summary(terminalreporter):
+    from project import PACKAGE
+    sizes = {p.stem: len(p.read_text().splitlines()) for p in sorted(PACKAGE.glob('*.py')) if p.stem != '_modidx'}
+    longest = max(sizes, key=sizes.get)
+    total = f'{sum(sizes.values())} lines in {len(sizes)} modules'
+    terminalreporter.write_line(f'exported: {total}, the longest is {longest} with {sizes[longest]}')

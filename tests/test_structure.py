@@ -1,0 +1,180 @@
+"The shape of the project: who imports whom, what a notebook may hold, and the names that scripts rely on."
+import ast
+import functools
+import importlib
+import inspect
+import json
+import re
+import subprocess
+import sys
+from configparser import ConfigParser
+
+import pytest
+from drift import drifted
+from project import PACKAGE, ROOT, cells, imports, modules, notebooks, tree
+
+ORDER = list(modules())
+LIBRARY = [m for m in ORDER if (PACKAGE/f'{m}.py').exists()]
+PURE = ('losses', 'advantages', 'objectives')
+ONLY_IN = {'deepspeed': {'engine'}, 'papermill': {'runs'}, 'matplotlib': {'figures', 'diagnostics'}}     # the last two draw
+PROVIDED = {'sklearn': 'scikit-learn', 'jupyter_client': 'ipykernel', 'jupyter_core': 'ipykernel', 'nbclient': 'papermill'}
+BLOCKED = ('nbdev fastcore execnb papermill jupyter_client jupyter_core jupyterlab ipykernel IPython '
+           'nbformat nbclient nbconvert deepspeed').split()
+
+
+def test_every_module_has_a_notebook_and_the_other_way_round():
+    exported = {p.stem for p in PACKAGE.glob('*.py')} - {'__init__', '_modidx'}
+    assert exported == set(ORDER)
+    wanted = 'text schema data models losses advantages objectives engine checkpoint rollout train ppo annotate evaluate judges records runs'.split()
+    assert [m for m in ORDER if m in wanted] == wanted
+
+
+@pytest.mark.parametrize('module', LIBRARY)
+def test_layers(module):
+    found = imports(module)
+    for own in (i[1:] for i in found if i.startswith('.')):
+        assert ORDER.index(own) < ORDER.index(module), f'{module} imports {own}, which comes later'
+    for name, allowed in ONLY_IN.items(): assert name not in found or module in allowed, f'{module} imports {name}'
+    assert not found & {'nbdev', 'fastcore', 'execnb', 'IPython', 'nbformat'}, module
+    if module in PURE: assert {i for i in found if i.lstrip('.') not in sys.stdlib_module_names} <= {'torch'}, module
+
+
+def test_the_order_is_checked_on_every_kind_of_import(monkeypatch):
+    lines = 'from saferlhf.a import x', 'import saferlhf.b', 'from . import c', 'from .d import y', 'import torch.nn', 'import saferlhf'
+    text = 'def f():\n    ' + '\n    '.join(lines)
+    monkeypatch.setattr('project.tree', lambda module: ast.parse(text))
+    assert imports('any') == {'.a', '.b', '.c', '.d', 'torch', 'saferlhf'}
+
+
+def test_what_is_imported_is_required():
+    cfg = ConfigParser(delimiters=['=']); cfg.read(ROOT/'settings.ini')
+    required = {re.split('[<>=]', r)[0] for r in cfg['DEFAULT']['requirements'].split()}
+    for module in LIBRARY:
+        others = {i for i in imports(module) if not i.startswith('.') and i not in sys.stdlib_module_names and i != 'saferlhf'}
+        assert {PROVIDED.get(i, i) for i in others} <= required, module
+
+
+def test_scripts_need_no_notebook_tools():
+    code = f'''import sys, importlib
+for name in {BLOCKED!r}: sys.modules[name] = None
+for m in {LIBRARY!r}: importlib.import_module('saferlhf.' + m)
+print(sorted(m for m in sys.modules if m.startswith('saferlhf.')))'''
+    run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-1500:]
+    assert ast.literal_eval(run.stdout) == sorted(f'saferlhf.{m}' for m in LIBRARY)
+
+# size and words
+
+@pytest.mark.parametrize('module', LIBRARY)
+def test_a_module_is_one_concept(module):
+    lines = len((PACKAGE/f'{module}.py').read_text().splitlines())
+    assert lines <= 350, f'{module} has {lines} lines: split it by concept'
+
+
+def public(module):
+    "Exported functions, classes and their public methods."
+    for node in tree(module).body:
+        if not isinstance(node, (ast.FunctionDef, ast.ClassDef)) or node.name.startswith('_'): continue
+        yield node.name, node
+        if isinstance(node, ast.ClassDef):
+            for f in node.body:
+                if isinstance(f, ast.FunctionDef) and not f.name.startswith('_'): yield f'{node.name}.{f.name}', f
+
+
+def undocumented(module, node):
+    "Parameters, or the fields of a dataclass, that stand on a line without a comment."
+    lines = (PACKAGE/f'{module}.py').read_text().splitlines()
+    if isinstance(node, ast.FunctionDef):
+        a = node.args
+        rows = [(x.arg, x) for x in [*a.posonlyargs, *a.args, *a.kwonlyargs, a.vararg, a.kwarg] if x and x.arg not in ('self', 'cls')]
+    elif any('dataclass' in ast.unparse(d) for d in node.decorator_list):
+        rows = [(f.target.id, f) for f in node.body if isinstance(f, ast.AnnAssign) and not f.target.id.startswith('_')]
+    else: return []
+    return [name for name, x in rows if '#' not in ''.join(lines[x.lineno - 1:x.end_lineno])]
+
+
+@pytest.mark.parametrize('module', LIBRARY)
+def test_exported_callables_say_what_they_take(module):
+    def doc(name): return inspect.getdoc(functools.reduce(getattr, name.split('.'), importlib.import_module(f'saferlhf.{module}')))
+    bare = [name for name, node in public(module) if not (ast.get_docstring(node) or '.' in name and doc(name))]   # or inherited
+    assert not bare, f'{module}: no docstring: {bare}'
+    missing = {name: gaps for name, node in public(module) if (gaps := undocumented(module, node))}
+    assert not missing, f'{module}: parameters without a comment: {missing}'
+
+# notebooks
+
+@pytest.mark.parametrize('path', notebooks(), ids=lambda p: p.stem)
+def test_a_notebook_is_fit_to_read(path):
+    sources = [c['source'] for c in cells(path)]
+    assert next(s for s in sources if not s.startswith('#| default_exp')).startswith('# '), 'begin with a title cell'
+    assert sum(map(len, sources)) <= 60_000, 'more than 60 KB of source: split it'
+    assert path.stat().st_size <= 200_000, 'more than 200 KB with outputs: smaller plots, or split it'
+    for i, c in enumerate(cells(path)):
+        for o in c.get('outputs', []):
+            assert o['output_type'] != 'error', f'cell {i} ended in an error'
+            assert o.get('name') != 'stderr', f'cell {i} holds warnings or progress bars: clear that output'
+            texts = json.dumps({k: v for k, v in (o.get('data') or {'text': o.get('text')}).items() if not k.startswith('image/png')})
+            found = re.search(r'(?<![\w.])/(?:home|Users|root|work|tmp|private|var/folders)/[\w.-]+', texts)
+            assert not found, f'cell {i} shows a path of one machine: {found[0]}'
+
+
+@pytest.mark.parametrize('path', notebooks('experiments', 'paper'), ids=lambda p: p.stem)
+def test_one_cell_is_tagged_parameters(path):
+    tagged = [c for c in cells(path) if 'parameters' in c['metadata'].get('tags', [])]
+    assert len(tagged) == 1 and tagged[0]['cell_type'] == 'code'
+
+
+def test_templates_are_left_alone_by_nbdev_test():
+    for folder in ('experiments', 'paper'): assert (ROOT/'nbs'/folder/'.notest').exists() and notebooks(folder)
+    # without this line nbdev-clean deletes the tag, and papermill then runs the defaults, silently
+    assert 'allowed_cell_metadata_keys = ["tags"]' in (ROOT/'pyproject.toml').read_text()
+
+
+def small_project(folder):
+    "A project of one notebook, exported."
+    (folder/'nbs').mkdir(); (folder/'saferlhf').mkdir()
+    wanted = 'settings.ini', 'pyproject.toml', 'saferlhf/__init__.py', 'saferlhf/advantages.py', 'nbs/04_advantages.ipynb'
+    for name in wanted: (folder/name).write_text((ROOT/name).read_text())
+
+
+def test_drift_is_found(tmp_path):
+    small_project(tmp_path)
+    assert drifted(tmp_path) == []
+    module, notebook = tmp_path/'saferlhf/advantages.py', tmp_path/'nbs/04_advantages.ipynb'
+    before = module.read_text(); module.write_text(before.replace('lam=0.95', 'lam=0.9')); assert module.read_text() != before
+    (tmp_path/'saferlhf/gone.py').write_text('# AUTOGENERATED! DO NOT EDIT! File to edit: ../nbs/99_gone.ipynb.\n')
+    nb = json.loads(notebook.read_text()); nb['cells'][1]['metadata']['collapsed'] = True
+    notebook.write_text(json.dumps(nb, indent=1) + '\n')
+    assert drifted(tmp_path) == ['nbs/04_advantages.ipynb', 'saferlhf/advantages.py', 'saferlhf/gone.py']
+
+# the contract: names, parameters and defaults that scripts rely on
+
+CONTRACT = {
+    'losses': dict(masked_mean='x, mask, denominator=None', pairwise_loss='high, low', reward_loss='high, low, regularization=0.0',
+                   cost_loss='high, low, high_sign, low_sign, regularization=0.0, pairwise=1.0, sign=1.0',
+                   actor_loss='logp, old_logp, advantages, mask, clip_ratio', critic_loss='values, old_values, returns, mask, clip_value',
+                   lm_loss='logits, labels', lm_loss_from_logp='logp, mask'),
+    'advantages': dict(kl_per_token='logp, ref_logp', place_at_end='score, mask', gae='rewards, values, mask, gamma=1.0, lam=0.95'),
+    'objectives': dict(Multiplier='init=1.0, lr=0.1, max=5.0, threshold=0.0, window=256, delay=0, min=0.0', ppo='',
+                       reward_shaping='nu, normalise=False', ppo_lag='multiplier'),
+    'data': dict(load_preferences='source', load_prompts='source', load_sft='source'),
+}
+
+
+@pytest.mark.parametrize('module, name', [(m, n) for m, names in CONTRACT.items() for n in names])
+def test_contract(module, name):
+    parameters = list(inspect.signature(getattr(importlib.import_module(f'saferlhf.{module}'), name)).parameters.values())
+    shown = [p.name if p.default is p.empty else f'{p.name}={p.default!r}' for p in parameters]
+    wanted = [w for w in CONTRACT[module][name].split(', ') if w]
+    assert shown[:len(wanted)] == wanted
+    assert all('=' in s for s in shown[len(wanted):]), 'what was added must have a default'
+
+
+def test_contract_of_objects():
+    from saferlhf.models import ScoreModel
+    from saferlhf.objectives import Multiplier, ppo_lag
+    assert all(hasattr(ScoreModel, n) for n in ('from_pretrained', 'save_pretrained'))
+    assert 'kind' in inspect.signature(ScoreModel.from_pretrained).parameters
+    m = Multiplier(); m.step([1.]); state = m.state_dict(); other = Multiplier(); other.load_state_dict(state)
+    assert other.value == m.value > 1 and ppo_lag(m).state is m
+    assert set(vars(ppo_lag(m))) >= {'channels', 'weights', 'observe', 'state'}
