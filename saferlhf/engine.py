@@ -130,8 +130,8 @@ def zero_config(
     world = int(os.environ.get('WORLD_SIZE', 1))
     stage = zero if optim or zero == 3 else 0      # a frozen model has nothing for stages 1 and 2 to shard, and DeepSpeed refuses them
     return dict(train_batch_size=world, train_micro_batch_size_per_gpu=1, gradient_accumulation_steps=1,
-                zero_optimization=dict(stage=stage), bf16=dict(enabled=precision == 'bf16'), gradient_clipping=optim.clip if optim else 0., zero_allow_untested_optimizer=True,
-                steps_per_print=10**9)
+                zero_optimization=dict(stage=stage), bf16=dict(enabled=precision == 'bf16'), gradient_clipping=optim.clip if optim else 0.,
+                zero_allow_untested_optimizer=True, steps_per_print=10**9)
 
 # %% ../nbs/06_engine.ipynb #55d5f632
 class DeepSpeedEngine:

@@ -32,7 +32,7 @@ def mix(
     return x ^ shift(x, 31)
 
 def uniforms(
-    seed:int,
+    seed:int,          # of the sampler
     prompt_ids:Tensor, # (B,) int64
     samples:Tensor,    # (B,) int64 number of the answer to that prompt
     t:int,             # index of the token in the response
@@ -92,7 +92,9 @@ class Rollout:
         cut = {k: getattr(self, k)[rows, columns] for k, columns in cut.items()}
         return Rollout(eos=self.eos, prompt_ids=self.prompt_ids[rows], truncated=self.truncated[rows], **cut)
 
-    def texts(self, tokenizer):
+    def texts(self,
+        tokenizer, # that of the sampled model
+    ):
         "The responses as strings, without special tokens."
         return tokenizer.batch_decode([r[:n].tolist() for r, n in zip(self.responses, self.lengths, strict=True)], skip_special_tokens=True)
 
@@ -109,7 +111,7 @@ class Sampler:
     max_new_tokens:int     # T
     temperature:float=1.   # > 0
     greedy:bool=False      # the most likely token instead of a sample
-    seed:int=0
+    seed:int=0             # with prompt id, sample and token it decides every random number
 
     def generate(self,
         batch:dict,    # input_ids (B, S) left-padded, attention_mask (B, S), prompt_ids (B,): see `prompt_batch`
@@ -153,10 +155,10 @@ class Sampler:
 
 # %% ../nbs/08_rollout.ipynb #670db7ac
 def respond(
-    sampler:Sampler,
-    tokenizer,
+    sampler:Sampler,         # whose model answers
+    tokenizer,               # of that model
     prompts:list,            # strings, or dialogues as lists of strings
-    max_prompt_tokens:int,
+    max_prompt_tokens:int,   # template included
     batch_size:int=128,      # rows generated together
     samples:int=1,           # answers per prompt
     first:int=0,             # number of the first sample
@@ -188,12 +190,12 @@ def by_length(
 @torch.no_grad()
 def score_texts(
     scorer,                 # a score model or an engine around one
-    tokenizer,
+    tokenizer,              # of the scorer
     prompts:list,           # N strings or dialogues
     responses:list,         # N strings
-    max_prompt_tokens:int,
-    max_new_tokens:int,
-    batch_tokens:int=16384,
+    max_prompt_tokens:int,  # template included
+    max_new_tokens:int,     # EOS not counted
+    batch_tokens:int=16384, # most tokens, padding included, in a batch
 )->np.ndarray:              # (N,) scores, or (N, D)
     "Scores of texts; responses over the limit are cut and end in EOS, as in training."
     seqs = [encode_prompt(p, tokenizer, max_prompt_tokens) + encode_response(r, tokenizer, max_new_tokens)
@@ -207,11 +209,11 @@ def score_texts(
 @torch.no_grad()
 def perplexities(
     lm,                     # a causal LM or an engine
-    tokenizer,
+    tokenizer,              # of `lm`
     prompts:list,           # N strings or dialogues
     responses:list,         # N token id lists, EOS included where there is one
-    max_prompt_tokens:int,
-    batch_tokens:int=8192,
+    max_prompt_tokens:int,  # template included
+    batch_tokens:int=8192,  # most tokens, padding included, in a batch
 )->np.ndarray:              # (N,) mean negative log-likelihood, nats per response token
     "How surprising answers are to a language model: one reading of incoherence."
     heads = [encode_prompt(p, tokenizer, max_prompt_tokens) for p in prompts]
