@@ -154,14 +154,15 @@ def reproduce(
         draw(profile, seed, km)
     return done
 
-# %% ../nbs/16_pipeline.ipynb #3def9f26
+# %% ../nbs/16_pipeline.ipynb #26a99b55
 def publish_all(
     profile:str, seed:int,
     done:dict,             # stage -> folder
 ):
     "Merge this reproduction's aggregates into data/results/<profile>/."
     runs = {k: Run.open(v) for k, v in done.items()}
-    def put(name, rows, stage, keys): publish([dict(r, seed=seed) for r in rows], f'{profile}/{name}.csv', runs[stage].id, keys)
+    def put(name, rows, stage, keys):
+        if rows: publish([dict(r, seed=seed) for r in rows], f'{profile}/{name}.csv', runs[stage].id, keys)
     for kind in ('reward', 'cost'):
         for r in (1, 2, 3, 0): put('table1', runs[f'{kind}-{r}'].summary['table1'], f'{kind}-{r}', ['round', 'model', 'metric', 'label_source'])
     for r in (1, 2, 3):

@@ -105,7 +105,7 @@ def _show(config):
         note = 'scale' if m.get('scale') else f'DEVIATION from {gap[k]["paper"]}' if k in gap else ''
         print(f'  {k:24} {v!s:16} {paper:16} {note}'.rstrip())
 
-# %% ../nbs/12c_records.ipynb #71f29f5f
+# %% ../nbs/12c_records.ipynb #baf11119
 def source_hashes(
     modules, # names in the package: ('ppo',) or ('saferlhf.ppo',)
 )->dict:     # module -> sha256 of its text, the modules that it imports included
@@ -151,7 +151,8 @@ def provenance()->dict: # commit, dirty, versions, device; nothing of the enviro
 def _git(*arguments):
     "What git says about the clone that holds this package; '' for an installed wheel."
     if not (PACKAGE.parent/'.git').exists(): return ''
-    return subprocess.run(['git', '-C', PACKAGE.parent, *arguments], capture_output=True, text=True).stdout.strip()
+    done = subprocess.run(['git', '-C', PACKAGE.parent, *arguments], capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else ''
 
 # %% ../nbs/12c_records.ipynb #a26ba2c7
 class Record:
