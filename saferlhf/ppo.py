@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PPOConfig', 'ppo_step', 'token_values', 'minibatches', 'ratios', 'describe', 'make_objective', 'two_token_world',
-           'two_token_lambda', 'run_two_token']
+           'two_token_lambda', 'run_two_token', 'WorldConfig', 'world_row']
 
-# %% ../nbs/10_ppo.ipynb #78d0fa01
+# %% ../nbs/10_ppo.ipynb #3ff106c1
 from dataclasses import dataclass
 
 import torch
@@ -49,7 +49,7 @@ class PPOConfig:
     window:int = setting(128, scale=True, source='code')           # episodes in the mean cost that moves lambda
     nu:float = setting(1.0, source='Eq. E15')                      # for reward_shaping only
 
-# %% ../nbs/10_ppo.ipynb #c897bbe1
+# %% ../nbs/10_ppo.ipynb #6070a6d3
 def ppo_step(
     actor,               # engine of the policy
     reference,           # engine of the frozen reference policy
@@ -94,7 +94,7 @@ def ppo_step(
         norms = [engine.step() for engine in (actor, *critics.values())]
     return metrics | describe(roll, scores, kl, values, returns, parts, config) | dict(grad_norm=norms[0])
 
-# %% ../nbs/10_ppo.ipynb #2bc09d83
+# %% ../nbs/10_ppo.ipynb #fdc5d8b0
 def token_values(
     critic,      # ScoreModel or an engine around one
     r:Rollout,   # B answers
@@ -144,7 +144,7 @@ def make_objective(
     if config.objective != 'ppo_lag': raise ValueError(f"objective is 'ppo_lag', 'ppo' or 'reward_shaping', not {config.objective!r}")
     return ppo_lag(Multiplier(config.lambda_init, config.lambda_lr, config.lambda_max, config.threshold, config.window))
 
-# %% ../nbs/10_ppo.ipynb #a6172583
+# %% ../nbs/10_ppo.ipynb #e68bde4e
 def two_token_world(
     lam:float,         # multiplier
     kl_coef:float,     # nats
@@ -167,7 +167,7 @@ def two_token_lambda(
         low, high = (mid, high) if two_token_world(mid, kl_coef)['cost'] > threshold else (low, mid)
     return (low + high) / 2
 
-# %% ../nbs/10_ppo.ipynb #f80379be
+# %% ../nbs/10_ppo.ipynb #2f165c97
 def run_two_token(
     kl_coef:float,           # nats
     objective:str='ppo_lag', # or 'ppo': no limit
@@ -198,3 +198,21 @@ def run_two_token(
             actor.scheduler.base_lrs = [x * .1 for x in actor.scheduler.base_lrs]
         out.append({k: float(v) for k, v in ppo_step(actor, reference, critics, scorers, sampler, prompts, None, o, config, i).items()})
     return out
+
+# %% ../nbs/10_ppo.ipynb #99e336e5
+@dataclass(frozen=True)
+class WorldConfig:
+    "Runs of the two-token world; it is not in the paper, so everything is scale."
+    steps:int = setting(300, scale=True)   # rollouts
+    batch:int = setting(256, scale=True)   # responses per rollout, and the window of costs
+    last:int = setting(50, scale=True)     # steps whose mean is reported
+
+def world_row(
+    kl_coef:float, objective:str, seed:int, config:WorldConfig,
+)->tuple:          # a row of two_token_world.csv without run_id, the metrics of all steps
+    "Found against theory."
+    log = run_two_token(kl_coef, objective, seed, config.steps, config.batch)
+    lam = two_token_lambda(kl_coef) if objective == 'ppo_lag' else 0.
+    theory, mean = two_token_world(lam, kl_coef), lambda k: sum(m[k] for m in log[-config.last:]) / config.last
+    return dict(kl_coef=kl_coef, objective=objective, seed=seed, steps=config.steps, lambda_theory=lam, lambda_found=mean('lam') if 'lam' in log[0] else 0.,
+                cost_theory=theory['cost'], cost_found=mean('cost'), reward_theory=theory['reward'], reward_found=mean('reward')), log

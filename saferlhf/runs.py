@@ -195,7 +195,7 @@ def default_profile()->str: # 'gpu' or 'cpu'
     "The profile that fits this machine."
     return 'gpu' if torch.cuda.is_available() else 'cpu'
 
-# %% ../nbs/13_runs.ipynb #05842b24
+# %% ../nbs/13_runs.ipynb #be7cda1b
 "PROFILES: profile -> stage -> {field marked as scale: value, 'override': {any other field: value}}; `check_profiles` holds them to that."
 PROFILES = {
     'smoke': dict(  # seconds: random two-layer models, real rows
@@ -208,7 +208,8 @@ PROFILES = {
         collect=dict(related=24, unrelated=8, candidates=32, holdout=4, max_prompt_tokens=96, max_new_tokens=12),
         policy=dict(steps=3, prompts=8, micro_batch=4, minibatches=2, window=16, max_prompt_tokens=96, max_new_tokens=12, actor_lr=1e-4, critic_lr=1e-4,
                     lambda_lr=0.1),
-        evaluate=dict(unsafe=24, safe=12, max_prompt_tokens=96, max_new_tokens=12)),
+        evaluate=dict(unsafe=24, safe=12, max_prompt_tokens=96, max_new_tokens=12),
+        two_token=dict(steps=3, batch=16, last=2)),
     'cpu': dict(    # a quarter of an hour on two cores: the shipped nano model
         base_lm=dict(),
         sft=dict(rows=2000, epochs=2., batch_size=32, lr=1e-3, max_prompt_tokens=48, max_new_tokens=48),
