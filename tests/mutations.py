@@ -1,0 +1,56 @@
+"Break the algorithm one line at a time and see which test notices: `python tests/mutations.py [WORD in a mutation's name]`."
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+TESTS = Path(__file__).parent
+MUTATIONS = { # name -> (module, what stands there, what is put in its place, test modules)
+    'cost loss: sign terms flipped': ('losses', '-F.logsigmoid(sign * score)', '-F.logsigmoid(-sign * score)', 'train losses'),
+    'cost loss: order flipped': ('losses', 'order = -F.logsigmoid(high - low)', 'order = -F.logsigmoid(low - high)', 'train losses'),
+    'ratio inverted': ('losses', 'log_ratio.exp(), adv', '(-log_ratio).exp(), adv', 'ppo losses'),
+    'KL: sign flipped': ('advantages', '+ sign * kl_coef', '- sign * kl_coef', 'ppo advantages'),
+    'KL: coefficient dropped': ('advantages', 'sign * kl_coef * kl.masked_fill', 'sign * kl.masked_fill', 'ppo advantages'),
+    'KL: policy and reference swapped': ('advantages', 'return logp - ref_logp', 'return ref_logp - logp', 'ppo advantages'),
+    'GAE: forwards': ('advantages', 'reversed(range(mask.shape[1]))', 'range(mask.shape[1])', 'ppo advantages'),
+    'lambda: update flipped': ('objectives', 'self.log_lam + self.lr', 'self.log_lam - self.lr', 'ppo objectives'),
+    'lambda: cost advantage added': ('objectives', "'cost': -lam / (1 + lam)", "'cost': lam / (1 + lam)", 'ppo objectives'),
+    'log-probabilities: mask shift': ('models', 'gather_logps(logits[:, :-1]', 'gather_logps(logits[:, 1:]', 'models'),
+    'log-probabilities: 16 bits': ('models', 'logits.float() / temp', 'logits / temp', 'models'),
+    'positions: padding counted': ('models', 'mask.cumsum(-1) - 1', 'torch.ones_like(mask).cumsum(-1) - 1', 'models'),
+    'score: last slot': ('models', 'return x[torch.arange(len(x), device=x.device), last]', 'return x[:, -1]', 'models'),
+    'rollout: no EOS on cut answers': ('rollout', 'self.truncated[:, None].to(mask)', '0 * self.truncated[:, None].to(mask)', 'rollout'),
+    'rollout: random numbers by slot': ('rollout', 'uniforms(self.seed, keys', 'uniforms(self.seed, torch.arange(B)', 'rollout'),
+    'values: those after each token': ('ppo', '.scores[:, -T - 1:-1]', '.scores[:, -T:]', 'ppo'),
+    'step: the same samples again': ('ppo', 'first=step * config.samples', 'first=0', 'ppo'),
+    'step: micro-batches averaged apart': ('ppo', 'config.clip_ratio, len(rows))', 'config.clip_ratio)', 'ppo'),
+    'engine: dropout left on': ('engine', 'self.model = model.to(self.device).eval()', 'self.model = model.to(self.device)', 'engine'),
+}
+
+
+def first_failure(module, old, new, tests): # -> id of the first test that fails, or None
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(TESTS.parent / 'saferlhf', Path(folder) / 'saferlhf')
+        file = Path(folder) / 'saferlhf' / f'{module}.py'
+        text = file.read_text()
+        if text.count(old) != 1: raise ValueError(f'{old!r} stands {text.count(old)} times in {module}.py: bring the mutation up to date')
+        file.write_text(text.replace(old, new))
+        paths = [TESTS / f'test_{t}.py' for t in tests.split()]
+        command = [sys.executable, '-m', 'pytest', '-x', '-q', '-p', 'no:cacheprovider', f'--rootdir={TESTS.parent}', *map(str, paths)]
+        out = subprocess.run(command, cwd=folder, env=os.environ | dict(PYTHONPATH=folder), capture_output=True, text=True).stdout
+        found = re.search(r'^FAILED (\S+)', out, re.M)
+        if not found and ' passed' not in out: raise RuntimeError(out)
+        return found and found[1].split('/')[-1]
+
+
+if __name__ == '__main__':
+    chosen = {k: v for k, v in MUTATIONS.items() if all(w in k for w in sys.argv[1:])}
+    missed = []
+    for name, mutation in chosen.items():
+        test = first_failure(*mutation)
+        print(f'| {name} | {test or "NOT NOTICED"} |', flush=True)
+        missed += [] if test else [name]
+    sys.exit(f'not noticed: {missed}' if missed else 0)

@@ -1,0 +1,162 @@
+"Plain torch and DeepSpeed take the same steps; schedule, weight decay, clipping, frozen models and exact resume."
+import copy
+import math
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+import pytest
+import torch
+from saferlhf.engine import Optim, TorchEngine, adamw, gather, load, reduce_mean, schedule, zero_config
+from saferlhf.models import ScoreModel, load_lm, tiny_model, token_logps
+from tiny import close, lm, prompt_rows, scorer
+
+OPTIM = Optim(lr=3e-3, weight_decay=.1, warmup=.3, clip=.05)                   # clipping is active: the norms are larger
+
+
+# --- two implementations, one run
+def trajectory(path, engine, zero=0, steps=6): # losses and norms of a policy with two micro-batches a step, and scores of a frozen model
+    policy = load(lambda: load_lm(path / 'lm'), OPTIM, steps, engine=engine, zero=zero)
+    frozen = load(lambda: ScoreModel.from_pretrained(path / 'score'), engine=engine, zero=zero)
+    out = dict(loss=[], norm=[], score=[], rate=[])
+    for _ in range(steps):
+        for last in (False, True):
+            b = prompt_rows(5, seed=last, longest=6 + 3 * last)                # rows of unequal length, one of them a single token
+            loss = -(token_logps(policy, b['input_ids'], b['attention_mask'], 3) * b['attention_mask'][:, -3:]).mean()
+            policy.backward(loss / 2, last)
+            out['loss'].append(loss.item())
+            with torch.no_grad(): out['score'] += frozen(b['input_ids'], b['attention_mask']).end_scores.tolist()
+        out['rate'].append((policy.optimizer if engine == 'torch' else policy.engine.optimizer).param_groups[0]['lr'])
+        out['norm'].append(float(policy.step()))
+    with policy.dense_weights() as model: out['weights'] = [p.double().sum().item() for p in model.parameters()]
+    return out
+
+
+def all_stages(path): # in a process of its own: ZeRO-3 changes how models are made in the whole process
+    import logging
+    from saferlhf.engine import deepspeed
+    deepspeed(); logging.disable(logging.WARNING)
+    return {zero: trajectory(path, 'deepspeed', zero) for zero in range(4)}
+
+
+@pytest.fixture(scope='module')
+def path(tmp_path_factory):
+    path = tmp_path_factory.mktemp('models')
+    lm().save_pretrained(path / 'lm'); scorer('gpt2').save_pretrained(path / 'score')
+    return path
+
+
+@pytest.fixture(scope='module')
+def stages(path):
+    with ProcessPoolExecutor(1, mp_context=get_context('spawn')) as pool: return pool.submit(all_stages, path).result()
+
+
+@pytest.fixture(scope='module')
+def plain(path): return trajectory(path, 'torch')
+
+
+@pytest.mark.parametrize('zero', range(4))
+def test_deepspeed_equals_torch(stages, plain, zero):
+    for name in ('loss', 'norm', 'score', 'rate'): close(stages[zero][name], plain[name], 1e-5)
+    close(stages[zero]['weights'], plain['weights'], 1e-4)
+    assert plain['loss'][0] - plain['loss'][-2] > .1 and min(plain['norm']) > OPTIM.clip # it learns, and clipping matters
+
+
+def test_unknown_engine():
+    with pytest.raises(ValueError, match='deepspeed'): load(tiny_model, engine='jax')
+
+
+def test_zero_config():
+    config = zero_config(OPTIM, 2, 'bf16')
+    assert config['zero_optimization']['stage'] == 2 and config['bf16']['enabled'] and config['gradient_clipping'] == .05
+    assert zero_config(None)['gradient_clipping'] == 0
+    assert [zero_config(None, z)['zero_optimization']['stage'] for z in range(4)] == [0, 0, 0, 3]   # frozen: nothing to shard but weights
+
+
+# --- the rate
+def test_schedule_by_hand():
+    f = schedule(Optim(warmup=.25), 8)
+    close([f(k) for k in range(8)], [.5, 1, 1, *(.5 * (1 + math.cos(math.pi * k / 6)) for k in range(1, 6))], 1e-12)
+    assert f(8) == f(100) == 0
+    close([schedule(Optim(warmup=.25, schedule='constant'), 8)(k) for k in (0, 1, 7, 50)], [.5, 1, 1, 1], 1e-12)
+    assert schedule(Optim(warmup=0.), 4)(0) == 1 and schedule(Optim(warmup=.03), 10)(0) == 1     # one warm-up step is already the peak
+    with pytest.raises(ValueError, match='linear'): schedule(Optim(schedule='linear'), 4)
+
+
+def test_rate_of_each_step(plain):
+    close(plain['rate'], [OPTIM.lr * schedule(OPTIM, 6)(k) for k in range(6)], 1e-12)
+
+
+# --- weight decay
+@pytest.mark.parametrize('arch', ('llama', 'gpt2', 'opt'))
+def test_decay_on_matrices_only(arch):
+    model = ScoreModel(tiny_model(arch).base_model, bias=True)
+    decay = {id(p): g['weight_decay'] for g in adamw(model, Optim(weight_decay=.1)).param_groups for p in g['params']}
+    assert len(decay) == sum(1 for _ in model.parameters())
+    for name, p in model.named_parameters(): assert decay[id(p)] == (.1 if p.ndim == 2 else 0), name
+
+
+def test_decay_shrinks_matrices_by_hand():
+    engine = TorchEngine(tiny_model(), Optim(lr=.1, weight_decay=.5, warmup=0.))
+    before = [p.detach().clone() for p in engine.model.parameters()]
+    for p in engine.model.parameters(): p.grad = torch.zeros_like(p)
+    engine.step()
+    for p, q in zip(engine.model.parameters(), before, strict=True): close(p.detach(), q * (1 - .1 * .5 if q.ndim == 2 else 1), 1e-7)
+
+
+# --- clipping
+def test_norm_is_that_before_clipping():
+    engine = TorchEngine(lm(), OPTIM)
+    b = prompt_rows()
+    engine.backward(-token_logps(engine, b['input_ids'], b['attention_mask'], 3).mean())
+    norm = torch.stack([p.grad.norm() for p in engine.model.parameters()]).norm().item()
+    close(engine.step(), norm)
+    moments = [s['exp_avg'].norm() for s in engine.optimizer.state.values()]
+    close(torch.stack(moments).norm(), (1 - OPTIM.beta1) * OPTIM.clip)         # what Adam saw was clipped
+    assert norm > 2 * OPTIM.clip and all(p.grad is None for p in engine.model.parameters())
+
+
+# --- frozen engines, modes, precision
+def test_frozen():
+    engine = load(lambda: scorer().train())
+    out = engine(**{k: v for k, v in prompt_rows().items() if k != 'prompt_ids'})
+    assert not out.end_scores.requires_grad and not any(p.requires_grad for p in engine.model.parameters())
+    assert not hasattr(engine, 'optimizer') and not engine.model.training
+
+
+def test_dropout_is_off_while_learning():
+    model = lm('gpt2'); model.train()
+    engine = TorchEngine(model, OPTIM)
+    assert not any(m.training for m in engine.model.modules()) and all(p.requires_grad for p in engine.model.parameters())
+
+
+def test_bf16_computes_in_16_bits_and_stores_32():
+    engine = TorchEngine(lm(), Optim(), precision='bf16')
+    b = prompt_rows()
+    z = engine(input_ids=b['input_ids'], attention_mask=b['attention_mask']).logits
+    logp = token_logps(engine, b['input_ids'], b['attention_mask'], 3)
+    assert z.dtype == torch.bfloat16 and logp.dtype == torch.float32
+    engine.backward(-logp.mean())
+    assert {(p.dtype, p.grad.dtype) for p in engine.model.parameters()} == {(torch.float32, torch.float32)}
+
+
+# --- resume
+def test_restore_continues_bit_for_bit(tmp_path):
+    def step(engine, k):
+        b = prompt_rows(seed=k)
+        loss = -token_logps(engine, b['input_ids'], b['attention_mask'], 3).mean()
+        engine.backward(loss); return loss.item(), engine.step().item(), engine.scheduler.get_last_lr()
+    whole = TorchEngine(lm(), OPTIM, 8)
+    for k in range(4): step(whole, k)
+    torch.save(whole.state(), tmp_path / 'state.pt')
+    snapshot = copy.deepcopy(whole.state())
+    rest = [step(whole, k) for k in range(4, 8)]
+    for state in (torch.load(tmp_path / 'state.pt'), snapshot):
+        again = TorchEngine(lm(seed=1), OPTIM, 8); again.restore(state)
+        assert [step(again, k) for k in range(4, 8)] == rest
+        assert all(torch.equal(p, q) for p, q in zip(again.model.parameters(), whole.model.parameters(), strict=True))
+
+
+# --- reductions, on one rank
+def test_reductions_of_one_rank():
+    assert reduce_mean(dict(a=1.5, b=torch.tensor(2.), c=torch.tensor(3)), weight=7.) == dict(a=1.5, b=2., c=3.)
+    x = torch.arange(6.).view(3, 2)
+    assert torch.equal(gather(x), x)
