@@ -1,0 +1,28 @@
+"README.md from nbs/index.ipynb: `make docs` runs the notebook first, the test only compares."
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+from nbconvert import MarkdownExporter
+from traitlets.config import Config
+
+ROOT = Path(__file__).resolve().parent.parent
+INDEX = ROOT/'nbs/index.ipynb'
+
+
+def readme(path:Path=INDEX) -> str:
+    "The committed notebook as markdown: cells tagged `hide-input` show their output only, links start from the project's folder."
+    config = Config(TagRemovePreprocessor={'enabled': True, 'remove_input_tags': ['hide-input']})
+    text, _ = MarkdownExporter(config=config).from_notebook_node(nbformat.read(path, 4))
+    text = re.sub(r'\]\(\.\./', '](', text)
+    return '<!-- made by `make docs` from nbs/index.ipynb: edit that notebook -->\n\n' + re.sub(r'\n{3,}', '\n\n', text).strip() + '\n'
+
+
+if __name__ == '__main__':
+    tools = Path(sys.executable).parent
+    subprocess.run([tools/'jupyter', 'nbconvert', '--log-level=ERROR', '--to', 'notebook', '--execute', '--inplace', INDEX], check=True)
+    subprocess.run([tools/'nbdev-clean', '--fname', INDEX], check=True)
+    (ROOT/'README.md').write_text(readme())
+    print('README.md written from nbs/index.ipynb')

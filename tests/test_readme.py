@@ -1,0 +1,23 @@
+"README.md is its notebook, and what it promises is there."
+import re
+
+from project import ROOT, cells
+from readme import INDEX, readme
+
+TEXT = (ROOT/'README.md').read_text()
+
+
+def test_readme_is_the_notebook(): assert readme() == TEXT, 'run: make docs'
+
+
+def test_links_and_commands_exist():
+    for target in re.findall(r'\]\((?!https?:)([^)#]+)\)', TEXT): assert (ROOT/target).exists(), target
+    makefile = (ROOT/'Makefile').read_text()
+    for target in re.findall(r'\bmake (\w+)\b(?=`|  )', TEXT): assert re.search(rf'^{target}:', makefile, re.M), target
+    assert all(word in TEXT for word in ('make reproduce', 'make test', 'Warning', 'Apache-2.0', 'LICENSES.md', 'arxiv.org/abs/2310.12773'))
+
+
+def test_no_result_is_typed_by_hand():
+    "Per cents stand in computed cells only; 95% is the level of the intervals."
+    for cell in cells(INDEX):
+        if cell['cell_type'] == 'markdown': assert not re.search(r'\d\s*%', cell['source'].replace('95%', '')), cell['source']

@@ -1,0 +1,130 @@
+"The whole reproduction at its smallest size, by the command that users type; nothing in the checkout changes."
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+from project import ROOT, notebooks
+
+from saferlhf.pipeline import graph
+
+STAGES = {s.name: s for s in graph('smoke')}
+COLUMNS = {  # what issue readers and paper notebooks rely on; each row also names its run and seed
+    'table1': 'round model metric label_source n value low high paper',
+    'models': 'policy prompt_kind judge decoding n reward cost harmful harmful_low harmful_high coherent_harmless length',
+    'rounds': 'round kind what count', 'lagrange': 'round step lam cost window_cost reward kl threshold',
+    'annotation': 'protocol weight_spread conflict_share agreement alpha n', 'times': 'stage seconds'}
+
+
+class Smoke:
+    "A folder for runs and one for results; `call` types a command there."
+    def __init__(self, folder):
+        self.folder, self.runs, self.home = folder, folder/'runs', folder/'home'
+        self.home.mkdir(); self.said, self.seconds = '', 0.
+
+    def call(self, *arguments):
+        env = os.environ | dict(SAFERLHF_RUNS=str(self.runs), SAFERLHF_HOME=str(self.home))
+        start = time.time()
+        run = subprocess.run([Path(sys.executable).parent/'saferlhf', *arguments], cwd=self.folder, env=env, capture_output=True, text=True)
+        assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
+        self.said, self.seconds = run.stdout, time.time() - start
+        return self
+
+    def ran(self):
+        "Stages of the last call that were not done before."
+        lines = [line.split(']', 1)[1].split() for line in self.said.splitlines() if line.startswith('[')]
+        assert {line[0] for line in lines} == set(STAGES)
+        return {line[0] for line in lines if line[1:3] != ['done', 'before']}
+
+    def folders(self):
+        "Stage -> its run's folder."
+        book = json.loads((self.runs/'ledger-smoke-0.json').read_text())
+        return {name: Path(entry['folder']) for name, entry in book.items()}
+
+    def results(self, name): return self.home/'data/results/smoke'/f'{name}.csv'
+
+    def bytes(self): return {p.name: p.read_bytes() for p in self.results('x').parent.glob('*.csv')}
+
+
+def errors(path):
+    "Error outputs of an executed notebook."
+    return [o for c in nbformat.read(path, 4).cells for o in c.get('outputs', []) if o['output_type'] == 'error']
+
+
+def shipped(): return {p: p.stat().st_mtime_ns for f in ('data', 'figures', 'nbs') for p in (ROOT/f).rglob('*') if p.is_file()}
+
+
+@pytest.fixture(scope='module')
+def smoke(tmp_path_factory):
+    before = shipped()
+    out = Smoke(tmp_path_factory.mktemp('smoke')).call('reproduce', '--profile', 'smoke')
+    assert out.ran() == set(STAGES) and shipped() == before
+    return out
+
+
+def test_every_stage_is_done_and_keeps_its_record(smoke):
+    folders = smoke.folders()
+    assert set(folders) == set(STAGES) and len(set(folders.values())) == len(STAGES)
+    for name, folder in folders.items():
+        for file in ('DONE', 'config.json', 'manifest.json', 'summary.json', 'notebook.ipynb'): assert (folder/file).exists(), (name, file)
+        manifest = json.loads((folder/'manifest.json').read_text())
+        assert {Path(p).resolve() for p in manifest['parent_folders'].values()} == {folders[p] for p in STAGES[name].parents.values()}
+        assert not errors(folder/'notebook.ipynb')
+    for r in (2, 3): assert f'policy-{r - 1}' in json.loads((folders[f'policy-{r}']/'manifest.json').read_text())['parents']     # a chain
+
+
+@pytest.mark.parametrize('name', COLUMNS)
+def test_results_have_the_columns_and_name_their_runs(smoke, name):
+    table = pd.read_csv(smoke.results(name))
+    assert len(table) and set(COLUMNS[name].split()) | {'run_id', 'seed'} <= set(table.columns)
+    ids = {f'{f.parent.name}/{f.name}' for f in smoke.folders().values()}
+    assert set(table.run_id) <= ids and set(table.seed) == {0}
+
+
+def test_results_hold_every_round_policy_and_judge(smoke):
+    read = lambda name: pd.read_csv(smoke.results(name), dtype={'round': str})
+    assert set(read('table1')['round']) == {'1', '2', '3', 'unified'}
+    assert set(read('models').policy) == {'initial', 'round-1', 'round-2', 'round-3', 'reward-only'}
+    assert {'gold', 'unified', 'judge', 'tfidf'} <= set(read('models').judge)
+    assert set(read('lagrange')['round']) == set(read('rounds')['round']) == {'1', '2', '3'}
+    assert set(read('times').stage) == set(STAGES)
+
+
+def test_paper_notebooks_ran_on_these_results(smoke):
+    figures = json.loads((smoke.home/'figures/smoke/index.json').read_text())
+    for path in notebooks('paper'):
+        assert not errors(smoke.runs/'notebooks'/f'smoke-0-paper-{path.name}')
+        assert f'nbs/paper/{path.name}' in {f['notebook'] for f in figures.values()}
+    for name in figures: assert all((smoke.home/'figures/smoke'/f'{name}.{end}').exists() for end in ('png', 'pdf'))
+
+
+def test_a_second_call_makes_only_what_is_lost(smoke):
+    before, folders, first = smoke.bytes(), smoke.folders(), smoke.seconds
+    stamps = {n: (f/'DONE').stat().st_mtime_ns for n, f in folders.items()}
+    (folders['judge']/'DONE').unlink()
+    assert smoke.call('reproduce', '--profile', 'smoke').ran() == {'judge'}   # same numbers, same place: its child stands
+    assert smoke.folders() == folders and smoke.seconds < first / 2
+    assert {n for n, f in folders.items() if (f/'DONE').stat().st_mtime_ns != stamps[n]} == {'judge'}
+    drop = lambda files: {n: b for n, b in files.items() if n != 'times.csv'}
+    assert drop(smoke.bytes()) == drop(before)
+
+
+def test_a_changed_stage_changes_its_children(smoke):
+    before = smoke.folders()
+    smoke.call('run', 'cost-3', '--profile', 'smoke', '--set', 'epochs=0.5')
+    after = smoke.folders()
+    assert {n for n in after if after[n] != before[n]} == {'cost-3'}
+    smoke.call('run', 'policy-3', '--profile', 'smoke')
+    assert smoke.folders()['policy-3'] != before['policy-3']
+
+
+def test_list_and_status(smoke):
+    listed = smoke.call('list', '--profile', 'smoke').said
+    assert [line.split()[0] for line in listed.splitlines()] == list(STAGES)
+    said = smoke.call('status').said
+    assert 'unfinished' not in said and all(f'{f.parent.name}/{f.name}' in said for f in smoke.folders().values())
