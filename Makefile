@@ -26,7 +26,7 @@ drift: .venv/.installed
 	@$(call timed,the package and the notebooks are what nbdev-export and nbdev-clean leave, $(BIN)/python tests/drift.py)
 
 lint: .venv/.installed
-	@$(call timed,ruff, $(BIN)/ruff check -q .)
+	@$(call timed,ruff, $(BIN)/ruff check -q --output-format concise .)
 
 notebooks: .venv/.installed
 	@$(call timed,library notebooks, OMP_NUM_THREADS=1 $(BIN)/nbdev-test nbs --n-workers 2 --pause 0 --timing)
