@@ -47,7 +47,7 @@ def data_hashes(
     hashes = {s['file']: s['sha256'] for s in sources() if s['file'].endswith('.gz')}
     return hashes | {r: sha256(model_path(parents, r) / 'model.safetensors') for r in roles if r not in parents}
 
-# %% ../nbs/15_stages.ipynb #115b34ca
+# %% ../nbs/15_stages.ipynb #931fd346
 def fits(
     rows:list,             # dicts with prompt and perhaps response
     tokenizer,
@@ -82,11 +82,11 @@ def sft_rows(
     tokenizer,
     config,      # SFTConfig
 )->list:         # dicts prompt, response, kind
-    "Half general instructions, half answers of the preference data as they come."
+    "Half general instructions, half answers of the preference data."
     general = [dict(r, kind='general') for r in shipped('sft', 'rounds').to_list() if r['source'].startswith(GENERAL)]
     risky = [dict(r, kind='preference') for n in ('decoupled', 'safety', 'labels') for r in answers(n, 'rounds') if r['is_safe'] is not None]
-    take = lambda rows: shuffled(fits(rows, tokenizer, config.max_prompt_tokens, config.max_new_tokens), 'sft')[:config.rows // 2]
-    return take(general) + take(risky)
+    take = lambda rows, share: shuffled(fits(rows, tokenizer, config.max_prompt_tokens, config.max_new_tokens), 'sft')[:int(config.rows / 2 * share)]
+    return take(general, 1) + take([r for r in risky if not r['is_safe']], config.harmful) + take([r for r in risky if r['is_safe']], 1 - config.harmful)
 
 # %% ../nbs/15_stages.ipynb #8dc96ee8
 def prompt_pool(
@@ -113,16 +113,16 @@ def round_slice(
     if n > room: raise ValueError(f'{n} prompts a round were asked for, the pool holds {room}: lower the number, or raise max_prompt_tokens')
     return prompts[(round - 1) * room:(round - 1) * room + n]
 
-# %% ../nbs/15_stages.ipynb #f71d0c77
+# %% ../nbs/15_stages.ipynb #5d557e41
 def policy_prompts(
     tokenizer,
     config,        # PPOConfig
     round:int,
     red:list,      # harvested red-team prompts
     seed:int=0,    # of the order
-    unrelated:float=0.25, # share of safety-unrelated prompts
+    unrelated:float=0.125, # share of safety-unrelated prompts
 )->list:           # config.steps * config.prompts strings
-    "Prompts of a round of training: a quarter unrelated to safety, the rest related, red-team ones among them."
+    "Prompts of a round of training: an eighth unrelated to safety, the rest related, red-team ones among them."
     n = config.steps * config.prompts
     from_pool = lambda kind, k: round_slice(prompt_pool(kind, tokenizer, config.max_prompt_tokens), round, k)
     few, red = from_pool('safety-unrelated', round_share := int(n * unrelated)), red[:n // 4]
@@ -252,7 +252,7 @@ def calibrated(
     engine.model.rescale(1 / float(s.std()))
     return s / s.std()
 
-# %% ../nbs/15_stages.ipynb #e772dc60
+# %% ../nbs/15_stages.ipynb #cbe59e9c
 def headline(label_source:str)->str:
     "Human labels under one name; everything else keeps its own."
     return 'human' if label_source in ('human', 'human (implied by the filter)') else label_source
@@ -267,20 +267,24 @@ def test_tables(
     score,         # function (prompts, responses) -> (N,)
     collected:list,# annotated rows of this round, for the held-out tenth
     round,         # 1, 2, 3 or 'unified'
-    baselines:bool=False, # also the longer answer, the majority and TF-IDF
+    baselines:bool=False, # also the longer answer, the majority and TF-IDF, and all rows
+    most:int=250,  # pairs or answers of one label source, unless baselines are asked for
 )->tuple:          # rows of table1.csv, rows of scores of single answers, dict of comparisons
     "Accuracies on held-out labels, by who made the label."
     make = reward_pairs if kind == 'reward' else cost_pairs
     pairs = [p for p in hand_pairs(kind, 'test') if p.get('paired', 1.)] + [p for p in make(collected) if held_out(p['prompt'])]
     out, singles, extra = [], [], {}
-    for who, group in by_source(pairs).items():
+    most = 10 ** 6 if baselines else most
+    for who, group in by_source(shuffled(pairs, 'test')).items():
+        group = group[:most]
         clusters = [prompt_id(p['prompt']) for p in group]
         high, low = (score([p['prompt'] for p in group], [p[k] for p in group]) for k in ('high', 'low'))
         out.append(table1_row(round, kind, 'rank', who, len(group), accuracy(rank_correct(high, low), clusters)))
         if baselines: out.append(table1_row(round, 'longer', f'{kind}-rank', who, len(group), accuracy(longer_wins(group), clusters)))
     if kind == 'cost':
         labelled = {(r['prompt'], r['response']): r for n in ('labels', 'decoupled', 'safety') for r in answers(n, 'test') if r['is_safe'] is not None}
-        for who, group in by_source(labelled.values()).items():
+        for who, group in by_source(shuffled(labelled.values(), 'test')).items():
+            group = group[:most]
             if len(group) < 50: continue
             texts, clusters = ([r['prompt'] for r in group], [r['response'] for r in group]), [prompt_id(r['prompt']) for r in group]
             sign, s = np.array([harm_sign(r['is_safe']) for r in group]), score(*texts)

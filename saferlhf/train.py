@@ -20,7 +20,7 @@ from .engine import reduce_mean
 from .losses import cost_loss, lm_loss, lm_loss_from_logp, reward_loss
 from .models import token_logps
 
-# %% ../nbs/09_train.ipynb #e700c94a
+# %% ../nbs/09_train.ipynb #7c084886
 def setting(
     default,          # the paper's value
     scale:bool=False, # may differ between profiles
@@ -49,6 +49,7 @@ class LMConfig:
 class SFTConfig:
     "Supervised fine-tuning."
     rows:int = setting(52000, scale=True, source='Alpaca 52K')      # most training rows
+    harmful:float = setting(0.75, scale=True)                       # share of harmful answers among those to risky prompts
     epochs:float = setting(3., scale=True, source='script')         # passes over the rows
     batch_size:int = setting(256, scale=True, source='script')      # rows per optimizer step, all ranks
     lr:float = setting(2e-5, scale=True, source='script')           # peak learning rate
@@ -107,7 +108,7 @@ METRICS = { # name -> (definition, unit, healthy range)
     'rollout_s': ('time of generating and scoring', 's', ''), 'update_s': ('time of the updates', 's', ''),
 }
 
-# %% ../nbs/09_train.ipynb #27f2255b
+# %% ../nbs/09_train.ipynb #80f16968
 def check_metrics(
     metrics:dict, # name -> number
     step:int,     # for the message
@@ -136,7 +137,7 @@ def loop(
             bar.set_postfix({k: f'{metrics[k]:.3f}' for k in show if k in metrics}, refresh=False)
     return metrics
 
-# %% ../nbs/09_train.ipynb #97a46a74
+# %% ../nbs/09_train.ipynb #fde078dc
 def text_batch(
     rows:list,             # dicts with prompt and response
     tokenizer,             # of the policy
@@ -172,7 +173,7 @@ def lm_step(
     engine.backward(loss)
     return dict(loss=loss.detach(), grad_norm=engine.step())
 
-# %% ../nbs/09_train.ipynb #aa9a740f
+# %% ../nbs/09_train.ipynb #216f62b4
 def pack(
     documents,      # iterable of token id lists, each ending in EOS
     block:int,      # tokens in a row
@@ -193,7 +194,7 @@ def valid_loss(
     total = [lm_loss(engine(input_ids=b, use_cache=False).logits, b).item() * len(b) for b in parts]
     return sum(total) / len(blocks)
 
-# %% ../nbs/09_train.ipynb #cec48512
+# %% ../nbs/09_train.ipynb #f80c3d95
 def score_loss(
     kind:str,                 # 'reward' or 'cost'
     end_scores:Tensor,        # (2B,) the high responses first
