@@ -32,7 +32,7 @@ def positions(
 def visible(
     mask:Tensor, # (B, L) 1 for tokens, 0 for padding on either side
 )->Tensor:       # (B, 1, L, L) bool: may query i see key j?
-    "Causal attention over tokens. A padded query sees itself, for a row that sees nothing has no soft-max and its gradient is NaN on a GPU."
+    "Causal attention over tokens. A padded query sees itself: a row that sees nothing has no soft-max, and a NaN gradient on a GPU."
     L = mask.shape[1]
     causal = torch.ones(L, L, dtype=torch.bool, device=mask.device).tril()
     return (causal & mask.bool()[:, None, None, :]) | torch.eye(L, dtype=torch.bool, device=mask.device)

@@ -23,8 +23,7 @@ import pandas as pd
 from .annotate import annotation_rows
 from .ppo import PPOConfig, WorldConfig
 from .records import source_hashes
-from .runs import Run, check_profiles, default_profile, execute, publish, results_home, runs_home, templates_home, warm_kernel
-from .runs import PROFILES
+from .runs import PROFILES, Run, default_profile, execute, publish, results_home, runs_home, templates_home, warm_kernel
 from .stages import CollectConfig, EvalConfig, read_jsonl
 from .train import LMConfig, ScoreConfig, SFTConfig
 
@@ -56,12 +55,14 @@ def graph(
         out += [Stage(f'collect-{r}', 'collect', gold | {'sft': 'sft'} | earlier, r), score('reward', r, so_far), score('cost', r, so_far),
                 Stage(f'policy-{r}', 'policy', models | ({f'policy-{r - 1}': f'policy-{r - 1}'} if r > 1 else {}), r)]
         if r == 1: out.append(Stage('reward-only', 'policy', models, r, dict(objective='ppo')))
-    out += [score('reward', 0, so_far), score('cost', 0, so_far), Stage('judge', 'score_model', base | {'sft': 'sft'}, 1, dict(judge=True, kind='cost'))]
+    out += [score('reward', 0, so_far), score('cost', 0, so_far)]
+    out += [Stage('judge', 'score_model', base | {'sft': 'sft'}, 1, dict(judge=True, kind='cost'))]
     all_ = {s.name: s.name for s in out if s.name not in ('base_lm', 'gold', 'collect-1')}
     out.append(Stage('evaluate', 'evaluate', base | gold | all_))
     return out + ([Stage('two_token', 'two_token', {})] if profile == 'smoke' else [])
 
-BESIDE = [Stage('base_lm', 'base_lm', {}), Stage('gold', 'gold', {'base': 'base_lm'}), Stage('two_token', 'two_token', {})]  # not part of a reproduction
+# made once and shipped, or beside the reproduction
+BESIDE = [Stage('base_lm', 'base_lm', {}), Stage('gold', 'gold', {'base': 'base_lm'}), Stage('two_token', 'two_token', {})]
 
 def find(name:str, profile:str)->Stage: # ValueError lists the stages
     "A stage by its name."
@@ -69,43 +70,60 @@ def find(name:str, profile:str)->Stage: # ValueError lists the stages
         if s.name == name: return s
     raise ValueError(f'no stage {name!r}; there are {[s.name for s in graph(profile) + BESIDE]}')
 
-def score_stage(overrides)->str: return 'judge' if overrides.get('judge') else overrides.get('kind', 'reward')    # folder of a score model's runs
-def policy_stage(overrides)->str: return {'ppo': 'reward-only', 'reward_shaping': 'shaped'}.get(overrides.get('objective'), 'policy')
+def score_stage(
+    overrides:dict, # as a template gets them
+)->str:             # 'reward', 'cost' or 'judge'
+    "The folder that a score model's runs go to."
+    return 'judge' if overrides.get('judge') else overrides.get('kind', 'reward')
+
+def policy_stage(
+    overrides:dict, # as a template gets them
+)->str:             # 'policy', 'reward-only' or 'shaped'
+    "The folder that a policy's runs go to."
+    return {'ppo': 'reward-only', 'reward_shaping': 'shaped'}.get(overrides.get('objective'), 'policy')
 
 # %% ../nbs/16_pipeline.ipynb #06aa3764
-def ledger_path(profile, seed)->Path: return runs_home() / f'ledger-{profile}-{seed}.json'
-def ledger(profile, seed)->dict: return json.loads(p.read_text()) if (p := ledger_path(profile, seed)).exists() else {}
+def ledger_path(profile:str, seed:int)->Path: # a JSON file, whether it is there or not
+    "Where a reproduction notes which run each stage has come to."
+    return runs_home() / f'ledger-{profile}-{seed}.json'
+
+def ledger(profile:str, seed:int)->dict: # stage -> its folder, and a key of what it was told
+    "The stages that were run."
+    return json.loads(p.read_text()) if (p := ledger_path(profile, seed)).exists() else {}
 
 def folder_of(
-    name:str, profile:str, seed:int,
-)->Path:     # of a finished run
+    name:str, profile:str, seed:int, # of a stage, of its reproduction
+)->Path:                             # of a finished run
     "A stage's finished run. FileNotFoundError names the command that makes it."
     entry = ledger(profile, seed).get(name)
     if entry and (Path(entry['folder']) / 'DONE').exists(): return Path(entry['folder'])
-    raise FileNotFoundError(f'{name} has not been run for profile {profile}, seed {seed}: saferlhf run {name} --profile {profile} --seed {seed}')
+    command = f'saferlhf run {name} --profile {profile} --seed {seed}'
+    raise FileNotFoundError(f'{name} has not been run for profile {profile}, seed {seed}: {command}')
 
 def parents_of(
     stage:str,         # 'sft', 'policy', 'reward', ... as in the folder's name
-    profile:str, seed:int, round:int|None=None,
+    profile:str, seed:int, round:int|None=None, # of the template
 )->dict:               # role -> folder, as a string
     "The finished runs that a template reads when it is not told."
     name = f'{stage}-{round}' if round is not None and stage in ('collect', 'reward', 'cost', 'policy') else stage
     return {role: str(folder_of(p, profile, seed)) for role, p in find(name, profile).parents.items()}
 
-def key_of(stage:Stage, parameters:dict)->str: # of what a template is told
+def key_of(stage:Stage, parameters:dict)->str: # 16 hex digits; parameters: what the template is told
+    "A hash of the template, its parameters and the code behind them: as long as it stays, the stage need not run again."
     text = (templates_home() / f'{stage.template}.ipynb').read_text()
     code = source_hashes(('stages', 'ppo', 'judges'))
     return hashlib.sha256(json.dumps([stage.name, text, parameters, code], sort_keys=True).encode()).hexdigest()[:16]
 
 # %% ../nbs/16_pipeline.ipynb #9f5ddc51
 def run_stage(
-    stage:Stage, profile:str, seed:int,
+    stage:Stage, profile:str, seed:int, # from `graph`
     overrides:dict|None=None, # fields asked for by hand
     km=None,                  # from `warm_kernel`
 )->tuple:                     # (folder, whether it was skipped)
     "Execute one stage unless it is done."
     told = dict(profile=profile, seed=seed)
-    if stage.parents or stage.template not in ('base_lm', 'two_token'): told['parents'] = {role: str(folder_of(p, profile, seed)) for role, p in stage.parents.items()}
+    if stage.parents or stage.template not in ('base_lm', 'two_token'):
+        told['parents'] = {role: str(folder_of(p, profile, seed)) for role, p in stage.parents.items()}
     if stage.round is not None: told['round'] = stage.round
     told['overrides'] = dict(stage.overrides) | (overrides or {})
     key, book = key_of(stage, told), ledger(profile, seed)
@@ -127,22 +145,29 @@ class Ticker:
     def _run(self):
         while not self.stop.wait(1.):
             new = [p for p in runs_home().glob('*/*/metrics.jsonl') if p.stat().st_mtime > self.start]
-            step = json.loads(lines[-1])['step'] if new and (lines := max(new, key=lambda p: p.stat().st_mtime).read_text().splitlines()) else None
-            print(f'\r{self.text} {time.time() - self.start:4.0f} s' + (f', step {step}' if step is not None else '') + '   ', end='', flush=True)
+            lines = max(new, key=lambda p: p.stat().st_mtime).read_text().splitlines() if new else []
+            step = f', step {json.loads(lines[-1])["step"]}' if lines else ''
+            print(f'\r{self.text} {time.time() - self.start:4.0f} s{step}   ', end='', flush=True)
     def __exit__(self, *_):
         self.stop.set()
         if self.thread.is_alive(): self.thread.join(); print('\r', end='')
 
 # %% ../nbs/16_pipeline.ipynb #f79d7a8f
-PLAN = {'cpu': dict(sft=90, collect=30, reward=35, cost=40, policy=110, judge=40, evaluate=150)}  # seconds on two cores, for the remaining time
+# seconds on two cores, for the remaining time
+PLAN = {'cpu': dict(sft=90, collect=30, reward=35, cost=40, policy=110, judge=40, evaluate=150)}
 
-def planned(stage:Stage, profile, spent)->float: # seconds; what a stage of this template took, else the plan
-    kind = stage.name.split('-')[0] if stage.name != 'reward-only' else 'policy'
-    return spent.get(kind, PLAN.get(profile, {}).get(kind, 10))
+def _kind(stage): return stage.name.split('-')[0] if stage.name != 'reward-only' else 'policy'
+
+def planned(
+    stage:Stage, profile:str, # what is to come
+    spent:dict,               # kind of stage -> seconds that the last of its kind took
+)->float:                     # seconds
+    "How long a stage will take: as long as the last of its kind, else what the plan says."
+    return spent.get(_kind(stage), PLAN.get(profile, {}).get(_kind(stage), 10))
 
 def reproduce(
     profile:str, # 'smoke', 'cpu', 'gpu'
-    seed:int=0,
+    seed:int=0,  # of every stage
     until:str='',# stop after this stage
 )->dict:         # stage -> folder
     "Run every stage that is not done, publish the aggregates, draw the figures, print the tables."
@@ -154,29 +179,33 @@ def reproduce(
             began = time.time()
             with Ticker(head): done[stage.name], skipped = run_stage(stage, profile, seed, km=km)
             took = time.time() - began
-            if not skipped: spent[stage.name.split('-')[0] if stage.name != 'reward-only' else 'policy'] = took
-            print(f'{head} {"done before" if skipped else f"{took:5.0f} s"}   elapsed {(time.time() - start) / 60:4.1f} min, about {max(0, left - took) / 60:4.1f} left', flush=True)
+            if not skipped: spent[_kind(stage)] = took
+            clock = f'elapsed {(time.time() - start) / 60:4.1f} min, about {max(0, left - took) / 60:4.1f} left'
+            print(f'{head} {"done before" if skipped else f"{took:5.0f} s"}   {clock}', flush=True)
             if stage.name == until: return done
         publish_all(profile, seed, done)
         draw(profile, seed, km)
     show(profile, seed)
     return done
 
-def show(profile:str, seed:int=0):
+def show(profile:str, seed:int=0): # of a finished reproduction
     "Print the headline tables and where everything lies."
     from saferlhf.tables import Results, table1
     home = results_home() / profile
     models = pd.read_csv(home / 'models.csv').query('seed == @seed and prompt_kind == "unsafe" and decoding == "sampled"')
-    columns = dict(gold=['reward', 'cost', 'harmful', 'coherent_harmless'], unified=['reward', 'cost', 'harmful'], judge=['harmful'], tfidf=['harmful'])
+    columns = dict(gold=['reward', 'cost', 'harmful', 'coherent_harmless'], unified=['reward', 'cost', 'harmful'],
+                   judge=['harmful'], tfidf=['harmful'])
     wide = models.pivot(index='policy', columns='judge', values=['reward', 'cost', 'harmful', 'coherent_harmless'])
     print('\nTable 1, accuracies on held-out labels\n' + table1(Results(profile, seed).read('table1')).to_string())
-    print('\nEvery policy on held-out unsafe prompts, sampled answers\n' + pd.DataFrame({f'{j} {c}': wide[c, j] for j, cs in columns.items() for c in cs}).reindex(
-        [p for p in ('initial', 'round-1', 'round-2', 'round-3', 'reward-only') if p in wide.index]).round(3).to_string())
-    print(f'\nresults: {home}\nfigures: {(home.parents[2] / "figures") if profile == "cpu" else home.parents[2] / "figures" / profile}\nnotebooks: {runs_home() / "notebooks"}')
+    table = pd.DataFrame({f'{j} {c}': wide[c, j] for j, cs in columns.items() for c in cs})
+    policies = [p for p in ('initial', 'round-1', 'round-2', 'round-3', 'reward-only') if p in wide.index]
+    print('\nEvery policy on held-out unsafe prompts, sampled answers\n' + table.reindex(policies).round(3).to_string())
+    figures = home.parents[2] / 'figures' / ('' if profile == 'cpu' else profile)
+    print(f'\nresults: {home}\nfigures: {figures}\nnotebooks: {runs_home() / "notebooks"}')
 
 # %% ../nbs/16_pipeline.ipynb #26a99b55
 def publish_all(
-    profile:str, seed:int,
+    profile:str, seed:int, # of the reproduction
     done:dict,             # stage -> folder
 ):
     "Merge this reproduction's aggregates into data/results/<profile>/."
@@ -184,27 +213,33 @@ def publish_all(
     def put(name, rows, stage, keys):
         if rows: publish([dict(r, seed=seed) for r in rows], f'{profile}/{name}.csv', runs[stage].id, keys)
     for kind in ('reward', 'cost'):
-        for r in (1, 2, 3, 0): put('table1', runs[f'{kind}-{r}'].summary['table1'], f'{kind}-{r}', ['round', 'model', 'metric', 'label_source'])
+        for r in (1, 2, 3, 0):
+            put('table1', runs[f'{kind}-{r}'].summary['table1'], f'{kind}-{r}', ['round', 'model', 'metric', 'label_source'])
     for r in (1, 2, 3):
         put('rounds', runs[f'collect-{r}'].summary['counts'], f'collect-{r}', ['round', 'kind', 'what'])
         m = runs[f'policy-{r}'].metrics()
         columns = ['step', 'lam', 'cost', 'window_cost', 'reward', 'kl', 'threshold']
         put('lagrange', [dict(round=r) | row for row in m[columns].to_dict('records')], f'policy-{r}', ['round'])
     first = runs['collect-1']
-    gold = pd.DataFrame(read_jsonl(first.path('differences.jsonl')))
-    put('annotation', annotation_rows(gold.help.to_numpy(), gold.harm.to_numpy(), first.summary['noise_help'], first.summary['noise_harm'], seed=seed), 'collect-1', ['protocol'])
+    gold, noise = pd.DataFrame(read_jsonl(first.path('differences.jsonl'))), (first.summary['noise_help'], first.summary['noise_harm'])
+    put('annotation', annotation_rows(gold.help.to_numpy(), gold.harm.to_numpy(), *noise, seed=seed), 'collect-1', ['protocol'])
     judge, ev = runs['judge'].summary, runs['evaluate']
-    put('calibration', [dict(judge='judge', predicted=b['p'], observed=b['harmful'], n=b['n']) for b in judge['reliability']], 'judge', ['judge'])
-    put('prevalence', [dict(judge='judge', true_share=b['share'], recovered=b['value'], low=b['low'], high=b['high'], n=b['n']) for b in judge['prevalence']], 'judge', ['judge'])
-    for name, keys in dict(models=['policy', 'prompt_kind', 'judge', 'decoding'], elo=['policy', 'axis', 'judge'], scores=['round'], samples=['policy'], answers=['policy']).items():
+    bins = [dict(judge='judge', predicted=b['p'], observed=b['harmful'], n=b['n']) for b in judge['reliability']]
+    mixtures = [dict(judge='judge', true_share=b['share'], recovered=b['value'], **{k: b[k] for k in ('low', 'high', 'n')})
+                for b in judge['prevalence']]
+    put('calibration', bins, 'judge', ['judge']); put('prevalence', mixtures, 'judge', ['judge'])
+    tables = dict(models=['policy', 'prompt_kind', 'judge', 'decoding'], elo=['policy', 'axis', 'judge'],
+                  scores=['round'], samples=['policy'], answers=['policy'])
+    for name, keys in tables.items():
         put(name, read_jsonl(ev.path(f'{name}.jsonl')), 'evaluate', keys)
     drops = [dict(policy=p, what=k, difference=v[0], low=v[1], high=v[2]) for p, d in ev.summary['drops'].items() for k, v in d.items()]
     put('differences', drops, 'evaluate', ['policy', 'what'])
-    own = [dict(round=r, **{k: runs[f'policy-{r}'].summary[k] for k in ('cost', 'threshold', 'lam', 'lam_peak', 'lam_peak_step', 'reward', 'reward_start', 'kl', 'steps')}) for r in (1, 2, 3)]
-    for row in own: put('policies', [row], f'policy-{row["round"]}', ['round'])
+    own = ('cost', 'threshold', 'lam', 'lam_peak', 'lam_peak_step', 'reward', 'reward_start', 'kl', 'steps')
+    for r in (1, 2, 3): put('policies', [dict(round=r, **{k: runs[f'policy-{r}'].summary[k] for k in own})], f'policy-{r}', ['round'])
     if 'cost_minus_tfidf' in runs['cost-1'].summary:
         v = runs['cost-1'].summary['cost_minus_tfidf']
-        put('differences', [dict(policy='cost-1', what='sign accuracy minus TF-IDF', difference=v[0], low=v[1], high=v[2])], 'cost-1', ['policy', 'what'])
+        gap = dict(policy='cost-1', what='sign accuracy minus TF-IDF', difference=v[0], low=v[1], high=v[2])
+        put('differences', [gap], 'cost-1', ['policy', 'what'])
     for name, run in runs.items(): put('times', [dict(stage=name, seconds=run.manifest['seconds'])], name, ['stage'])
 
 def papers_home()->Path: # folder of the paper notebooks
@@ -212,10 +247,11 @@ def papers_home()->Path: # folder of the paper notebooks
     home = templates_home()
     return home.parent / ('paper' if home.name == 'experiments' else '_paper')
 
-def draw(profile:str, seed:int=0, km=None):
+def draw(profile:str, seed:int=0, km=None): # of published results; km from `warm_kernel`
     "Run the paper notebooks on the published results; say where tables and figures are."
     for path in sorted(papers_home().glob('*.ipynb')):
-        execute(path, runs_home() / 'notebooks' / f'{profile}-{seed}-paper-{path.name}', dict(profile=profile, seed=seed), progress=False, km=km)
+        out = runs_home() / 'notebooks' / f'{profile}-{seed}-paper-{path.name}'
+        execute(path, out, dict(profile=profile, seed=seed), progress=False, km=km)
         print(f'drawn: {path.stem}', flush=True)
 
 # %% ../nbs/16_pipeline.ipynb #1eb3ae25
@@ -250,4 +286,5 @@ def _status(a, profile):
         r = Run.open(m.parent)
         print(f'{r.id:40} seed {r.seed} {"done" if r.done else "unfinished: run the same command again"} {r.manifest.get("seconds", "")}')
 
-COMMANDS = dict(list=_list, run=_run, status=_status, figures=lambda a, profile: draw(profile, a.seed), reproduce=lambda a, profile: reproduce(profile, a.seed) and None)
+COMMANDS = dict(list=_list, run=_run, status=_status, figures=lambda a, profile: draw(profile, a.seed),
+                reproduce=lambda a, profile: reproduce(profile, a.seed) and None)

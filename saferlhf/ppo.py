@@ -208,11 +208,13 @@ class WorldConfig:
     last:int = setting(50, scale=True)     # steps whose mean is reported
 
 def world_row(
-    kl_coef:float, objective:str, seed:int, config:WorldConfig,
-)->tuple:          # a row of two_token_world.csv without run_id, the metrics of all steps
+    kl_coef:float, objective:str, seed:int, # of `run_two_token`
+    config:WorldConfig, # its size
+)->tuple:               # a row of two_token_world.csv without run_id, the metrics of all steps
     "Found against theory."
     log = run_two_token(kl_coef, objective, seed, config.steps, config.batch)
     lam = two_token_lambda(kl_coef) if objective == 'ppo_lag' else 0.
     theory, mean = two_token_world(lam, kl_coef), lambda k: sum(m[k] for m in log[-config.last:]) / config.last
-    return dict(kl_coef=kl_coef, objective=objective, seed=seed, steps=config.steps, lambda_theory=lam, lambda_found=mean('lam') if 'lam' in log[0] else 0.,
+    found = mean('lam') if 'lam' in log[0] else 0.
+    return dict(kl_coef=kl_coef, objective=objective, seed=seed, steps=config.steps, lambda_theory=lam, lambda_found=found,
                 cost_theory=theory['cost'], cost_found=mean('cost'), reward_theory=theory['reward'], reward_found=mean('reward')), log

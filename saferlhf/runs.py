@@ -29,7 +29,8 @@ from .records import (Record, Run, _nearest, _values, check_profiles, command_fo
 _all_ = ['Record', 'Run', 'check_profiles', 'deviations', 'identity', 'latest', 'resolve', 'results_home', 'runs_home', 'templates_home']
 
 # %% ../nbs/13_runs.ipynb #99272c9d
-PARAMETERS = dict(profile=str, seed=int, round=int, parents=dict, overrides=dict, results_dir=str, figures_dir=str) # all that a notebook may be told
+# all that a notebook may be told
+PARAMETERS = dict(profile=str, seed=int, round=int, parents=dict, overrides=dict, results_dir=str, figures_dir=str)
 
 def check_parameters(
     template:str|Path, # a notebook
@@ -206,8 +207,8 @@ PROFILES = {
         cost=dict(pairs=48, epochs=1., batch_size=16, lr=1e-3, max_prompt_tokens=96, max_new_tokens=24),
         judge=dict(pairs=48, epochs=1., batch_size=16, lr=1e-3, max_prompt_tokens=96, max_new_tokens=24),
         collect=dict(related=24, unrelated=8, candidates=32, holdout=4, max_prompt_tokens=96, max_new_tokens=12),
-        policy=dict(steps=3, prompts=8, micro_batch=4, minibatches=2, window=16, max_prompt_tokens=96, max_new_tokens=12, actor_lr=1e-4, critic_lr=1e-4,
-                    lambda_lr=0.1),
+        policy=dict(steps=3, prompts=8, micro_batch=4, minibatches=2, window=16, max_prompt_tokens=96, max_new_tokens=12,
+                    actor_lr=1e-4, critic_lr=1e-4, lambda_lr=0.1),
         evaluate=dict(unsafe=24, safe=12, max_prompt_tokens=96, max_new_tokens=12),
         two_token=dict(steps=3, batch=16, last=2)),
     'cpu': dict(    # a quarter of an hour on two cores: the shipped nano model
@@ -218,8 +219,8 @@ PROFILES = {
         cost=dict(pairs=1600, epochs=1., batch_size=32, lr=5e-4, max_prompt_tokens=48, max_new_tokens=48),
         judge=dict(pairs=1500, epochs=1., batch_size=32, lr=5e-4, max_prompt_tokens=48, max_new_tokens=48),
         collect=dict(related=320, unrelated=100, candidates=400, max_prompt_tokens=48, max_new_tokens=48),
-        policy=dict(steps=40, prompts=32, micro_batch=32, window=128, max_prompt_tokens=48, max_new_tokens=48, actor_lr=1e-4, critic_lr=2e-4,
-                    lambda_lr=0.1, override=dict(ptx_coef=0.1, clip_ratio=0.2)),
+        policy=dict(steps=40, prompts=32, micro_batch=32, window=128, max_prompt_tokens=48, max_new_tokens=48,
+                    actor_lr=1e-4, critic_lr=2e-4, lambda_lr=0.1, override=dict(ptx_coef=0.1, clip_ratio=0.2)),
         evaluate=dict(unsafe=512, safe=128, max_prompt_tokens=48, max_new_tokens=48)),
 }
 PROFILES['gpu'] = {**PROFILES['cpu'],  # the same models, more of everything, minutes on one GPU

@@ -2,7 +2,6 @@
 import os
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')       # small tensors: threads of two libraries in one another's way cost minutes
-os.environ.setdefault('MPLBACKEND', 'Agg')
 
 
 def pytest_collection_modifyitems(items):

@@ -15,7 +15,9 @@ INDEX = ROOT/'nbs/index.ipynb'
 def readme(path:Path=INDEX) -> str:
     "The committed notebook as markdown: cells tagged `hide-input` show their output only, links start from the project's folder."
     config = Config(TagRemovePreprocessor={'enabled': True, 'remove_input_tags': ['hide-input']})
-    text, _ = MarkdownExporter(config=config).from_notebook_node(nbformat.read(path, 4))
+    notebook = nbformat.read(path, 4)
+    notebook.metadata['language_info'] = {'name': 'python'}          # of the code fences; nbdev-clean leaves it out
+    text, _ = MarkdownExporter(config=config).from_notebook_node(notebook)
     text = re.sub(r'\]\(\.\./', '](', text)
     return '<!-- made by `make docs` from nbs/index.ipynb: edit that notebook -->\n\n' + re.sub(r'\n{3,}', '\n\n', text).strip() + '\n'
 
@@ -23,6 +25,10 @@ def readme(path:Path=INDEX) -> str:
 if __name__ == '__main__':
     tools = Path(sys.executable).parent
     subprocess.run([tools/'jupyter', 'nbconvert', '--log-level=ERROR', '--to', 'notebook', '--execute', '--inplace', INDEX], check=True)
+    notebook = nbformat.read(INDEX, 4)
+    for cell in notebook.cells:
+        if cell.cell_type == 'code': cell.outputs = [o for o in cell.outputs if o.get('name') != 'stderr']     # warnings of one machine
+    nbformat.write(notebook, INDEX)
     subprocess.run([tools/'nbdev-clean', '--fname', INDEX], check=True)
     (ROOT/'README.md').write_text(readme())
     print('README.md written from nbs/index.ipynb')
