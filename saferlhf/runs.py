@@ -28,7 +28,7 @@ from .records import (Record, Run, _nearest, _values, check_profiles, command_fo
 
 _all_ = ['Record', 'Run', 'check_profiles', 'deviations', 'identity', 'latest', 'resolve', 'results_home', 'runs_home', 'templates_home']
 
-# %% ../nbs/13_runs.ipynb #99272c9d
+# %% ../nbs/13_runs.ipynb #fb7d4c3b
 # all that a notebook may be told
 PARAMETERS = dict(profile=str, seed=int, round=int, parents=dict, overrides=dict, results_dir=str, figures_dir=str)
 
@@ -196,7 +196,7 @@ def default_profile()->str: # 'gpu' or 'cpu'
     "The profile that fits this machine."
     return 'gpu' if torch.cuda.is_available() else 'cpu'
 
-# %% ../nbs/13_runs.ipynb #be7cda1b
+# %% ../nbs/13_runs.ipynb #ae5f3088
 "PROFILES: profile -> stage -> {field marked as scale: value, 'override': {any other field: value}}; `check_profiles` holds them to that."
 PROFILES = {
     'smoke': dict(  # seconds: random two-layer models, real rows
@@ -215,12 +215,12 @@ PROFILES = {
         base_lm=dict(),
         sft=dict(rows=2000, epochs=2., batch_size=32, lr=1e-3, max_prompt_tokens=48, max_new_tokens=48),
         gold=dict(pairs=100_000, epochs=3., batch_size=32, lr=3e-4, max_prompt_tokens=64, max_new_tokens=64),
-        reward=dict(pairs=1400, epochs=1., batch_size=32, lr=5e-4, max_prompt_tokens=48, max_new_tokens=48),
-        cost=dict(pairs=1600, epochs=1., batch_size=32, lr=5e-4, max_prompt_tokens=48, max_new_tokens=48),
-        judge=dict(pairs=1500, epochs=1., batch_size=32, lr=5e-4, max_prompt_tokens=48, max_new_tokens=48),
-        collect=dict(related=320, unrelated=100, candidates=400, max_prompt_tokens=48, max_new_tokens=48),
-        policy=dict(steps=40, prompts=32, micro_batch=32, window=128, max_prompt_tokens=48, max_new_tokens=48,
-                    actor_lr=1e-4, critic_lr=2e-4, lambda_lr=0.1, override=dict(ptx_coef=0.1, clip_ratio=0.2)),
+        reward=dict(pairs=1100, epochs=1., batch_size=32, lr=1e-3, max_prompt_tokens=48, max_new_tokens=48),
+        cost=dict(pairs=2000, epochs=1., batch_size=32, lr=1e-3, max_prompt_tokens=48, max_new_tokens=48),
+        judge=dict(pairs=1200, epochs=1., batch_size=32, lr=1e-3, max_prompt_tokens=48, max_new_tokens=48),
+        collect=dict(related=320, unrelated=60, candidates=320, max_prompt_tokens=48, max_new_tokens=48),
+        policy=dict(steps=40, prompts=32, micro_batch=32, window=64, max_prompt_tokens=48, max_new_tokens=48,
+                    actor_lr=3e-4, critic_lr=5e-4, lambda_lr=0.5, override=dict(ptx_coef=0.1, clip_ratio=0.2)),
         evaluate=dict(unsafe=512, safe=128, max_prompt_tokens=48, max_new_tokens=48)),
 }
 PROFILES['gpu'] = {**PROFILES['cpu'],  # the same models, more of everything, minutes on one GPU
@@ -228,6 +228,6 @@ PROFILES['gpu'] = {**PROFILES['cpu'],  # the same models, more of everything, mi
     'sft': PROFILES['cpu']['sft'] | dict(rows=6000),
     'reward': PROFILES['cpu']['reward'] | dict(pairs=6000, epochs=2.), 'cost': PROFILES['cpu']['cost'] | dict(pairs=8000, epochs=2.),
     'collect': PROFILES['cpu']['collect'] | dict(related=1200, unrelated=400, candidates=800),
-    'policy': PROFILES['cpu']['policy'] | dict(steps=80, prompts=96, micro_batch=96, window=256),
+    'policy': PROFILES['cpu']['policy'] | dict(steps=40, prompts=32),
     'evaluate': PROFILES['cpu']['evaluate'] | dict(unsafe=1000, safe=300)}
 PROFILES['paper'] = {}                   # the defaults of every configuration: 7B models on eight GPUs

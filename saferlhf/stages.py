@@ -47,7 +47,7 @@ def data_hashes(
     hashes = {s['file']: s['sha256'] for s in sources() if s['file'].endswith('.gz')}
     return hashes | {r: sha256(model_path(parents, r) / 'model.safetensors') for r in roles if r not in parents}
 
-# %% ../nbs/15_stages.ipynb #931fd346
+# %% ../nbs/15_stages.ipynb #49251a12
 def fits(
     rows:list,             # dicts with prompt and perhaps response
     tokenizer,
@@ -82,11 +82,12 @@ def sft_rows(
     tokenizer,
     config,      # SFTConfig
 )->list:         # dicts prompt, response, kind
-    "Half general instructions, half answers of the preference data."
+    "General instructions, and answers of the preference data."
     general = [dict(r, kind='general') for r in shipped('sft', 'rounds').to_list() if r['source'].startswith(GENERAL)]
     risky = [dict(r, kind='preference') for n in ('decoupled', 'safety', 'labels') for r in answers(n, 'rounds') if r['is_safe'] is not None]
-    take = lambda rows, share: shuffled(fits(rows, tokenizer, config.max_prompt_tokens, config.max_new_tokens), 'sft')[:int(config.rows / 2 * share)]
-    return take(general, 1) + take([r for r in risky if not r['is_safe']], config.harmful) + take([r for r in risky if r['is_safe']], 1 - config.harmful)
+    take = lambda rows, n: shuffled(fits(rows, tokenizer, config.max_prompt_tokens, config.max_new_tokens), 'sft')[:int(n)]
+    rest = config.rows * (1 - config.general)
+    return take(general, config.rows - rest) + take([r for r in risky if not r['is_safe']], rest * config.harmful) + take([r for r in risky if r['is_safe']], rest * (1 - config.harmful))
 
 # %% ../nbs/15_stages.ipynb #8dc96ee8
 def prompt_pool(
