@@ -20,7 +20,7 @@ from .engine import reduce_mean
 from .losses import cost_loss, lm_loss, lm_loss_from_logp, reward_loss
 from .models import token_logps
 
-# %% ../nbs/09_train.ipynb #7890cf18
+# %% ../nbs/09_train.ipynb #32cadd90
 def setting(
     default,          # the paper's value
     scale:bool=False, # may differ between profiles
@@ -49,7 +49,7 @@ class LMConfig:
 class SFTConfig:
     "Supervised fine-tuning."
     rows:int = setting(52000, scale=True, source='Alpaca 52K')      # most training rows
-    general:float = setting(0.4, scale=True)                        # share of rows that say nothing about safety
+    general:float = setting(0.25, scale=True)                        # share of rows that say nothing about safety
     harmful:float = setting(1.0, scale=True)                        # share of harmful answers among the other rows
     epochs:float = setting(3., scale=True, source='script')         # passes over the rows
     batch_size:int = setting(256, scale=True, source='script')      # rows per optimizer step, all ranks
