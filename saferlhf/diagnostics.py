@@ -105,7 +105,7 @@ def scores_by_label(
     _ridges(axes[0, 1], df, 'reward', rounds); _ridges(axes[1, 1], df, 'cost', rounds); axes[1, 1].axvline(0, color=INK, lw=1)
     return fig
 
-# %% ../nbs/14a_diagnostics.ipynb #3601d2fa
+# %% ../nbs/14a_diagnostics.ipynb #94cba79b
 def lagrange(
     df:pd.DataFrame,  # rows of lagrange.csv: round, step, lam, cost, window_cost, reward, kl (nats per answer), threshold
 ) -> Figure:
@@ -122,8 +122,8 @@ def lagrange(
         cost.plot(x, d.cost, color='#9ecae1', lw=1, label='this rollout'); cost.plot(x, d.window_cost, color=BLUE, label='window mean')
         cost.plot(x, d.threshold, color=INK, ls='--', lw=1.1, label='threshold')
         reward.plot(x, d.reward, color=GREEN); kl.plot(x, d.kl, color=PINK)
-        lam.set_title(f'Round {r}' if r[:1].isdigit() else r); kl.set_xlabel('PPO step'); lam.margins(y=.22); lam.set_ylim(bottom=0)
-    kl.set_ylim(bottom=min(0, df.kl.min()))
+        lam.set_title(f'Round {r}' if r[:1].isdigit() else r); kl.set_xlabel('PPO step')
+    lam.set_ylim(0, 1.2*df.lam.max()); kl.set_ylim(bottom=min(0, df.kl.min()))
     units = ('λ (no unit)', 'cost\n(standard deviations)', 'reward\n(standard deviations)', 'KL\n(nats per answer)')
     for ax, y in zip(axes[:, 0], units, strict=True): ax.set_ylabel(y)
     axes[1, -1].legend(fontsize=7.5, loc='upper right'); fig.align_ylabels()
