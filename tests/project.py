@@ -6,6 +6,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT/'saferlhf'
+COLUMNS = {  # what the paper notebooks and readers of data/results rely on; each row also names its run and seed
+    'table1': 'round model metric label_source n value low high paper',
+    'models': 'policy prompt_kind judge decoding n reward cost harmful harmful_low harmful_high coherent_harmless length',
+    'rounds': 'round kind what count', 'lagrange': 'round step lam cost window_cost reward kl threshold',
+    'annotation': 'protocol weight_spread conflict_share agreement alpha n', 'times': 'stage seconds'}
 
 
 def notebooks(*folders:str) -> list[Path]:

@@ -9,16 +9,11 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
-from project import ROOT, notebooks
+from project import COLUMNS, ROOT, notebooks
 
 from saferlhf.pipeline import graph
 
 STAGES = {s.name: s for s in graph('smoke')}
-COLUMNS = {  # what issue readers and paper notebooks rely on; each row also names its run and seed
-    'table1': 'round model metric label_source n value low high paper',
-    'models': 'policy prompt_kind judge decoding n reward cost harmful harmful_low harmful_high coherent_harmless length',
-    'rounds': 'round kind what count', 'lagrange': 'round step lam cost window_cost reward kl threshold',
-    'annotation': 'protocol weight_spread conflict_share agreement alpha n', 'times': 'stage seconds'}
 
 
 class Smoke:
