@@ -7,7 +7,7 @@ __all__ = ['CLASSES', 'ROUNDS', 'BESIDE', 'PLAN', 'COMMANDS', 'Stage', 'graph', 
            'ledger_path', 'ledger', 'folder_of', 'parents_of', 'key_of', 'run_stage', 'Ticker', 'planned', 'reproduce',
            'show', 'publish_all', 'papers_home', 'draw', 'main']
 
-# %% ../nbs/16_pipeline.ipynb #f26da706
+# %% ../nbs/16_pipeline.ipynb #7c6444d4
 import argparse
 import ast
 import hashlib
@@ -27,7 +27,7 @@ from .runs import PROFILES, Run, default_profile, execute, publish, results_home
 from .stages import CollectConfig, EvalConfig, read_jsonl
 from .train import LMConfig, ScoreConfig, SFTConfig
 
-# %% ../nbs/16_pipeline.ipynb #867f1f14
+# %% ../nbs/16_pipeline.ipynb #005ad4b6
 CLASSES = dict(base_lm=LMConfig, sft=SFTConfig, gold=ScoreConfig, reward=ScoreConfig, cost=ScoreConfig, judge=ScoreConfig,
                collect=CollectConfig, policy=PPOConfig, evaluate=EvalConfig, two_token=WorldConfig)
 ROUNDS = {1: dict(threshold=0., lambda_init=1.), 2: dict(threshold=-.5, lambda_init=.5), 3: dict(threshold=-.8, lambda_init=1.)}  # Table 4
@@ -82,7 +82,7 @@ def policy_stage(
     "The folder that a policy's runs go to."
     return {'ppo': 'reward-only', 'reward_shaping': 'shaped'}.get(overrides.get('objective'), 'policy')
 
-# %% ../nbs/16_pipeline.ipynb #06aa3764
+# %% ../nbs/16_pipeline.ipynb #1ec6e49f
 def ledger_path(profile:str, seed:int)->Path: # a JSON file, whether it is there or not
     "Where a reproduction notes which run each stage has come to."
     return runs_home() / f'ledger-{profile}-{seed}.json'
@@ -114,7 +114,7 @@ def key_of(stage:Stage, parameters:dict)->str: # 16 hex digits; parameters: what
     code = source_hashes(('stages', 'ppo', 'judges'))
     return hashlib.sha256(json.dumps([stage.name, text, parameters, code], sort_keys=True).encode()).hexdigest()[:16]
 
-# %% ../nbs/16_pipeline.ipynb #9f5ddc51
+# %% ../nbs/16_pipeline.ipynb #6f65dfe9
 def run_stage(
     stage:Stage, profile:str, seed:int, # from `graph`
     overrides:dict|None=None, # fields asked for by hand
@@ -152,9 +152,9 @@ class Ticker:
         self.stop.set()
         if self.thread.is_alive(): self.thread.join(); print('\r', end='')
 
-# %% ../nbs/16_pipeline.ipynb #f79d7a8f
+# %% ../nbs/16_pipeline.ipynb #a9545d06
 # seconds on two cores, for the remaining time
-PLAN = {'cpu': dict(sft=90, collect=30, reward=35, cost=40, policy=110, judge=40, evaluate=150)}
+PLAN = {'cpu': dict(sft=57, collect=24, reward=36, cost=53, policy=95, judge=31, evaluate=190)}
 
 def _kind(stage): return stage.name.split('-')[0] if stage.name != 'reward-only' else 'policy'
 
@@ -203,7 +203,7 @@ def show(profile:str, seed:int=0): # of a finished reproduction
     figures = home.parents[2] / 'figures' / ('' if profile == 'cpu' else profile)
     print(f'\nresults: {home}\nfigures: {figures}\nnotebooks: {runs_home() / "notebooks"}')
 
-# %% ../nbs/16_pipeline.ipynb #26a99b55
+# %% ../nbs/16_pipeline.ipynb #f0d8f3bf
 def publish_all(
     profile:str, seed:int, # of the reproduction
     done:dict,             # stage -> folder
@@ -254,7 +254,7 @@ def draw(profile:str, seed:int=0, km=None): # of published results; km from `war
         execute(path, out, dict(profile=profile, seed=seed), progress=False, km=km)
         print(f'drawn: {path.stem}', flush=True)
 
-# %% ../nbs/16_pipeline.ipynb #1eb3ae25
+# %% ../nbs/16_pipeline.ipynb #f1f6a3a3
 def main(
     argv=None, # arguments; those of the process when None
 )->int:        # exit status
