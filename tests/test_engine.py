@@ -5,8 +5,9 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 import pytest
 import torch
-from saferlhf.engine import Optim, TorchEngine, adamw, gather, load, reduce_mean, schedule, zero_config
-from saferlhf.models import ScoreModel, load_lm, tiny_model, token_logps
+from saferlhf.engine import (Optim, TorchEngine, adamw, fast_precision, gather, load, prepare, reduce_mean, schedule,
+                             zero_config)
+from saferlhf.models import TINY, ScoreModel, load_lm, tiny_model, token_logps
 from tiny import close, lm, prompt_rows, scorer
 
 OPTIM = Optim(lr=3e-3, weight_decay=.1, warmup=.3, clip=.05)                   # clipping is active: the norms are larger
@@ -89,7 +90,7 @@ def test_rate_of_each_step(plain):
 @pytest.mark.parametrize('arch', ('llama', 'gpt2', 'opt'))
 def test_decay_on_matrices_only(arch):
     model = ScoreModel(tiny_model(arch).base_model, bias=True)
-    decay = {id(p): g['weight_decay'] for g in adamw(model, Optim(weight_decay=.1)).param_groups for p in g['params']}
+    decay = {id(p): g['weight_decay'] for g in adamw(list(model.parameters()), Optim(weight_decay=.1)).param_groups for p in g['params']}
     assert len(decay) == sum(1 for _ in model.parameters())
     for name, p in model.named_parameters(): assert decay[id(p)] == (.1 if p.ndim == 2 else 0), name
 
@@ -134,8 +135,49 @@ def test_bf16_computes_in_16_bits_and_stores_32():
     z = engine(input_ids=b['input_ids'], attention_mask=b['attention_mask']).logits
     logp = token_logps(engine, b['input_ids'], b['attention_mask'], 3)
     assert z.dtype == torch.bfloat16 and logp.dtype == torch.float32
-    engine.backward(-logp.mean())
-    assert {(p.dtype, p.grad.dtype) for p in engine.model.parameters()} == {(torch.float32, torch.float32)}
+    engine.backward(-logp.mean(), last=False)
+    assert all(p.dtype == torch.bfloat16 and p.grad is None for p in engine.params)                 # widened and freed at once
+    once = [m.grad.clone() for m in engine.masters]
+    assert all(m.dtype == g.dtype == torch.float32 for m, g in zip(engine.masters, once, strict=True))
+    engine.backward(-token_logps(engine, b['input_ids'], b['attention_mask'], 3).mean())
+    for m, g in zip(engine.masters, once, strict=True): assert torch.equal(m.grad, 2 * g)
+    before = [m.clone() for m in engine.masters]
+    engine.step()
+    for p, m, old in zip(engine.params, engine.masters, before, strict=True):
+        assert torch.equal(p, m.bfloat16()) and (not (m != old).any() or (m - m.bfloat16().float()).abs().max() > 0)
+
+
+def test_score_heads_stay_in_32_bits():
+    engine = TorchEngine(scorer(), Optim(), precision='bf16')
+    assert engine.model.score_head.weight.dtype == torch.float32
+    assert {p.dtype for p in engine.model.body.parameters()} == {torch.bfloat16}
+    names = [n for n, _ in engine.model.named_parameters()]
+    assert [n for n, p, m in zip(names, engine.params, engine.masters, strict=True) if p is m] == ['score_head.weight']
+    assert set(engine.state()['masters']) == set(names) - {'score_head.weight'}
+
+
+@pytest.mark.parametrize('arch', TINY)
+def test_recomputation_changes_nothing(arch):
+    def grads(recompute):
+        e, b = TorchEngine(prepare(lm(arch), recompute=recompute), OPTIM), prompt_rows()
+        e.backward(-token_logps(e, b['input_ids'], b['attention_mask'], 3).mean())
+        return [p.grad for p in e.params if p.grad is not None]
+    for a, b in zip(grads(False), grads(True), strict=True): assert torch.equal(a, b)
+    def kept(recompute): # numbers that autograd keeps for the backward pass
+        e, b, sizes = TorchEngine(prepare(lm(arch), recompute=recompute), OPTIM), prompt_rows(), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+            token_logps(e, b['input_ids'], b['attention_mask'], 3)
+        return sum(sizes)
+    assert kept(True) < kept(False) / 2
+
+
+def test_a_clip_of_zero_is_refused():
+    with pytest.raises(ValueError, match='remove every gradient'): Optim(clip=0.)
+
+
+def test_precision_is_checked_and_measured():
+    with pytest.raises(ValueError, match="'fp16'"): TorchEngine(lm(), OPTIM, precision='fp16')
+    assert fast_precision() in ('fp32', 'bf16') and fast_precision.cache_info().currsize == 1
 
 
 # --- resume

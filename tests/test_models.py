@@ -93,10 +93,10 @@ def test_log_probabilities(arch, temperature):
 
 def test_sixteen_bit_logits_are_widened_first():
     logits = (torch.randn(2, 5, 50, generator=torch.Generator().manual_seed(0)) * 8).bfloat16()
-    ids, mask = torch.randint(50, (2, 6), generator=torch.Generator().manual_seed(1)), torch.ones(2, 6).long()
-    logp = token_logps(lambda **kw: SimpleNamespace(logits=logits), ids, mask, 4)
-    exact = logits[:, :-1].double().log_softmax(-1).gather(-1, ids[:, -4:, None])[..., 0]
-    narrow = logits[:, :-1].log_softmax(-1).gather(-1, ids[:, -4:, None])[..., 0]
+    ids = torch.randint(50, (2, 5), generator=torch.Generator().manual_seed(1))
+    logp = gather_logps(logits, ids)
+    exact = logits.double().log_softmax(-1).gather(-1, ids[..., None])[..., 0]
+    narrow = logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0]
     assert logp.dtype == torch.float32
     close(logp, exact, 1e-5)
     assert (narrow.double() - exact).abs().max() > 1e-2                        # ratios made of these would be noise

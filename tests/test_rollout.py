@@ -4,7 +4,8 @@ import pytest
 import torch
 from saferlhf.engine import Optim, TorchEngine
 from saferlhf.models import token_logps
-from saferlhf.rollout import Rollout, Sampler, by_length, mix, perplexities, pick, respond, score_texts, uniforms
+from saferlhf.kernels import choose
+from saferlhf.rollout import Rollout, Sampler, by_length, mix, nucleus, perplexities, respond, score_texts, uniforms
 from saferlhf.text import encode_prompt, encode_response, pad, prompt_batch
 from tiny import FAMILIES, close, lm, loud, prompt_rows, scorer, sentences, tiny_model, tokenizer
 
@@ -35,6 +36,7 @@ def test_uniforms():
     close(u.mean(1), .5, .01); close(u.var(1), 1 / 12, .02)
     close(np.corrcoef(u.numpy()), np.eye(5), .03)                              # tokens, samples and seeds share nothing
     close(np.corrcoef(u[0, 1:].numpy(), u[0, :-1].numpy()), np.eye(2), .03)    # nor do neighbouring prompts
+    assert torch.equal(uniforms(3, keys[:, None], samples[:, None], torch.arange(3)), u[:3].T)
 
 
 # --- the distribution
@@ -44,18 +46,18 @@ P = np.array([.02, .08, .15, .25, .4, .1, 0.])
 def chi_square(counts, p): return float(((counts - p * counts.sum())**2 / (p * counts.sum())).sum())
 
 
-def test_pick_follows_the_probabilities():
+def test_draws_follow_the_probabilities():
     n = 20000
     u = uniforms(0, torch.arange(n), torch.zeros(n).long(), 0)
-    tokens = pick(torch.tensor(P).log().float().expand(n, -1), u)
+    tokens = choose(torch.tensor(P).log().float().expand(n, -1), u)[0]
     counts = np.bincount(tokens, minlength=7)
     assert counts[6] == 0 and chi_square(counts[:6], P[:6]) < 15.1             # 99% point of 5 degrees of freedom
     assert chi_square(counts[:6], P[:6][::-1]) > 1000
 
 
-def test_pick_by_hand():
+def test_draws_by_hand():
     z = torch.tensor([[.25, .5, 0., .25]]).log().expand(6, -1)
-    assert pick(z, torch.tensor([0., .2499, .25, .7499, .7501, 1 - 2**-53], dtype=torch.float64)).tolist() == [0, 0, 1, 1, 3, 3]
+    assert choose(z, torch.tensor([0., .2499, .25, .7499, .7501, 1 - 2**-53], dtype=torch.float64))[0].tolist() == [0, 0, 1, 1, 3, 3]
 
 
 @pytest.mark.parametrize('temperature', (1., 2.))
@@ -144,6 +146,86 @@ def test_temperature_is_recorded():
     r, model = rolled(temperature=1.7), policy()
     with torch.no_grad(): at = {k: token_logps(model, r.ids, r.attention_mask, r.mask.shape[1], k) * r.mask for k in (1., 1.7)}
     close(r.logp, at[1.7], 2e-5); assert (r.logp - at[1.]).abs().max() > .1
+
+
+def full(model, r): # log-probabilities of a rollout's tokens, each row alone, without padding or cache
+    out = torch.zeros_like(r.logp)
+    for i in range(len(out)):
+        prompt, n = r.prompts[i][r.prompt_mask[i].bool()], int(r.lengths[i])
+        z = model(input_ids=torch.cat([prompt, r.responses[i, :n]])[None]).logits[0, len(prompt) - 1:-1].double().log_softmax(-1)
+        out[i, :n] = z.gather(-1, r.responses[i, :n, None])[:, 0]
+    return out
+
+
+@pytest.mark.parametrize('arch', FAMILIES)
+@torch.no_grad()
+def test_the_policys_own_probabilities_are_recorded(arch):
+    for how in (dict(temperature=1.7), dict(top_p=.6), dict(greedy=True), {}):
+        r = rolled(arch, **how)
+        want = full(policy(arch), r)
+        close(r.policy_logp, want, 2e-5)
+        differ = (r.logp - r.policy_logp).abs().max() > .1
+        assert differ == bool('temperature' in how or 'top_p' in how)
+
+
+def test_nucleus_by_hand():
+    z = torch.tensor([[.1, .5, .3, .1]]).log()
+    kept = lambda p: (nucleus(z, p)[0] > -torch.inf).tolist()
+    assert kept(.5) == [False, True, False, False] and kept(.51) == [False, True, True, False] and kept(1.) == [True] * 4 and kept(.85).count(True) == 3
+    r = rolled(top_p=.6)
+    assert (r.logp >= r.policy_logp - 1e-5).all()                              # what is left out goes to the others
+    for bad in (dict(top_p=0.), dict(top_p=1.1), dict(temperature=0.)):
+        with pytest.raises(ValueError, match='temperature must be positive'): Sampler(None, EOS, T, **bad)
+
+
+# --- the fast way equals the plain one
+def same(a, b, tol=2e-5):
+    assert rows_of(a) == rows_of(b)
+    for k in ('prompt_ids', 'prompts', 'prompt_mask', 'responses', 'mask', 'truncated'): assert torch.equal(getattr(a, k), getattr(b, k))
+    close(a.logp, b.logp, tol); close(a.policy_logp, b.policy_logp, tol)
+
+
+@pytest.mark.parametrize('arch', FAMILIES[:4])
+@pytest.mark.parametrize('slots', (None, 1, 4, 7))
+def test_slots_change_nothing(arch, slots): # lengths from 1 to all, and a vocabulary that is a multiple of nothing
+    batch, how = prompt_rows(9, V), dict(temperature=1.2, seed=5)
+    fast = Sampler(policy(arch), EOS, T, slots=slots, **how)
+    plain = Sampler(policy(arch), EOS, T, **how)
+    plain._fast = plain._plain
+    a, b = fast.generate(batch, 3), plain.generate(batch, 3)
+    same(a, b)
+    assert a.lengths.min() == 1 and a.lengths.max() == T and a.lengths.unique().numel() > 3
+    assert fast._decoder.slots == (slots or 27) and plain._decoder is None
+    one = {k: v[:1] for k, v in batch.items()}
+    same(fast.generate(one), plain.generate(one))                              # a smaller batch in the same slots
+    limit = Sampler(policy(arch), EOS, 1, slots=slots, **how).generate(batch, 3)
+    assert limit.mask.shape == (27, 1) and torch.equal(limit.responses, a.responses[:, :1])
+
+
+def test_the_sampler_follows_its_model():
+    engine = TorchEngine(policy(), Optim(lr=.05, warmup=0.))
+    s, b = Sampler(engine, EOS, T), prompt_rows(6, V)
+    s.generate(b); first = s._decoder
+    engine.backward(token_logps(engine, b['input_ids'], b['attention_mask'], 3).mean()); engine.step()
+    fresh = Sampler(engine, EOS, T).generate(b)
+    same(s.generate(b), fresh); assert s._decoder is first                     # new weights in the same buffers
+    for p in engine.model.parameters(): p.data = p.data.clone()                # weights that moved
+    same(s.generate(b), fresh); assert s._decoder is not first
+    s.max_new_tokens = 3
+    assert rows_of(s.generate(b)) == rows_of(Sampler(engine, EOS, 3).generate(b))
+
+
+def test_a_model_without_decoder_says_so():
+    with pytest.warns(UserWarning, match='the slower way: the family gpt2'): rolled('gpt2')
+
+
+def test_a_short_attention_window_is_refused():
+    model, b = policy('mistral'), prompt_rows(6, V)
+    model.config.sliding_window = 18
+    with pytest.raises(ValueError, match='sequences of 19 tokens are longer than the attention window of this model, 18'): Sampler(model, EOS, T).generate(b)
+    Sampler(model, EOS, T - 1).generate(b)
+    model.config.sliding_window = 6
+    with pytest.raises(ValueError, match='lower max_prompt_tokens'): token_logps(model, b['input_ids'], b['attention_mask'], 3)
 
 
 @pytest.mark.parametrize('precision', ('fp32', 'bf16'))

@@ -1,5 +1,6 @@
 "The loop, the losses of supervised fine-tuning and of score models by hand, and the direction in which a cost model learns."
 import math
+from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
@@ -66,8 +67,8 @@ def test_the_prompt_is_not_learnt():
     t = tokenizer(); model = lm('llama', len(t)); b = text_batch(ROWS, t, 64, 16)
     z = torch.zeros(*b['input_ids'].shape, len(t), requires_grad=True)
     class Fixed: # logits that are free parameters show which slots a loss touches
-        device = 'cpu'
-        def __call__(self, logits_to_keep, **kw): return type('', (), dict(logits=z[:, -logits_to_keep:]))
+        device, config = 'cpu', type('', (), dict(_attn_implementation='packed'))
+        def __call__(self, lay, logits_to_keep, **kw): return SimpleNamespace(logits=z.flatten(0, 1)[lay.index][logits_to_keep][None])
     sft_loss(Fixed(), b).backward()
     touched, S = z.grad.abs().sum(-1) > 0, z.shape[1] - b['mask'].shape[1]
     assert torch.equal(touched[:, S - 1:-1], b['mask'].bool()) and not touched[:, :S - 1].any() and not touched[:, -1].any()

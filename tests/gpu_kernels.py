@@ -1,0 +1,69 @@
+"Every kernel against its plain form: on a GPU as it is, on a CPU with TRITON_INTERPRET=1. Prints the largest error of each."
+import torch
+from saferlhf.kernels import (add_norm, attend_cache, choose, gate, on_gpu, plain_add_norm, plain_attend_cache, plain_choose,
+                              plain_gate)
+
+device = 'cuda' if torch.cuda.is_available() else 'cpu'
+types = (torch.float32, torch.bfloat16) if device == 'cuda' else (torch.float32,)
+tolerance = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
+torch.manual_seed(0)
+
+
+def error(got, want):
+    got, want = (torch.cat([x.double().flatten() for x in xs]) for xs in (got, want))
+    assert got.isfinite().all()
+    return ((got - want).norm() / want.norm()).item()
+
+
+def check(name, cases):
+    worst = {}
+    for dtype in types:
+        worst[dtype] = max(cases(dtype))
+        assert worst[dtype] < tolerance[dtype], (name, dtype, worst)
+    print(name, *[f'{str(k)[6:]} {v:.1e}' for k, v in worst.items()], 'ok')
+
+
+def norms(dtype):
+    for n, d in ((1, 7), (5, 192), (3, 2048)):
+        x, h, w = (torch.randn(*s, device=device, dtype=dtype) for s in ((n, d), (n, d), (d,)))
+        yield error(add_norm(x, h, w, 1e-6), plain_add_norm(x, h, w, 1e-6))
+        yield error(add_norm(x, None, w, 1e-6), plain_add_norm(x, None, w, 1e-6))
+
+
+def gates(dtype):
+    for n, f in ((1, 3), (4, 1500), (3, 5632)):
+        for act in ('silu', 'gelu'):
+            x = 3 * torch.randn(n, 2 * f, device=device, dtype=dtype)
+            yield error([gate(x, act)], [plain_gate(x, act)])
+
+
+def attention(dtype):
+    for H, K, D, L in ((4, 2, 32, 70), (8, 1, 64, 300), (6, 6, 32, 9), (32, 4, 64, 512), (8, 8, 128, 140), (2, 1, 256, 77)):
+        N = 5
+        qkv, ks, vs = (torch.randn(*s, device=device, dtype=dtype) for s in ((N, (H + 2 * K) * D), (N + 2, K, L, D), (N + 2, K, L, D)))
+        pos = torch.tensor([0, 1, L // 2, L - 2, L - 1], device=device)          # an empty cache, and one with a single slot left
+        angle = torch.randn(N, D // 2, device=device).repeat(1, 2)
+        cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+        caches = [(ks.clone(), vs.clone()) for _ in range(2)]
+        for k, v in caches[:1]:                                                  # what lies beyond the used part must not matter
+            for b in range(N): k[b, :, pos[b] + 1:], v[b, :, pos[b] + 1:] = float('nan'), float('nan')
+        got = attend_cache(qkv, *caches[0], pos, cos, sin, D ** -.5)
+        want = plain_attend_cache(qkv, *caches[1], pos, cos, sin, D ** -.5)
+        used = torch.arange(L, device=device) <= pos[:, None]
+        yield error([got, *(x[:N].transpose(1, 2)[used] for x in caches[0])], [want, *(x[:N].transpose(1, 2)[used] for x in caches[1])])
+
+
+def tokens(dtype):
+    for V in (3, 1000, 1024, 4099, 32003):
+        z, u = 4 * torch.randn(64, V, device=device).to(dtype), torch.rand(64, device=device, dtype=torch.float64)
+        z[0] = float('-inf'); z[0, V // 2] = 1.; u[1] = 0.; u[2] = 1 - 2 ** -53
+        for temperature in (1., .7):
+            got, want = choose(z, u, temperature), plain_choose(z.float(), u, temperature)
+            same = got[0] == want[0]
+            assert same[:2].all() and same.sum() >= 62, 'the token differs'      # u just below 1, and a draw between two roundings, may
+            assert ((got[0] >= 0) & (got[0] < V)).all()
+            yield error([x[same] for x in got[1:]], [x[same] for x in want[1:]])
+
+
+assert on_gpu(torch.zeros(1, device=device)), 'no GPU and no interpreter: nothing would be compared'
+for name, cases in dict(add_norm=norms, gate=gates, attend_cache=attention, choose=tokens).items(): check(name, cases)
