@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['kl_per_token', 'place_at_end', 'token_rewards', 'gae']
 
-# %% ../nbs/04_advantages.ipynb #6dd3f85b
+# %% ../nbs/04_advantages.ipynb #49922a86
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # %% ../nbs/04_advantages.ipynb #e4878f58
@@ -37,7 +38,7 @@ def token_rewards(
     "E10: the score at the last token plus, at each token, sign * kl_coef * kl."
     return place_at_end(score, mask) + sign * kl_coef * kl.masked_fill(mask == 0, 0)
 
-# %% ../nbs/04_advantages.ipynb #65deb40b
+# %% ../nbs/04_advantages.ipynb #05955a1d
 @torch.no_grad()
 def gae(
     rewards:Tensor, # (B, T) token rewards of one channel, fp32
@@ -46,12 +47,12 @@ def gae(
     gamma=1.0,      # discount per token
     lam=0.95,       # GAE's lambda (not the multiplier)
 )->tuple:           # advantages (B, T), returns (B, T); 0 on padding
-    "E11: generalised advantages and returns, backwards over the tokens. ValueError if the mask is not ones, then zeros."
-    if (mask.long().diff(dim=1) > 0).any(): raise ValueError('`mask` has a 1 after a 0: slice the response so that it starts at column 0')
+    "E11: generalised advantages and returns, all tokens in one matrix product. ValueError if the mask is not ones, then zeros."
+    if (getattr(mask, 'host', mask).long().diff(dim=1) > 0).any():
+        raise ValueError('`mask` has a 1 after a 0: slice the response so that it starts at column 0')
     rewards, values = rewards.masked_fill(mask == 0, 0), values.masked_fill(mask == 0, 0)
-    advantages, running, following = torch.zeros_like(rewards + values), 0., 0.
-    for t in reversed(range(mask.shape[1])):
-        delta = rewards[:, t] + gamma * following - values[:, t]
-        running = delta + gamma * lam * running
-        advantages[:, t], following = running, values[:, t]
+    delta = rewards + gamma * F.pad(values[:, 1:], (0, 1)) - values
+    t = torch.arange(mask.shape[1], device=delta.device)
+    decay = torch.where(t[:, None] >= t, (gamma * lam) ** (t[:, None] - t).clamp(min=0).to(delta.dtype), 0.)     # delta_k counts (gamma lam)^(k-t) at t
+    advantages = (delta @ decay).masked_fill(mask == 0, 0)
     return advantages, advantages + values

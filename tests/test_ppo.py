@@ -81,12 +81,15 @@ def test_values_are_those_before_each_token():
 
 
 # --- the whole step, slowly: one row at a time, no padding, no cache, float64
-def row_by_hand(w, prompt, answer): # -> log-probs now, reference log-probs, scores and values of one answer
+def row_by_hand(w, prompt, answer): # -> log-probs now, reference log-probs, scores, values and mean entropy of one answer
     c, ids, start = w.config, torch.tensor([prompt + answer]), len(prompt)
-    logps = lambda e: (e.model.double()(input_ids=ids).logits[0, start - 1:-1] / c.temperature).log_softmax(-1)[range(len(answer)), answer]
-    full = torch.tensor([prompt + answer + [EOS] * (answer[-1] != EOS)])
+    full = lambda e: (e.model.double()(input_ids=ids).logits[0, start - 1:-1] / c.temperature).log_softmax(-1)
+    logps = lambda e: full(e)[range(len(answer)), answer]
+    entropy = -(full(w.actor).exp() * full(w.actor)).sum(-1).mean().item()
+    text = torch.tensor([prompt + answer + [EOS] * (answer[-1] != EOS)])
     values = {k: v.model.double()(ids, torch.ones_like(ids)).scores[0, start - 1:-1] for k, v in w.critics.items()}
-    return logps(w.actor), logps(w.reference).detach(), {k: s(full, torch.ones_like(full)).item() for k, s in w.scorers.items()}, values
+    scores = {k: s(text, torch.ones_like(text)).item() for k, s in w.scorers.items()}
+    return logps(w.actor), logps(w.reference).detach(), scores, values, entropy
 
 
 def channel_by_hand(score, sign, kl, values, c): # -> advantages: the double sum, forwards
@@ -103,7 +106,7 @@ def by_hand(w, r, lam): # -> loss whose gradient is the actor's, and numbers tha
     score = {'shaped': lambda s: s['reward'] - c.nu * s['cost'], 'reward': lambda s: s['reward'], 'cost': lambda s: s['cost']}
     weight = dict(reward=1 / (1 + lam), cost=-lam / (1 + lam)) if len(w.critics) == 2 else {name: 1.}
     loss, squares, kls = [], [], []
-    for now, ref, s, values in rows:
+    for now, ref, s, values, _ in rows:
         kl = (now - ref).detach().numpy()
         a = {k: channel_by_hand(score[k](s), 1 if k == 'cost' else -1, kl, v.detach().numpy(), c) for k, v in values.items()}
         total = torch.tensor(sum(weight[k] * a[k] for k in a))
@@ -112,7 +115,7 @@ def by_hand(w, r, lam): # -> loss whose gradient is the actor's, and numbers tha
     mean = lambda f: np.mean([f(x) for x in rows])
     numbers = dict(reward=mean(lambda x: x[2]['reward']), cost=mean(lambda x: x[2]['cost']), harmful=mean(lambda x: x[2]['cost'] > 0),
                    kl=np.mean([k.sum() for k in kls]), kl_token=np.mean([k.mean() for k in kls]), length=mean(lambda x: len(x[0])),
-                   entropy=-mean(lambda x: x[0].mean().item()), value_loss=np.mean(squares), actor_loss=torch.stack(loss).mean().item())
+                   entropy=mean(lambda x: x[4]), value_loss=np.mean(squares), actor_loss=torch.stack(loss).mean().item())
     return torch.stack(loss).mean(), numbers
 
 
