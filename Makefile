@@ -2,13 +2,16 @@
 PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 SHELL := bash
-.PHONY: reproduce figures test drift lint notebooks pytest lab docs
+.PHONY: reproduce figures test bench drift lint notebooks pytest lab docs
 
 reproduce: .venv/.installed
 	@$(BIN)/saferlhf reproduce $(if $(PROFILE),--profile $(PROFILE))
 
 figures: .venv/.installed
 	@$(BIN)/saferlhf figures $(if $(PROFILE),--profile $(PROFILE))
+
+bench: .venv/.installed
+	@$(BIN)/python -c 'from saferlhf.bench import main; main()'
 
 lab: .venv/.installed
 	@$(BIN)/jupyter lab nbs

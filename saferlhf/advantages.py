@@ -38,7 +38,7 @@ def token_rewards(
     "E10: the score at the last token plus, at each token, sign * kl_coef * kl."
     return place_at_end(score, mask) + sign * kl_coef * kl.masked_fill(mask == 0, 0)
 
-# %% ../nbs/04_advantages.ipynb #05955a1d
+# %% ../nbs/04_advantages.ipynb #b7d1f663
 @torch.no_grad()
 def gae(
     rewards:Tensor, # (B, T) token rewards of one channel, fp32
@@ -53,6 +53,7 @@ def gae(
     rewards, values = rewards.masked_fill(mask == 0, 0), values.masked_fill(mask == 0, 0)
     delta = rewards + gamma * F.pad(values[:, 1:], (0, 1)) - values
     t = torch.arange(mask.shape[1], device=delta.device)
-    decay = torch.where(t[:, None] >= t, (gamma * lam) ** (t[:, None] - t).clamp(min=0).to(delta.dtype), 0.)     # delta_k counts (gamma lam)^(k-t) at t
+    later = t[:, None] - t                                                         # k - t
+    decay = torch.where(later >= 0, (gamma * lam) ** later.clamp(min=0).to(delta.dtype), 0.)
     advantages = (delta @ decay).masked_fill(mask == 0, 0)
     return advantages, advantages + values

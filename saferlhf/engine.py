@@ -59,14 +59,14 @@ def adamw(
               dict(params=[p for p in params if not decays(p)], weight_decay=0.)]
     return torch.optim.AdamW([g for g in groups if g['params']], lr=optim.lr, betas=(optim.beta1, optim.beta2), fused=True)
 
-# %% ../nbs/06_engine.ipynb #55512492
+# %% ../nbs/06_engine.ipynb #8493a864
 def device():
     "This rank's device."
     return torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0))) if torch.cuda.is_available() else torch.device('cpu')
 
 @lru_cache
 def fast_precision()->str: # 'bf16' or 'fp32'
-    "'bf16' where this device multiplies 16-bit matrices at least 1.5 times as fast as 32-bit ones, measured once; else 'fp32'."
+    "'bf16' where matrices of 16 bits are multiplied at least 1.5 times as fast as those of 32, measured once; else 'fp32'."
     def seconds(dtype, best=math.inf):
         a, b = torch.randn(1024, 256, device=device(), dtype=dtype), torch.randn(256, 1024, device=device(), dtype=dtype)
         for _ in range(6):
@@ -91,7 +91,7 @@ def prepare(
     "Make the layers fast, or small."
     for layer in model.modules():
         if not isinstance(layer, GradientCheckpointingLayer): continue
-        if compile: layer.forward = torch.compile(layer.forward)
+        if compile: layer.forward = torch.compile(layer.forward, options=dict(emulate_precision_casts=True))  # rounds as plain code does
         if recompute: layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     return model
 
@@ -109,7 +109,8 @@ class TorchEngine:
         self.params = [p.requires_grad_(optim is not None) for p in model.parameters()]
         wide = [p.detach() for p in self.params]
         if precision == 'bf16': sixteen_bits(model)
-        self.masters = [p if p.dtype == torch.float32 else w.float() for p, w in zip(self.params, wide, strict=True)] if optim else []
+        master = lambda p, w: p if p.dtype == torch.float32 else w.float()
+        self.masters = [master(p, w) for p, w in zip(self.params, wide, strict=True)] if optim else []
         if not optim: return
         for p, m in zip(self.params, self.masters, strict=True):
             if m is not p: p.register_post_accumulate_grad_hook(partial(self._widen, m))
@@ -146,7 +147,8 @@ class TorchEngine:
     def state(self):
         "State dicts of the model, the optimizer and the schedule, and the masters where they are not the model's weights."
         masters = {n: m for (n, p), m in zip(self.model.named_parameters(), self.masters, strict=True) if m is not p}
-        return dict(model=self.model.state_dict(), masters=masters, optimizer=self.optimizer.state_dict(), scheduler=self.scheduler.state_dict())
+        return dict(model=self.model.state_dict(), masters=masters, optimizer=self.optimizer.state_dict(),
+                    scheduler=self.scheduler.state_dict())
 
     @torch.no_grad()
     def restore(self,

@@ -52,7 +52,7 @@ def layout(
     there = lambda x: x.to(mask.device, non_blocking=True)
     return Layout(there(m.flatten().nonzero().squeeze(1)), there(position), there(row * longest + position), there(bounds.int()), longest)
 
-# %% ../nbs/01b_packing.ipynb #db847113
+# %% ../nbs/01b_packing.ipynb #c13794f8
 def attend(
     q:Tensor,    # (N, heads, head_dim)
     k:Tensor,    # (N, kv_heads, head_dim): each serves heads / kv_heads query heads
@@ -61,18 +61,21 @@ def attend(
     scale:float|None=None, # None: head_dim ** -0.5
 )->Tensor:       # (N, heads, head_dim)
     "Causal attention of every packed sequence to itself."
+    B, L = len(lay.bounds) - 1, lay.longest
     if q.is_cuda and q.dtype != torch.float32:
-        return torch.ops.aten._flash_attention_forward(q, k, v, lay.bounds, lay.bounds, lay.longest, lay.longest, 0., True, False, scale=scale)[0]
-    B, L, whole = len(lay.bounds) - 1, lay.longest, len(q) == (len(lay.bounds) - 1) * lay.longest
+        return torch.ops.aten._flash_attention_forward(q, k, v, lay.bounds, lay.bounds, L, L, 0., True, False, scale=scale)[0]
+    whole = len(q) == B * L
     def rows(x): # (N, h, D) -> (B, h, L, D)
         if not whole: x = x.new_zeros(B * L, *x.shape[1:]).index_copy(0, lay.slot, x)
         return x.view(B, L, *x.shape[1:]).transpose(1, 2)
-    out = F.scaled_dot_product_attention(rows(q), rows(k), rows(v), is_causal=True, scale=scale, enable_gqa=k.shape[1] != q.shape[1])
-    out = out.transpose(1, 2).reshape(B * L, *q.shape[1:])
+    wide = lambda x: x.float() if x.dtype == torch.bfloat16 else x             # a CPU's 16-bit attention is the slower one
+    grouped = k.shape[1] != q.shape[1]
+    out = F.scaled_dot_product_attention(*(rows(wide(x)) for x in (q, k, v)), is_causal=True, scale=scale, enable_gqa=grouped)
+    out = out.to(q.dtype).transpose(1, 2).reshape(B * L, *q.shape[1:])
     return out if whole else out[lay.slot]
 
-# %% ../nbs/01b_packing.ipynb #eba055cc
-def packed_attention(module, query, key, value, attention_mask, scaling=None, lay=None, **kw): # (1, heads, N, head_dim) each; as transformers calls it
+# %% ../nbs/01b_packing.ipynb #0bc87619
+def packed_attention(module, query, key, value, attention_mask, scaling=None, lay=None, **kw): # (1, heads, N, head_dim) each
     "`attend` in the shape of transformers' attention functions."
     if lay is None: return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kw)
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
@@ -102,4 +105,5 @@ def packed_forward(
     check_window(config, lay.longest)
     if config._attn_implementation != 'packed': config._attn_implementation = 'packed'
     unused = torch.empty(1, 1, 1, 1, device=ids.device)     # a mask of four dimensions stops transformers from building one
-    return model(input_ids=ids.flatten()[lay.index][None], position_ids=lay.position[None], attention_mask=unused, use_cache=False, lay=lay, **kw)
+    return model(input_ids=ids.flatten()[lay.index][None], position_ids=lay.position[None], attention_mask=unused, use_cache=False,
+                 lay=lay, **kw)

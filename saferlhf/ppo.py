@@ -51,7 +51,7 @@ class PPOConfig:
     window:int = setting(128, scale=True, source='code')           # episodes in the mean cost that moves lambda
     nu:float = setting(1.0, source='Eq. E15')                      # for reward_shaping only
 
-# %% ../nbs/10_ppo.ipynb #da6f4b77
+# %% ../nbs/10_ppo.ipynb #5e49faca
 def ppo_step(
     actor,               # engine of the policy
     reference,           # engine of the frozen reference policy
@@ -92,7 +92,8 @@ def ppo_step(
         log.append(dict(ptx_loss=nll.detach()))
         return config.ptx_coef * nll
     def value(p, name):
-        error = critic_loss(token_values(critics[name], p.rows), p.cut(values[name]), p.cut(returns[name]), p.rows.mask, config.clip_value, p.n)
+        now, old, goal = token_values(critics[name], p.rows), p.cut(values[name]), p.cut(returns[name])
+        error = critic_loss(now, old, goal, p.rows.mask, config.clip_value, p.n)
         log.append(dict(value_loss=error.detach() / len(critics)))
         return error
     for k, rows in enumerate(minibatches(len(roll.mask), config, step)):

@@ -9,7 +9,7 @@ __all__ = ['CollectConfig', 'gold_score', 'annotate_pairs', 'mine_red_team', 'co
            'GENERAL', 'answers', 'data_hashes', 'fits', 'model_path', 'policy_prompts', 'prompt_pool', 'round_slice',
            'sft_rows', 'shuffled']
 
-# %% ../nbs/15_stages.ipynb #b7a9a33b
+# %% ../nbs/15_stages.ipynb #8a47718a
 import json
 from collections import Counter
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ import numpy as np
 
 from .annotate import PAPER_AGREEMENT, GoldAnnotator, noise_for_agreement, pair_kinds, prompt_kinds, red_team, two_stage
 from .data import cost_pairs, harm_sign, label_pairs, prompt_id, reward_pairs, shipped
-from .engine import load
+from .engine import fast_precision, load
 from .evaluate import (accuracy, longer_wins, majority, model_row, paired_difference,
                                rank_correct, sign_correct, table1_row)
 from .judges import TfidfJudge, coherent
@@ -72,7 +72,7 @@ def annotate_pairs(
     annotator = GoldAnnotator(look, *sd, seed=seed, annotator=round)
     return two_stage(prompts, first, second, annotator, source=f'round-{round}'), (a - b)[:, :2], sd
 
-# %% ../nbs/15_stages.ipynb #6e7142c6
+# %% ../nbs/15_stages.ipynb #19f3da85
 def mine_red_team(
     sampler, tokenizer, score, # the current policy and the gold scorer
     config:CollectConfig,      # candidates, samples, holdout
@@ -97,7 +97,7 @@ def collect_pairs(
 )->tuple:             # as from `annotate_pairs`
     "Two answers per prompt and their annotation."
     def ask(path, index, first):
-        lm = load(lambda: load_lm(path))
+        lm = load(lambda: load_lm(path), precision=fast_precision())
         s = Sampler(lm, tokenizer.eos_token_id, config.max_new_tokens, config.temperature, seed=seed)
         asked = [prompts[i] for i in index]
         return [a['response'] for a in respond(s, tokenizer, asked, config.max_prompt_tokens, config.batch_size, 1, first)]
@@ -214,7 +214,7 @@ def test_tables(
                 extra['cost_minus_tfidf'] = paired_difference(right, words, clusters)
     return out, singles, extra
 
-# %% ../nbs/15_stages.ipynb #134c033a
+# %% ../nbs/15_stages.ipynb #17ba8f40
 @dataclass(frozen=True)
 class EvalConfig:
     "What is asked of every policy."
@@ -239,7 +239,7 @@ def ask_policy(
     path, tokenizer, prompts:list, config:EvalConfig, greedy:bool, seed:int, # a policy's folder; N strings
 )->list:            # dicts response, tokens, truncated
     "One answer per prompt; samples are fresh (number 100), never those of training or collection."
-    lm = load(lambda: load_lm(path))
+    lm = load(lambda: load_lm(path), precision=fast_precision())
     s = Sampler(lm, tokenizer.eos_token_id, config.max_new_tokens, greedy=greedy, seed=seed)
     return respond(s, tokenizer, prompts, config.max_prompt_tokens, config.batch_size, first=100)
 

@@ -1,7 +1,7 @@
 "Every kernel against its plain form: on a GPU as it is, on a CPU with TRITON_INTERPRET=1. Prints the largest error of each."
 import torch
-from saferlhf.kernels import (add_norm, attend_cache, choose, gate, on_gpu, plain_add_norm, plain_attend_cache, plain_choose,
-                              plain_gate)
+from saferlhf.kernels import (add_norm, attend_cache, choose, gate, on_gpu, pieces_choose, plain_add_norm, plain_attend_cache,
+                              plain_choose, plain_gate, plain_rotate_append, rotate_append)
 
 device = 'cuda' if torch.cuda.is_available() else 'cpu'
 types = (torch.float32, torch.bfloat16) if device == 'cuda' else (torch.float32,)
@@ -53,9 +53,23 @@ def attention(dtype):
         yield error([got, *(x[:N].transpose(1, 2)[used] for x in caches[0])], [want, *(x[:N].transpose(1, 2)[used] for x in caches[1])])
 
 
+def prompts(dtype):
+    for H, K, D, L in ((4, 2, 32, 20), (32, 4, 64, 50), (3, 1, 128, 20)):
+        N, slots = 17, 6
+        sizes = (N, (H + 2 * K) * D), (slots, K, L, D), (slots, K, L, D)
+        qkv, ks, vs = (torch.randn(*s, device=device, dtype=dtype) for s in sizes)
+        angle = torch.randn(N, D // 2, device=device).repeat(1, 2)
+        place = torch.randperm(slots * 12, device=device)[:N]                    # slots and positions without order
+        caches = [(ks.clone(), vs.clone()) for _ in range(2)]
+        got, want = (f(qkv.clone(), angle.cos().to(dtype), angle.sin().to(dtype), place // 12, place % 12, *c)
+                     for f, c in zip((rotate_append, plain_rotate_append), caches, strict=True))
+        yield error([*got, *caches[0]], [*want, *caches[1]])
+
+
 def tokens(dtype):
     for V in (3, 1000, 1024, 4099, 32003):
-        z, u = 4 * torch.randn(64, V, device=device).to(dtype), torch.rand(64, device=device, dtype=torch.float64)
+        z = 4 * torch.randn(64, 2, V, device=device).to(dtype)[:, 1]             # strides of others' tensors
+        u = torch.rand(64, 3, device=device, dtype=torch.float64)[:, 1]
         z[0] = float('-inf'); z[0, V // 2] = 1.; u[1] = 0.; u[2] = 1 - 2 ** -53
         for temperature in (1., .7):
             got, want = choose(z, u, temperature), plain_choose(z.float(), u, temperature)
@@ -63,7 +77,12 @@ def tokens(dtype):
             assert same[:2].all() and same.sum() >= 62, 'the token differs'      # u just below 1, and a draw between two roundings, may
             assert ((got[0] >= 0) & (got[0] < V)).all()
             yield error([x[same] for x in got[1:]], [x[same] for x in want[1:]])
+            if device == 'cuda': continue
+            got = pieces_choose(z, u, temperature)                               # a CPU's way, which needs no interpreter
+            assert ((same := got[0] == want[0])[:2]).all() and same.sum() >= 62
+            yield error([x[same] for x in got[1:]], [x[same] for x in want[1:]])
 
 
 assert on_gpu(torch.zeros(1, device=device)), 'no GPU and no interpreter: nothing would be compared'
-for name, cases in dict(add_norm=norms, gate=gates, attend_cache=attention, choose=tokens).items(): check(name, cases)
+for name, cases in dict(add_norm=norms, gate=gates, attend_cache=attention, rotate_append=prompts, choose=tokens).items():
+    check(name, cases)

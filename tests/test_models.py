@@ -1,6 +1,5 @@
 "Padding on any side changes nothing in six families; log-probabilities against numpy; the layout of the released score models."
 import json
-from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch

@@ -5,7 +5,8 @@ import torch
 from saferlhf.engine import Optim, TorchEngine
 from saferlhf.models import token_logps
 from saferlhf.kernels import choose
-from saferlhf.rollout import Rollout, Sampler, by_length, mix, nucleus, perplexities, respond, score_texts, uniforms
+from saferlhf.rollout import Rollout, Sampler, by_length, perplexities, respond, score_texts
+from saferlhf.sampling import mix, nucleus, uniforms
 from saferlhf.text import encode_prompt, encode_response, pad, prompt_batch
 from tiny import FAMILIES, close, lm, loud, prompt_rows, scorer, sentences, tiny_model, tokenizer
 
@@ -171,7 +172,8 @@ def test_the_policys_own_probabilities_are_recorded(arch):
 def test_nucleus_by_hand():
     z = torch.tensor([[.1, .5, .3, .1]]).log()
     kept = lambda p: (nucleus(z, p)[0] > -torch.inf).tolist()
-    assert kept(.5) == [False, True, False, False] and kept(.51) == [False, True, True, False] and kept(1.) == [True] * 4 and kept(.85).count(True) == 3
+    assert kept(.5) == [False, True, False, False] and kept(.51) == [False, True, True, False]
+    assert kept(1.) == [True] * 4 and kept(.85).count(True) == 3
     r = rolled(top_p=.6)
     assert (r.logp >= r.policy_logp - 1e-5).all()                              # what is left out goes to the others
     for bad in (dict(top_p=0.), dict(top_p=1.1), dict(temperature=0.)):
@@ -222,7 +224,8 @@ def test_a_model_without_decoder_says_so():
 def test_a_short_attention_window_is_refused():
     model, b = policy('mistral'), prompt_rows(6, V)
     model.config.sliding_window = 18
-    with pytest.raises(ValueError, match='sequences of 19 tokens are longer than the attention window of this model, 18'): Sampler(model, EOS, T).generate(b)
+    with pytest.raises(ValueError, match='sequences of 19 tokens are longer than the attention window of this model, 18'):
+        Sampler(model, EOS, T).generate(b)
     Sampler(model, EOS, T - 1).generate(b)
     model.config.sliding_window = 6
     with pytest.raises(ValueError, match='lower max_prompt_tokens'): token_logps(model, b['input_ids'], b['attention_mask'], 3)
