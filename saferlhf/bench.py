@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'COLUMNS', 'STEP', 'FULL', 'wait', 'seconds', 'peak', 'ceilings', 'random_lm', 'prompts', 'matrices',
-           'decode_floor', 'train_floor', 'device_name', 'record', 'main']
+           'decode_floor', 'train_floor', 'device_name', 'record', 'chosen', 'main']
 
 # %% ../nbs/13a_bench.ipynb #f1abb970
 import platform
@@ -136,7 +136,15 @@ def record(
     out.to_csv(path, index=False, float_format='%.5g')
     return new
 
-# %% ../nbs/13a_bench.ipynb #25fe748a
+# %% ../nbs/13a_bench.ipynb #77099a7e
+def chosen(
+    overrides:dict, # some of the names below with other values
+    **defaults,     # name -> value
+)->dict:            # all names
+    "A benchmark's sizes; ValueError for a name that it does not have."
+    if odd := set(overrides) - set(defaults): raise ValueError(f'{sorted(odd)} cannot be overridden; choose from {sorted(defaults)}')
+    return defaults | overrides
+
 STEP = dict(size='1.1B', prompt_tokens=64, new_tokens=448, generate_tokens=48)
 FULL = {'sampler': STEP | dict(batches=[16, 128, 512], mean=128, slots=128, queues=[512, 2048]),
         'ppo_step': STEP | dict(batches=[16, 64], micro_batch=16, compile=True),
@@ -148,4 +156,5 @@ def main(
     "Measure; results go to data/results/bench below the current folder, executed notebooks to runs/bench."
     for name in names or (FULL if torch.cuda.is_available() else [*FULL, 'cpu']):
         print(name)
-        execute(f'nbs/bench/{name}.ipynb', f'runs/bench/{name}.ipynb', FULL.get(name) if torch.cuda.is_available() else None)
+        sizes = dict(overrides=FULL.get(name, {})) if torch.cuda.is_available() else {}
+        execute(f'nbs/bench/{name}.ipynb', f'runs/bench/{name}.ipynb', sizes)
