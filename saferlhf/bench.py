@@ -56,7 +56,7 @@ def ceilings()->dict: # copy: bytes/s, read and written; matmul: operations/s
         for _ in range(5): a @ b
     return dict(copy=copy, matmul=5 * 2 * n ** 3 / seconds(products))
 
-# %% ../nbs/13a_bench.ipynb #164d65ec
+# %% ../nbs/13a_bench.ipynb #3cc8edbe
 SIZES = {
     'tiny': dict(vocab_size=512, hidden_size=64, intermediate_size=176, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2),
     '1.1B': dict(vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32,
@@ -66,7 +66,7 @@ def random_lm(
     size:str,            # a key of `SIZES`
     mean:float|None=None,# mean length of an answer, tokens; None: as the weights have it
     eos:int=1,           # id that ends an answer
-    dtype=torch.bfloat16,
+    dtype=torch.bfloat16,# of the weights
 ):                       # a causal LM on the device
     "A Llama with random weights."
     with torch.device(device()):

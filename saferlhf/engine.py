@@ -6,14 +6,13 @@
 __all__ = ['Optim', 'schedule', 'adamw', 'device', 'fast_precision', 'sixteen_bits', 'prepare', 'TorchEngine', 'single_rank',
            'deepspeed', 'zero_config', 'DeepSpeedEngine', 'load', 'ranks', 'gather', 'reduce_mean']
 
-# %% ../nbs/06_engine.ipynb #1a850d1d
+# %% ../nbs/06_engine.ipynb #e8336e89
 import math
 import os
 import socket
-import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -59,20 +58,16 @@ def adamw(
               dict(params=[p for p in params if not decays(p)], weight_decay=0.)]
     return torch.optim.AdamW([g for g in groups if g['params']], lr=optim.lr, betas=(optim.beta1, optim.beta2), fused=True)
 
-# %% ../nbs/06_engine.ipynb #8493a864
+# %% ../nbs/06_engine.ipynb #59cebd95
 def device():
     "This rank's device."
     return torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0))) if torch.cuda.is_available() else torch.device('cpu')
 
-@lru_cache
 def fast_precision()->str: # 'bf16' or 'fp32'
-    "'bf16' where matrices of 16 bits are multiplied at least 1.5 times as fast as those of 32, measured once; else 'fp32'."
-    def seconds(dtype, best=math.inf):
-        a, b = torch.randn(1024, 256, device=device(), dtype=dtype), torch.randn(256, 1024, device=device(), dtype=dtype)
-        for _ in range(6):
-            start = time.perf_counter(); (a @ b)[0, 0].item(); best = min(best, time.perf_counter() - start)
-        return best
-    return 'bf16' if 1.5 * seconds(torch.bfloat16) < seconds(torch.float32) else 'fp32'
+    "'bf16' where this device has units for it. Asked, not timed: a busy moment must not change a run's numbers."
+    if torch.cuda.is_available(): return 'bf16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'fp32'
+    has = lambda name: getattr(torch.cpu, name, bool)()
+    return 'bf16' if has('_is_avx512_bf16_supported') or has('_is_amx_tile_supported') else 'fp32'
 
 def sixteen_bits(
     model, # nn.Module

@@ -103,7 +103,7 @@ def ppo_step(
         for name, critic in critics.items(): update(critic, [partial(value, p, name) for p in parts])
     return metrics | describe(roll, scores, kl, values, returns, log, config) | dict(grad_norm=norm)
 
-# %% ../nbs/10_ppo.ipynb #6ef10ad0
+# %% ../nbs/10_ppo.ipynb #f41c2714
 def token_values(
     critic,      # ScoreModel or an engine around one
     r:Rollout,   # B answers
@@ -125,9 +125,17 @@ class Part:
     "Some rows of a rollout that go through a model together."
     def __init__(self, roll, index, n, minibatch): # index (b,) of the rows; n: rows of the whole minibatch
         self.rows, self.n, self.minibatch, self.index = roll.take(index), n, minibatch, index.to(roll.mask.device, non_blocking=True)
-    def cut(self, x): return x[self.index, :self.rows.mask.shape[1]] # (B, T) -> (b, t)
+    def cut(self,
+        x:Tensor, # (B, T) of the whole rollout
+    )->Tensor:    # (b, t)
+        "These rows, as long as their longest answer."
+        return x[self.index, :self.rows.mask.shape[1]]
 
-def rows_of(batch, n): # dict of (B, ...) -> list of dicts of (at most n, ...)
+def rows_of(
+    batch:dict, # name -> (B, ...)
+    n:int,      # rows in a piece
+)->list:        # dicts name -> (at most n, ...)
+    "Cut a batch into pieces."
     return [dict(zip(batch, x, strict=True)) for x in zip(*(v.split(n) for v in batch.values()), strict=True)]
 
 def update(
@@ -171,7 +179,7 @@ def describe(roll, scores, kl, values, returns, log, config)->dict: # metrics of
                explained=sum(explained) / len(explained))
     if 'cost' in scores: out['harmful'] = (scores['cost'] > 0).float().mean()
     out |= {k: sum(x[k] for x in log if k in x) / steps for k in ('actor_loss', 'value_loss', 'entropy')}
-    out['ptx_loss'] = sum((x['ptx_loss'] for x in log if 'ptx_loss' in x), torch.tensor(0., device=kl.device)) / steps
+    out['ptx_loss'] = sum((x['ptx_loss'] for x in log if 'ptx_loss' in x), kl.new_zeros(())) / steps
     first, last = ([x for x in log if x.get('minibatch') == k] for k in (0, steps - 1))
     mean = lambda k, part: sum(x[k] for x in part) / sum(x['tokens'] for x in part)
     return out | dict(ratio=1 + mean('ratio', first), ratio_max=torch.stack([x['ratio_max'] for x in last]).max(),

@@ -43,7 +43,7 @@ def nucleus(
     p, order = z.softmax(-1).sort(-1, descending=True)
     return z.masked_fill(torch.zeros_like(z, dtype=torch.bool).scatter_(-1, order, p.cumsum(-1) - p >= top_p), float('-inf'))
 
-# %% ../nbs/07d_sampling.ipynb #5c25da28
+# %% ../nbs/07d_sampling.ipynb #58e14c66
 class Slots:
     "What the answers in progress know, in tensors whose addresses stay."
     def __init__(self, n, T, device): # slots, response tokens
@@ -54,7 +54,9 @@ class Slots:
         self.u = number(n, T + 1, dtype=torch.float64)                   # the random numbers of all places
         self.tokens, self.logp, self.policy_logp = number(n, T + 1), *number(2, n, T + 1, dtype=torch.float32)
 
-    def all(self): return [x for x in vars(self).values() if torch.is_tensor(x)]
+    def all(self)->list:
+        "Every tensor, one row per slot."
+        return [x for x in vars(self).values() if torch.is_tensor(x)]
 
     def record(self, n, token, logp, policy_logp, eos):
         "Write what the first n slots drew, and see which end."

@@ -139,7 +139,7 @@ def loop(
             bar.set_postfix({k: f'{metrics[k]:.3f}' for k in show if k in metrics}, refresh=False)
     return metrics
 
-# %% ../nbs/09_train.ipynb #819805b1
+# %% ../nbs/09_train.ipynb #ca74c077
 def text_batch(
     rows:list,             # dicts with prompt and response
     tokenizer,             # of the policy
@@ -151,7 +151,11 @@ def text_batch(
                         pad([encode_response(x['response'], tokenizer, max_new_tokens, cut='plain') for x in rows], 0))
     return dict(input_ids=torch.cat([h, r], 1), attention_mask=torch.cat([hm, rm], 1), mask=rm)
 
-def on(device, batch): # tensors of a batch to a device; masks remember where they came from
+def on(
+    device,     # where to
+    batch:dict, # name -> tensor
+)->dict:        # the same there
+    "A batch on a device; its tensors remember where they came from."
     return {k: with_host(v, device) for k, v in batch.items()}
 
 def sft_loss(

@@ -103,7 +103,7 @@ with warnings.catch_warnings(record=True) as seen:
     sampler.generate = quiet.__get__(sampler)
     m = step(1)
     torch.cuda.set_sync_debug_mode('default')
-waits = [w for w in seen if 'synchroniz' in str(w.message)]
+waits = [w for w in seen if 'synchroniz' in str(w.message) and 'prototype' not in str(w.message)]
 where = [f'{w.filename.split("/")[-1]}:{w.lineno}' for w in waits]
 print(f'a step waits for the device {len(waits)} times after its rollout: {where}')
 assert len(waits) <= 1 and all(torch.as_tensor(x).isfinite() for x in m.values())

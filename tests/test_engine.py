@@ -175,9 +175,9 @@ def test_a_clip_of_zero_is_refused():
     with pytest.raises(ValueError, match='remove every gradient'): Optim(clip=0.)
 
 
-def test_precision_is_checked_and_measured():
+def test_precision_is_checked():
     with pytest.raises(ValueError, match="'fp16'"): TorchEngine(lm(), OPTIM, precision='fp16')
-    assert fast_precision() in ('fp32', 'bf16') and fast_precision.cache_info().currsize == 1
+    assert fast_precision() == fast_precision() and fast_precision() in ('fp32', 'bf16')
 
 
 # --- resume

@@ -17,7 +17,8 @@ ORDER = list(modules())
 LIBRARY = [m for m in ORDER if (PACKAGE/f'{m}.py').exists()]
 PURE = ('losses', 'advantages', 'objectives')
 ONLY_IN = {'deepspeed': {'engine'}, 'papermill': {'runs'}, 'matplotlib': {'figures', 'diagnostics'}}     # the last two draw
-PROVIDED = {'sklearn': 'scikit-learn', 'jupyter_client': 'ipykernel', 'jupyter_core': 'ipykernel', 'nbclient': 'papermill'}
+PROVIDED = {'triton': 'torch',
+            'sklearn': 'scikit-learn', 'jupyter_client': 'ipykernel', 'jupyter_core': 'ipykernel', 'nbclient': 'papermill'}
 BLOCKED = ('nbdev fastcore execnb papermill jupyter_client jupyter_core jupyterlab ipykernel IPython '
            'nbformat nbclient nbconvert deepspeed').split()
 
