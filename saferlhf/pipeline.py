@@ -7,7 +7,7 @@ __all__ = ['CLASSES', 'ROUNDS', 'BESIDE', 'PLAN', 'COMMANDS', 'Stage', 'graph', 
            'ledger_path', 'ledger', 'folder_of', 'parents_of', 'key_of', 'run_stage', 'Ticker', 'planned', 'reproduce',
            'show', 'publish_all', 'papers_home', 'draw', 'main']
 
-# %% ../nbs/16_pipeline.ipynb #7c6444d4
+# %% ../nbs/16_pipeline.ipynb #8556742e
 import argparse
 import ast
 import hashlib
@@ -21,6 +21,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from .annotate import annotation_rows
+from .checkpoint import atomic_write
 from .ppo import PPOConfig, WorldConfig
 from .records import source_hashes
 from .runs import PROFILES, Run, default_profile, execute, publish, results_home, runs_home, templates_home, warm_kernel
@@ -114,7 +115,7 @@ def key_of(stage:Stage, parameters:dict)->str: # 16 hex digits; parameters: what
     code = source_hashes(('stages', 'ppo', 'judges'))
     return hashlib.sha256(json.dumps([stage.name, text, parameters, code], sort_keys=True).encode()).hexdigest()[:16]
 
-# %% ../nbs/16_pipeline.ipynb #6f65dfe9
+# %% ../nbs/16_pipeline.ipynb #cb508edb
 def run_stage(
     stage:Stage, profile:str, seed:int, # from `graph`
     overrides:dict|None=None, # fields asked for by hand
@@ -132,7 +133,7 @@ def run_stage(
     out = runs_home() / 'notebooks' / f'{profile}-{seed}-{stage.name}.ipynb'
     folder = execute(stage.template, out, told, progress=False, km=km)
     book = ledger(profile, seed) | {stage.name: dict(folder=str(folder), key=key)}
-    ledger_path(profile, seed).write_text(json.dumps(book, indent=1))
+    atomic_write(ledger_path(profile, seed), json.dumps(book, indent=1))
     return folder, False
 
 class Ticker:
