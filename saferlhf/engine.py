@@ -4,13 +4,17 @@
 
 # %% auto #0
 __all__ = ['Optim', 'schedule', 'adamw', 'finite', 'device', 'TorchEngine', 'single_rank', 'deepspeed', 'zero_config',
-           'DeepSpeedEngine', 'load', 'ranks', 'gather', 'reduce_mean']
+           'universal', 'DeepSpeedEngine', 'load', 'ranks', 'gather', 'reduce_mean']
 
-# %% ../nbs/06_engine.ipynb #92d953a0
+# %% ../nbs/06_engine.ipynb #483df98a
+import argparse
+import io
 import math
 import os
+import shutil
 import socket
-from contextlib import contextmanager, nullcontext
+import tempfile
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 
 import torch
@@ -144,7 +148,25 @@ def zero_config(
                 zero_optimization=dict(stage=stage), bf16=dict(enabled=precision == 'bf16'), gradient_clipping=optim.clip if optim else 0.,
                 zero_allow_untested_optimizer=True, steps_per_print=10**9)
 
-# %% ../nbs/06_engine.ipynb #55d5f632
+# %% ../nbs/06_engine.ipynb #cd01404c
+@contextmanager
+def universal(
+    folder, # as from `DeepSpeedEngine.write`
+):          # -> a folder that holds `universal`, for as long as the block lasts
+    "Convert sharded weights and moments to whole ones, on the first rank, so that any number of ranks can read them."
+    from deepspeed.checkpoint import ds_to_universal
+    out = [tempfile.mkdtemp() if not dist.is_initialized() or dist.get_rank() == 0 else None]
+    try:
+        if out[0]:
+            told = argparse.Namespace(input_folder=f'{folder}/state', output_folder=f'{out[0]}/universal', num_extract_workers=1,
+                                      num_merge_workers=1, keep_temp_folder=False, strict=True, inject_missing_state=True)
+            with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()): ds_to_universal.main(told)
+        if ranks() > 1: dist.broadcast_object_list(out)
+        yield out[0]
+    finally:
+        if ranks() > 1: dist.barrier()
+        if out[0] and (ranks() == 1 or dist.get_rank() == 0): shutil.rmtree(out[0], ignore_errors=True)
+
 class DeepSpeedEngine:
     "The verbs of `TorchEngine` on DeepSpeed, ZeRO stage 0 to 3."
     def __init__(self, model, optim=None, steps=1, precision='fp32', zero=0, keep=None):
@@ -165,7 +187,15 @@ class DeepSpeedEngine:
     ):
         "Add a loss's gradient."
         self.engine.set_gradient_accumulation_boundary(last)
-        self.engine.backward(loss)
+        self.engine.backward(finite('loss', loss))
+        if last: finite('gradient', self._size())
+
+    def _size(self):
+        "() The sum of all gradients' sizes, on all ranks: not finite where one of them is not."
+        parts = [p.grad for p in self.model.parameters()] if self.zero == 0 else sum(self.engine.optimizer.averaged_gradients.values(), [])
+        x = sum((g.detach().abs().sum(dtype=torch.float32) for g in parts if g is not None), torch.zeros((), device=self.device))
+        if ranks() > 1: dist.all_reduce(x)
+        return x
 
     def step(self):
         "As in `TorchEngine`."
@@ -179,7 +209,29 @@ class DeepSpeedEngine:
         "The model with its weights gathered, for as long as the block lasts."
         with deepspeed().zero.GatheredParameters(list(self.model.parameters()), enabled=self.zero == 3): yield self.model
 
-# %% ../nbs/06_engine.ipynb #f4d3ce21
+    def write(self,
+        folder, # every rank writes its part into it
+    ):
+        "Weights, optimizer and schedule of all ranks, together."
+        self.engine.save_checkpoint(str(folder), tag='state', save_latest=False)
+
+    def read(self,
+        folder,      # as from `write`, of a checkpoint whose hashes were compared: these files are pickled
+        n:int,       # ranks that wrote it
+    ):
+        "Put back what `write` stored; with another number of ranks through DeepSpeed's universal checkpoint."
+        if n == ranks() or self.zero == 0: return self.engine.load_checkpoint(str(folder), tag='state')
+        groups = self.engine.optimizer.param_groups
+        decays = [g['weight_decay'] for g in groups]
+        with universal(folder) as converted:
+            self.engine._config.load_universal_checkpoint = True
+            try: self.engine.load_checkpoint(converted, tag='universal')
+            finally: self.engine._config.load_universal_checkpoint = False
+        # at stage 3 all groups got the first one's decay, and one counter of steps that each of them would move
+        for g, decay in zip(groups, decays, strict=True): g['weight_decay'] = decay
+        for s in self.engine.optimizer.optimizer.state.values(): s['step'] = s['step'].clone()
+
+# %% ../nbs/06_engine.ipynb #3295f554
 def load(
     make,                 # function without arguments that returns the model
     optim:Optim|None=None,# None: frozen
@@ -193,7 +245,7 @@ def load(
     if engine != 'deepspeed': raise ValueError(f"engine is 'torch' or 'deepspeed', not {engine!r}")
     keep = None
     if zero == 3:
-        deepspeed()
+        if not (ds := deepspeed()).comm.is_initialized(): ds.init_distributed(verbose=False)   # it counts ranks while the model is made
         from transformers.integrations import HfDeepSpeedConfig
         keep = HfDeepSpeedConfig(zero_config(optim, zero, precision))
     return DeepSpeedEngine(make(), optim, steps, precision, zero, keep)

@@ -6,7 +6,7 @@
 __all__ = ['PACKAGE', 'runs_home', 'templates_home', 'results_home', 'resolve', 'deviations', 'check_profiles', 'source_hashes',
            'identity', 'provenance', 'Record', 'Journal', 'Run', 'command_for', 'latest']
 
-# %% ../nbs/12c_records.ipynb #8344dc45
+# %% ../nbs/12c_records.ipynb #05b109ea
 import ast
 import difflib
 import hashlib
@@ -26,7 +26,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from .checkpoint import atomic_write, cut_lines, flush, inside, lock, newest, read_lines
-from .resume import Saver, piece
+from .resume import Saver, piece, polite
 
 # %% ../nbs/12c_records.ipynb #489a7f7e
 PACKAGE = Path(__file__).resolve().parent if '__file__' in globals() else Path.cwd().resolve().parent/'saferlhf'
@@ -217,7 +217,7 @@ class Journal(Record):
 
 def _values(row): return {k: (v.tolist() if hasattr(v, 'tolist') else v) for k, v in row.items()}
 
-# %% ../nbs/12c_records.ipynb #e610e48d
+# %% ../nbs/12c_records.ipynb #19259bf7
 _OPEN = weakref.WeakValueDictionary() # this process's runs: "run all cells" twice takes the folder over, another process is refused
 
 class Run(Journal):
@@ -241,7 +241,9 @@ class Run(Journal):
         with ExitStack() as stack:
             if not (folder/'DONE').exists(): stack.enter_context(lock(folder))
             if not (folder/'manifest.json').exists(): _first(folder, what, config, parents, profile)
-            run = cls(folder); run._stack = stack.pop_all()
+            run = cls(folder)
+            if not run.done: stack.enter_context(polite(run._again))
+            run._stack = stack.pop_all()
         _OPEN[str(folder)] = run; run._open(config)
         return run
 
@@ -271,7 +273,7 @@ class Run(Journal):
         "Do a piece of work once; see `piece`."
         return make() if self.done else piece(self.path(f'checkpoint/{name}'), make, self._again)
 
-    _again = property(lambda self: f'run the same command again: {self.manifest["command"]}')
+    _again = property(lambda self: f'run the same command, or this notebook, again: {os.environ.get("SAFERLHF_COMMAND", "")}'.rstrip(' :'))
 
     def _goes_on(self, step):
         "Cut the logs to a checkpoint's step, and note it."
