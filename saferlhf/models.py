@@ -135,7 +135,7 @@ class ScoreModel(nn.Module):
         for p in self.score_head.parameters(): p.mul_(factor)
         return self
 
-# %% ../nbs/02_models.ipynb #d3434028
+# %% ../nbs/02_models.ipynb #f8ea322b
 def load_score_model(
     path,                   # local folder or hub name: a score model or a causal LM
     kind:str='reward',      # as in `ScoreModel`
@@ -143,10 +143,10 @@ def load_score_model(
     score_dim:int|None=None,# None: as stored, 1 for a fresh head
 )->ScoreModel:
     "Read a score model in the released layout, or put a fresh head on a language model."
-    config = AutoConfig.from_pretrained(path)
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     if getattr(config, 'do_normalize', False):
         raise ValueError(f'{path}: its normaliser is switched on; fold mean and scale into the head, then set do_normalize to false')
-    with quiet(): body = AutoModel.from_pretrained(path, dtype=dtype)
+    with quiet(): body = AutoModel.from_pretrained(path, dtype=dtype, use_safetensors=True, trust_remote_code=False)
     head = read_tensors(path, 'score_head.')
     stored = head['score_head.weight'].shape[0] if head else 1
     if head and score_dim not in (None, stored): raise ValueError(f'{path} holds {stored} scores per token, {score_dim} were asked for')
@@ -203,7 +203,7 @@ def tiny_model(
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(tiny_config(arch, vocab_size)).eval()
 
-# %% ../nbs/02_models.ipynb #f3eef7c2
+# %% ../nbs/02_models.ipynb #5a83ef72
 def llama(
     vocab_size:int,    # tokens
     hidden:int,        # width
@@ -236,7 +236,7 @@ def load_tokenizer(
     path, # local folder or hub name
 ):
     "A tokenizer with an EOS; a missing pad token is set to EOS, which is harmless since masks come from lengths."
-    t = AutoTokenizer.from_pretrained(path)
+    t = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     if t.eos_token_id is None: raise ValueError(f'{path}: the tokenizer has no EOS token; responses could not end')
     if t.pad_token_id is None: t.pad_token = t.eos_token
     return t
@@ -246,4 +246,4 @@ def load_lm(
     dtype=torch.float32, # checkpoints in 16 bits are widened for training
 ):
     "A causal LM in eval mode: dropout is off in all of RL."
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, trust_remote_code=False).eval()

@@ -2,7 +2,7 @@
 
     python drive.py TEMPLATE PARAMETERS.json ['{"fault": ..., "at": ..., ...}']
 
-The cells are those of the notebook, run one after the other without a kernel, so a kill is a kill of the stage and the seconds go to the stage.
+The cells are those of the notebook, run one after the other without a kernel, so that a kill is a kill of the stage.
 """
 import errno
 import json
@@ -10,13 +10,14 @@ import os
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 
 import matplotlib
 import torch
 
 matplotlib.use('Agg')
-from saferlhf import checkpoint, engine, records, resume  # noqa: E402
+from saferlhf import checkpoint, engine, records  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 PHASES = 'write-start write-half flushed before-rename after-rename before-clean'.split()
@@ -79,7 +80,6 @@ def torn_line(run, name, rows):
 
 def poison(what, n, value):
     "The n-th loss, gradient, reward or cost is not a number."
-    from saferlhf import train
     bad = float(value)
     if what in ('loss', 'gradient'):
         tick = iter(range(1, 10**9))
@@ -93,7 +93,6 @@ def poison(what, n, value):
         tick, inner = iter(range(1, 10**9)), engine.finite
         def finite(name, *xs): return inner(name, *(x * bad if name == what and next(tick) == n else x for x in xs))
         engine.finite = finite
-    return train
 
 
 def arrange(fault):
@@ -111,6 +110,8 @@ def arrange(fault):
     if kind == 'signal':
         send = after(at, lambda *_: os.kill(os.getpid(), getattr(signal, fault['name'])))
         wrap(records.Run, '_append', behind=send); wrap(records, 'piece', before=send)
+    if kind == 'pause':     # holds the folder until somebody goes on
+        wrap(records.Run, '_append', behind=after(at, lambda *_: os.kill(os.getpid(), signal.SIGSTOP)))
     if kind == 'not-finite': poison(fault['what'], at, fault['value'])
 
 
@@ -136,6 +137,7 @@ if __name__ == '__main__':
     template, parameters, fault = sys.argv[1], json.loads(Path(sys.argv[2]).read_text()), json.loads(sys.argv[3]) if sys.argv[3:] else {}
     if 'zero' in fault: deep(fault['zero'])
     arrange(fault)
+    first = []
+    for owner, name in ((records.Run, '_append'), (records, 'piece')): wrap(owner, name, behind=lambda *_: first or first.append(time.monotonic()))
     run = execute(template, parameters)
-    print('finished', run.folder)
-    assert resume.ranks() == 1 or fault.get('zero') is not None
+    print(f'\nfinished {time.monotonic() - first[0]:.3f} s after the first step or piece')
