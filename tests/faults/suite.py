@@ -25,7 +25,7 @@ COLUMNS = 'fault stage engine seed phase step outcome lost run_id'.split()
 LONGER = {'base_lm': dict(epochs=.04), 'gold': dict(epochs=2.), 'sft': dict(epochs=2.), 'reward-1': dict(epochs=2.), 'cost-2': dict(epochs=2.),
           'judge': dict(epochs=2.), 'policy-2': dict(steps=6), 'collect-2': {}, 'evaluate': {}, 'two_token': dict(steps=8)}
 PHASES = 'write-start write-half flushed before-rename after-rename before-clean'.split()
-STAGE = {'base_lm': 'base_lm', 'gold': 'score_model', 'sft': 'sft', 'reward-1': 'score_model', 'cost-2': 'score_model', 'judge': 'score_model',
+STAGE = {'base_lm': 'base_lm', 'gold': 'gold', 'sft': 'sft', 'reward-1': 'score_model', 'cost-2': 'score_model', 'judge': 'score_model',
          'policy-2': 'policy', 'collect-2': 'collect', 'evaluate': 'evaluate', 'two_token': 'two_token'}
 PIECES = ('collect-2', 'evaluate', 'two_token')          # stages without steps
 
@@ -143,7 +143,8 @@ def kill_one(lab, table, stage, engine, seed, phase):
     fault = dict(fault='kill-in-checkpoint', phase=phase, at=g.randint(2, 4)) if phase else dict(fault='kill-after-seconds', seconds=g.random() * span)
     for _ in range(6):
         code, said = lab.run(stage, runs, fault | zero(engine))
-        if code == -signal.SIGKILL: break
+        if code == -signal.SIGKILL and not (run_folder(runs)/'DONE').exists(): break
+        code = 0 if code == -signal.SIGKILL else code
         assert code == 0, said[-2000:]
         runs = lab.fresh('killed')                                  # it was finished before the moment came: an earlier one
         fault = fault | ({'at': fault['at'] - 1} if phase else {'seconds': fault['seconds'] * .7})
