@@ -217,7 +217,7 @@ class Journal(Record):
 
 def _values(row): return {k: (v.tolist() if hasattr(v, 'tolist') else v) for k, v in row.items()}
 
-# %% ../nbs/12c_records.ipynb #19259bf7
+# %% ../nbs/12c_records.ipynb #40114d8d
 _OPEN = weakref.WeakValueDictionary() # this process's runs: "run all cells" twice takes the folder over, another process is refused
 
 class Run(Journal):
@@ -271,7 +271,7 @@ class Run(Journal):
         make,           # function without arguments; what it returns is stored, and read back after an interruption
     ):
         "Do a piece of work once; see `piece`."
-        return make() if self.done else piece(self.path(f'checkpoint/{name}'), make, self._again)
+        return make() if self.done else piece(inside(self.folder/'checkpoint', name), make, self._again)
 
     _again = property(lambda self: f'run the same command, or this notebook, again: {os.environ.get("SAFERLHF_COMMAND", "")}'.rstrip(' :'))
 
