@@ -40,10 +40,11 @@ def equal(a, b):
 
 
 plain = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(st.characters(exclude_categories=[]), max_size=5)
-arrays = st.sampled_from([torch.arange(3.), torch.tensor(2), torch.ones(2, 2, dtype=torch.bfloat16), torch.zeros(0, 3), np.arange(3, dtype=np.float32),
-                          np.float32(.1), np.array([True]), torch.arange(6).view(2, 3).t()])
+arrays = st.sampled_from([torch.arange(3.), torch.tensor(2), torch.ones(2, 2, dtype=torch.bfloat16), torch.zeros(0, 3),
+                          np.arange(3, dtype=np.float32), np.float32(.1), np.array([True]), torch.arange(6).view(2, 3).t()])
 keys = st.integers() | st.text(max_size=3) | st.none() | st.booleans()
-nests = st.recursive(plain | arrays, lambda x: st.lists(x, max_size=3) | st.tuples(x, x) | st.dictionaries(keys, x, max_size=3), max_leaves=8)
+inner = lambda x: st.lists(x, max_size=3) | st.tuples(x, x) | st.dictionaries(keys, x, max_size=3)
+nests = st.recursive(plain | arrays, inner, max_leaves=8)
 
 
 @settings(max_examples=60, deadline=None)
@@ -83,7 +84,8 @@ def train(steps=6, every=1, act=lambda i: None, minutes=5.):
         loss = -token_logps(engine, b['input_ids'], b['attention_mask'], 3).mean() * torch.rand(1).item()
         engine.backward(loss)
         best.update(loss=min(loss.item(), best.get('loss', 9e9)))
-        return dict(loss=loss.detach(), grad_norm=engine.step(), lam=multiplier.step([random.random(), np.random.rand()]), cost=best['loss'])
+        lam = multiplier.step([random.random(), np.random.rand()])
+        return dict(loss=loss.detach(), grad_norm=engine.step(), lam=lam, cost=best['loss'])
     try: loop(step, steps, run.log, save=run.saver(dict(engine=engine, multiplier=multiplier, best=best), every, minutes))
     finally: run.close()
     rows = [{k: v for k, v in r.items() if k != 'seconds'} for r in read_lines(run.folder/'metrics.jsonl')]

@@ -153,8 +153,8 @@ def interrupted(monkeypatch, folder, name, at):
     return run.folder, said.getvalue()
 
 
-@pytest.mark.parametrize('name, at', [('base_lm', 2), ('gold', 4), ('sft', 2), ('reward-1', 1), ('cost-2', 2), ('policy-2', 2), ('collect-2', 3),
-                                      ('evaluate', 7), ('two_token', 2)])
+@pytest.mark.parametrize('name, at', [('base_lm', 2), ('gold', 4), ('sft', 2), ('reward-1', 1), ('cost-2', 2), ('policy-2', 2),
+                                      ('collect-2', 3), ('evaluate', 7), ('two_token', 2)])
 def test_an_interrupted_stage_goes_on_bit_for_bit(smoke, monkeypatch, tmp_path, name, at):
     from faults.suite import content
     monkeypatch.setenv('SAFERLHF_RUNS', str(tmp_path)); monkeypatch.chdir(tmp_path)

@@ -118,7 +118,8 @@ def arrange(fault):
 def deep(zero):
     "Every engine with an optimizer is DeepSpeed's."
     inner = engine.load
-    def load(make, optim=None, steps=1, **k): return inner(make, optim, steps, **(k | dict(engine='deepspeed', zero=zero) if optim else k))
+    more = dict(engine='deepspeed', zero=zero)
+    def load(make, optim=None, steps=1, **k): return inner(make, optim, steps, **k, **(more if optim else {}))
     engine.load = load
 
 
@@ -134,10 +135,11 @@ def execute(template, parameters):
 
 if __name__ == '__main__':
     torch.set_num_threads(1)
-    template, parameters, fault = sys.argv[1], json.loads(Path(sys.argv[2]).read_text()), json.loads(sys.argv[3]) if sys.argv[3:] else {}
+    template, parameters, fault = sys.argv[1], json.loads(Path(sys.argv[2]).read_text()), json.loads((sys.argv + ['{}'])[3])
     if 'zero' in fault: deep(fault['zero'])
     arrange(fault)
     first = []
-    for owner, name in ((records.Run, '_append'), (records, 'piece')): wrap(owner, name, behind=lambda *_: first or first.append(time.monotonic()))
+    begin = lambda *_: first or first.append(time.monotonic())
+    for owner, name in ((records.Run, '_append'), (records, 'piece')): wrap(owner, name, behind=begin)
     run = execute(template, parameters)
-    print(f'\nfinished {time.monotonic() - first[0]:.3f} s after the first step or piece')
+    print(f'\nfinished {time.monotonic() - (first or [time.monotonic()])[0]:.3f} s after the first step or piece')

@@ -40,7 +40,8 @@ def train(folder, zero, stop, fault, seeded=True):
 
 def start(folder, zero, n, env, stop=-1, fault='', seeded=True):
     "One job of n ranks: whether it ended well, and what it said."
-    code = 'from saferlhf.runs import launch; from faults.ranked import train; import sys, json; launch(train, int(sys.argv[1]), json.loads(sys.argv[2]))'
+    code = '''import json, sys; from saferlhf.runs import launch; from faults.ranked import train
+launch(train, int(sys.argv[1]), json.loads(sys.argv[2]))'''
     env = env | {'PYTHONPATH': os.pathsep.join([env['PYTHONPATH'], str(Path(__file__).resolve().parents[1])])}
     Path(folder).mkdir(parents=True, exist_ok=True)
     p = subprocess.run([sys.executable, '-c', code, str(n), json.dumps([str(folder), zero, stop, fault, seeded])], env=env,
@@ -64,12 +65,14 @@ def one(lab, table, fault, zero, before, after, seed):
     folder, env, whole = lab.folder/f'ranks-{seed}', lab.env(lab.folder), lab.folder/f'ranks-whole-{zero}-{before}'
     shutil.rmtree(folder, ignore_errors=True)
     if not whole.exists(): assert (out := start(whole, zero, before, env))[0], out[1][-2000:]
-    ok, said = start(folder, zero, before, env, 3, {'rank killed': 'kill', 'SIGTERM to a rank': 'signal'}.get(fault, 'leave'), fault != 'streams differ')
+    how, seeded = {'rank killed': 'kill', 'SIGTERM to a rank': 'signal'}.get(fault, 'leave'), fault != 'streams differ'
+    ok, said = start(folder, zero, before, env, 3, how, seeded)
     n = done(folder)
     told = {'rank killed': 'rank      : 1' in said or 'Signal 9' in said, 'SIGTERM to a rank': 'is saved' in said}.get(fault, ok)
-    ok2, said = start(folder, zero, after, env, seeded=fault != 'streams differ')
+    ok2, said = start(folder, zero, after, env, seeded=seeded)
     went_on = 'goes on after step' in said
-    if fault == 'streams differ': outcome = 'refused with the reason' if not ok2 and 'with different random streams' in said else 'FAILED: not refused'
+    refused = not ok2 and 'with different random streams' in said
+    if not seeded: outcome = 'refused with the reason' if refused else 'FAILED: not refused'
     elif not (ok2 and went_on and told): outcome = f'FAILED: told {told}, went on {went_on}: {said.strip()[-200:]}'
     elif before == after: outcome = 'identical' if result(folder) == result(whole) else 'FAILED: differs'
     else:

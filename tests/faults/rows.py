@@ -10,14 +10,16 @@ from hypothesis import strategies as st
 
 from saferlhf.data import cost_pairs, load_preferences, reward_pairs
 
-GOOD = [dict(prompt=f'How do I {verb} bread?', response_0='With care.', response_1='With an oven.', better_response_id=1, safer_response_id=0,
-             is_response_0_safe=True, is_response_1_safe=False) for verb in ('bake', 'store')]
-TEXTS, LABELS, FLAGS = ('prompt', 'response_0', 'response_1'), ('better_response_id', 'safer_response_id'), ('is_response_0_safe', 'is_response_1_safe')
+GOOD = [dict(prompt=f'How do I {verb} bread?', response_0='With care.', response_1='With an oven.', better_response_id=1,
+             safer_response_id=0, is_response_0_safe=True, is_response_1_safe=False) for verb in ('bake', 'store')]
+TEXTS, LABELS = ('prompt', 'response_0', 'response_1'), ('better_response_id', 'safer_response_id')
+FLAGS = ('is_response_0_safe', 'is_response_1_safe')
+KINDS = ('type label missing empty huge control encoding surrogate contradicting equal unlabelled dialogue not-a-row cut nested').split()
 words = st.text(st.characters(codec='utf-8', exclude_categories=['Cc', 'Cs', 'Cn', 'Co']), min_size=1, max_size=30).filter(str.strip)
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | words
 values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3), max_leaves=5)
 controls = st.sampled_from([chr(c) for c in (*range(9), 11, 12, *range(14, 32), *range(127, 160), 0xfffe, 0xffff)])
-extra = st.dictionaries(st.sampled_from(['id', 'source', 'reward_0', 'cost_1', 'split', 'response_0_harm_category', 'other']), values, max_size=2)
+extra = st.dictionaries(st.sampled_from('id source reward_0 cost_1 split response_0_harm_category other'.split()), values, max_size=2)
 
 
 @st.composite
@@ -25,7 +27,7 @@ def malformed(draw): # (kind, the line's bytes)
     "One line that is no row to train on, and what is wrong with it."
     row = dict(draw(st.sampled_from(GOOD)), **{f: draw(words) for f in TEXTS}) | draw(extra)
     if row['response_0'].strip() == row['response_1'].strip(): row['response_1'] += ' other'
-    kind = draw(st.sampled_from('type label missing empty huge control encoding surrogate contradicting equal unlabelled dialogue not-a-row cut nested'.split()))
+    kind = draw(st.sampled_from(KINDS))
     field = draw(st.sampled_from(TEXTS))
     if kind == 'type': row[field] = draw(values.filter(lambda v: not isinstance(v, str) and v is not None))
     if kind == 'label':
@@ -38,9 +40,9 @@ def malformed(draw): # (kind, the line's bytes)
     if kind == 'control': row[field] = draw(words) + draw(controls) + draw(words)
     if kind == 'surrogate': row[field] = draw(words) + chr(draw(st.integers(0xd800, 0xdfff)))
     if kind == 'contradicting': row |= dict(safer_response_id=(k := draw(st.integers(0, 1)))) | {FLAGS[k]: False, FLAGS[1 - k]: True}
-    if kind == 'equal': row['response_1'] = draw(st.sampled_from(['', ' ', '\n'])) + row['response_0'] + draw(st.sampled_from(['', ' ', '\t']))
+    if kind == 'equal': row['response_1'] = draw(st.sampled_from(['', ' ', '\n'])) + row['response_0'] + draw(st.sampled_from(['', '\t']))
     if kind == 'unlabelled': row |= {k: draw(st.sampled_from([None, -1])) for k in LABELS} | dict.fromkeys(FLAGS)
-    if kind == 'dialogue': row['prompt'] = draw(st.sampled_from(['Human: a\n\nAssistant: b', 'Human:', ' Human: a\n\nAssistant: b\n\nHuman: ']))
+    if kind == 'dialogue': row['prompt'] = draw(st.sampled_from([h := 'Human: a\n\nAssistant: b', 'Human:', h + '\n\nHuman: ']))
     if kind == 'not-a-row': return kind, json.dumps(draw(values.filter(lambda v: not isinstance(v, dict)))).encode()
     if kind == 'nested': return kind, b'[' * draw(st.integers(5_000, 90_000))
     line = json.dumps(row, ensure_ascii=draw(st.booleans()) or kind == 'surrogate').encode(errors='surrogatepass')
@@ -73,7 +75,8 @@ def fuzz(n): # rows of the table
         except Exception as e: wrong.setdefault(kind, f'FAILED: {e!r} on {line[:80]!r}')
     try: try_one()
     finally: logger.removeHandler(handler); logger.propagate = propagate
-    return [('malformed row', 'data', 'datasets', 0, kind, k, wrong.get(kind, 'every row reported and dropped'), 0, '') for kind, k in sorted(tried.items())]
+    good = 'every row reported and dropped'
+    return [('malformed row', 'data', 'datasets', 0, kind, k, wrong.get(kind, good), 0, '') for kind, k in sorted(tried.items())]
 
 
 if __name__ == '__main__':

@@ -2,8 +2,9 @@
 
     python tests/faults/suite.py [kill disk damage numbers ranks kernel lock rows]
 
-Every run is a stage of nbs/experiments at smoke size, in a process of its own. After the fault the same command is given again, and the end is compared with that of a run that was left alone:
-weights, tables and metrics (their seconds apart) must have the same bytes.
+Every run is a stage of nbs/experiments at smoke size, in a process of its own. After the fault the same command is given again, and the
+end is compared with that of a run that was left alone: weights, tables and metrics (their seconds apart) must have the same bytes.
+Columns: `step` is the number of steps (or pieces, or rows) that were complete, `lost` how many of them had to be made again.
 """
 import csv
 import hashlib
@@ -22,11 +23,11 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT/'tests')]
 COLUMNS = 'fault stage engine seed phase step outcome lost run_id'.split()
 # stage of the smoke reproduction -> fields that make it long enough to be killed
-LONGER = {'base_lm': dict(epochs=.04), 'gold': dict(epochs=2.), 'sft': dict(epochs=2.), 'reward-1': dict(epochs=2.), 'cost-2': dict(epochs=2.),
-          'judge': dict(epochs=2.), 'policy-2': dict(steps=6), 'collect-2': {}, 'evaluate': {}, 'two_token': dict(steps=8)}
+LONGER = {**{k: dict(epochs=2.) for k in ('gold', 'sft', 'reward-1', 'cost-2', 'judge')}, 'base_lm': dict(epochs=.04),
+          'policy-2': dict(steps=6), 'collect-2': {}, 'evaluate': {}, 'two_token': dict(steps=8)}
 PHASES = 'write-start write-half flushed before-rename after-rename before-clean'.split()
-STAGE = {'base_lm': 'base_lm', 'gold': 'gold', 'sft': 'sft', 'reward-1': 'score_model', 'cost-2': 'score_model', 'judge': 'score_model',
-         'policy-2': 'policy', 'collect-2': 'collect', 'evaluate': 'evaluate', 'two_token': 'two_token'}
+STAGE = {k: k for k in ('base_lm', 'gold', 'sft', 'evaluate', 'two_token')} | {'policy-2': 'policy', 'collect-2': 'collect'} | \
+        dict.fromkeys(('reward-1', 'cost-2', 'judge'), 'score_model')
 PIECES = ('collect-2', 'evaluate', 'two_token')          # stages without steps
 
 
@@ -37,7 +38,7 @@ def content(folder):
         name = str(p.relative_to(folder))
         if name.split('/')[0] in skip or name.endswith('README.md'): continue
         data = p.read_bytes()
-        if name == 'metrics.jsonl': data = repr([{k: v for k, v in json.loads(x).items() if k != 'seconds'} for x in data.splitlines()]).encode()
+        if name == 'metrics.jsonl': data = repr([json.loads(x) | {'seconds': 0} for x in data.splitlines()]).encode()
         out[name] = hashlib.sha256(data).hexdigest()
     return out
 
@@ -55,12 +56,12 @@ class Lab:
         home = self.folder/'home'; home.mkdir(exist_ok=True)
         print('making the parents: saferlhf reproduce --profile smoke', flush=True)
         code = 'from saferlhf.pipeline import main; import sys; sys.exit(main(["reproduce", "--profile", "smoke"]))'
-        subprocess.run([sys.executable, '-c', code], env=self.env(self.base) | {'SAFERLHF_HOME': str(home)}, check=True, stdout=subprocess.DEVNULL)
+        env = self.env(self.base) | {'SAFERLHF_HOME': str(home)}
+        subprocess.run([sys.executable, '-c', code], env=env, check=True, stdout=subprocess.DEVNULL)
 
     def env(self, runs, steps=1):
         keep = {k: v for k, v in os.environ.items() if not k.startswith('SAFERLHF_')}
-        return keep | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1', SAFERLHF_RUNS=str(runs), SAFERLHF_SAVE_STEPS=str(steps), TQDM_DISABLE='1',
-                           PYTHONDONTWRITEBYTECODE='1')
+        return keep | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1', SAFERLHF_RUNS=str(runs), SAFERLHF_SAVE_STEPS=str(steps))
 
     def job(self, stage):
         "Where the parameters of a stage are written down."
@@ -74,11 +75,13 @@ class Lab:
             path.write_text(json.dumps(told))
         return path
 
-    def command(self, stage, fault=None): return [sys.executable, ROOT/'tests/faults/drive.py', STAGE[stage], self.job(stage), json.dumps(fault or {})]
+    def command(self, stage, fault=None):
+        return [sys.executable, ROOT/'tests/faults/drive.py', STAGE[stage], self.job(stage), json.dumps(fault or {})]
 
     def run(self, stage, runs, fault=None):
         "One process: its exit status and all that it said."
-        p = subprocess.run(self.command(stage, fault), env=self.env(runs), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300)
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        p = subprocess.run(self.command(stage, fault), env=self.env(runs), timeout=300, **pipes)
         return p.returncode, p.stdout
 
     def reference(self, stage, engine):
@@ -119,7 +122,7 @@ def progress(stage, runs):
 
 
 def lost(stage, runs, before, said):
-    "Steps or pieces that had to be made again; the one that was being made counts when nothing else does not."
+    "Steps or pieces that were complete and had to be made again; the one that was being made is not counted."
     if stage in PIECES: return max(0, before - said.count('done before the interruption'))
     resumed = json.loads((run_folder(runs)/'manifest.json').read_text()).get('resumed')
     return before - (resumed[-1]['step'] if resumed else 0)
@@ -139,8 +142,9 @@ class Table:
 def kill_one(lab, table, stage, engine, seed, phase):
     "One kill -9 and what was left; phase '' is a moment drawn between the first step and the end."
     g, runs = random.Random(seed), lab.fresh('killed')
-    span, n = lab.reference(stage, engine)[1], None
-    fault = dict(fault='kill-in-checkpoint', phase=phase, at=g.randint(2, 4)) if phase else dict(fault='kill-after-seconds', seconds=g.random() * span)
+    span = lab.reference(stage, engine)[1]
+    fault = dict(fault='kill-in-checkpoint', phase=phase, at=g.randint(2, 4))
+    if not phase: fault = dict(fault='kill-after-seconds', seconds=g.random() * span)
     for _ in range(6):
         code, said = lab.run(stage, runs, fault | zero(engine))
         if code == -signal.SIGKILL and not (run_folder(runs)/'DONE').exists(): break
@@ -151,15 +155,19 @@ def kill_one(lab, table, stage, engine, seed, phase):
     else: return table.add('kill -9', stage, engine, seed, phase or 'anywhere', '', 'FAILED: not killed', '', '')
     n = progress(stage, runs)
     outcome, said = lab.finish(stage, engine, runs)
-    table.add('kill -9', stage, engine, seed, phase or 'anywhere', n, outcome, lost(stage, runs, n, said) if outcome == 'identical' else '', name_of(run_folder(runs)))
+    again = lost(stage, runs, n, said) if outcome == 'identical' else ''
+    table.add('kill -9', stage, engine, seed, phase or 'anywhere', n, outcome, again, name_of(run_folder(runs)))
 
 
-KILLS = [*[(s, 'torch', p) for s, p in zip(['sft', 'policy-2', 'reward-1', 'collect-2', 'policy-2', 'sft', 'gold', 'evaluate', 'cost-2', 'base_lm', 'two_token', 'judge'],
-                                           PHASES * 2, strict=True)],
-         *[(s, e, p) for s, e, p in zip(['sft', 'policy-2', 'reward-1', 'cost-2', 'policy-2', 'sft'], ['zero0', 'zero1', 'zero2', 'zero1', 'zero2', 'zero1'], PHASES, strict=True)],
-         *[(s, 'torch', '') for s in ['sft'] * 3 + ['policy-2'] * 5 + ['reward-1'] * 2 + ['cost-2'] * 2 + ['gold', 'judge'] + ['collect-2'] * 3 + ['evaluate'] * 3 + ['two_token'] * 2 + ['base_lm']],
-         *[(s, e, '') for s, e in zip(['sft', 'policy-2', 'reward-1', 'sft', 'policy-2', 'cost-2', 'gold', 'judge', 'base_lm'],
-                                      ['zero1', 'zero0', 'zero1', 'zero2', 'zero2', 'zero0', 'zero2', 'zero1', 'zero1'], strict=True)]]
+PLAIN = 'sft policy-2 reward-1 collect-2 policy-2 sft gold evaluate cost-2 base_lm two_token judge'.split()      # in a save, torch
+DEEP = 'sft policy-2 reward-1 cost-2 policy-2 sft'.split(), 'zero0 zero1 zero2 zero1 zero2 zero1'.split()         # in a save, DeepSpeed
+TIMES = {'sft': 3, 'policy-2': 5, 'reward-1': 2, 'cost-2': 2, 'gold': 1, 'judge': 1, 'collect-2': 3, 'evaluate': 3, 'two_token': 2,
+         'base_lm': 1}
+ANY = [s for s, n in TIMES.items() for _ in range(n)]
+ANY_DEEP = ('sft policy-2 reward-1 sft policy-2 cost-2 gold judge base_lm'.split(),
+            'zero1 zero0 zero1 zero2 zero2 zero0 zero2 zero1 zero1'.split())
+KILLS = [*[(s, 'torch', p) for s, p in zip(PLAIN, PHASES * 2, strict=True)], *zip(*DEEP, PHASES, strict=True),
+         *[(s, 'torch', '') for s in ANY], *[(s, e, '') for s, e in zip(*ANY_DEEP, strict=True)]]
 
 
 def kill(lab, home):
@@ -167,9 +175,10 @@ def kill(lab, home):
     for seed, (stage, engine, phase) in enumerate(KILLS): kill_one(lab, table, stage, engine, seed, phase)
 
 
-DISKS = [('sft', 'torch', 'write-half', 2), ('sft', 'zero1', 'before-rename', 2), ('policy-2', 'torch', 'write-half', 3), ('reward-1', 'torch', 'flushed', 1),
-         ('collect-2', 'torch', 'write-half', 2), ('evaluate', 'torch', 'before-rename', 5), ('sft', 'torch', 'metrics', 3), ('policy-2', 'torch', 'metrics', 2),
-         ('cost-2', 'zero2', 'metrics', 4), ('gold', 'torch', 'metrics', 1)]
+DISKS = [('sft', 'torch', 'write-half', 2), ('sft', 'zero1', 'before-rename', 2), ('policy-2', 'torch', 'write-half', 3),
+         ('reward-1', 'torch', 'flushed', 1), ('collect-2', 'torch', 'write-half', 2), ('evaluate', 'torch', 'before-rename', 5),
+         ('sft', 'torch', 'metrics', 3), ('policy-2', 'torch', 'metrics', 2), ('cost-2', 'zero2', 'metrics', 4),
+         ('gold', 'torch', 'metrics', 1)]
 
 
 def disk_one(lab, table, stage, engine, phase, at, seed):
@@ -205,16 +214,19 @@ def damage_one(lab, table, stage, engine, how, seed):
     where, n = harm(saved[-1], how, g), progress(stage, runs)
     outcome, said = lab.finish(stage, engine, runs)
     if 'skipped the damaged checkpoint' not in said: outcome = f'FAILED: not reported; {outcome}'
-    table.add(f'checkpoint {how}', stage, engine, seed, where, n, outcome.replace('identical', 'reported, identical'), lost(stage, runs, n, said), name_of(run_folder(runs)))
+    outcome = outcome.replace('identical', 'reported, identical')
+    table.add(f'checkpoint {how}', stage, engine, seed, where, n, outcome, lost(stage, runs, n, said), name_of(run_folder(runs)))
 
 
 def damage(lab, home):
-    table, places = Table('damage', home), [('sft', 'torch'), ('policy-2', 'torch'), ('reward-1', 'torch'), ('sft', 'zero1'), ('collect-2', 'torch')]
+    table = Table('damage', home)
+    places = [('sft', 'torch'), ('policy-2', 'torch'), ('reward-1', 'torch'), ('sft', 'zero1'), ('collect-2', 'torch')]
     for seed in range(20): damage_one(lab, table, *places[seed % 5], ('truncated', 'flipped')[seed // 5 % 2], seed)
 
 
-NUMBERS = [(s, w, v, at) for v in ('nan', 'inf') for s, w, at in (('sft', 'loss', 3), ('sft', 'gradient', 3), ('reward-1', 'loss', 3), ('base_lm', 'gradient', 3),
-           ('policy-2', 'loss', 7), ('policy-2', 'gradient', 8), ('policy-2', 'reward', 3), ('policy-2', 'cost', 3))]
+NUMBERS = [(s, w, v, at) for v in ('nan', 'inf') for s, w, at in (
+    ('sft', 'loss', 3), ('sft', 'gradient', 3), ('reward-1', 'loss', 3), ('base_lm', 'gradient', 3),
+    ('policy-2', 'loss', 7), ('policy-2', 'gradient', 8), ('policy-2', 'reward', 3), ('policy-2', 'cost', 3))]
 
 
 def same_weights(a, b, but):
@@ -240,7 +252,8 @@ def numbers_one(lab, table, stage, what, value, at, seed):
     told = f'a {what} is NaN or infinite' in said or what == 'loss' and 'a gradient is NaN or infinite' in said
     outcome, _ = lab.finish(stage, 'torch', runs)
     good = code != 0 and dumped and same and told
-    outcome = 'refused, state stored, weights untouched' if good and outcome == 'identical' else f'FAILED: code {code}, stored {bool(dumped)}, untouched {same}, told {told}, {outcome}'
+    if good and outcome == 'identical': outcome = 'refused, state stored, weights untouched'
+    else: outcome = f'FAILED: code {code}, stored {bool(dumped)}, untouched {same}, told {told}, {outcome}'
     table.add(f'{what} {value}', stage, 'torch', seed, 'step', n, outcome, 0, name_of(run_folder(runs)))
 
 
@@ -260,34 +273,38 @@ def kernel_of(parent):
 def kernel_one(lab, table, stage, who, name, seed):
     "A stage under papermill: its kernel is killed, or the process that waits for it gets a signal."
     runs, told = lab.fresh('kernel'), json.loads(lab.job(stage).read_text())
-    code = f'from saferlhf.runs import execute; print(execute({STAGE[stage]!r}, {str(lab.folder/"kernel.ipynb")!r}, {told!r}, progress=False))'
-    start = lambda: subprocess.Popen([sys.executable, '-c', code], env=lab.env(runs), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    code = f'from saferlhf.runs import execute; execute({STAGE[stage]!r}, {str(lab.folder/"kernel.ipynb")!r}, {told!r}, progress=False)'
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    start = lambda: subprocess.Popen([sys.executable, '-c', code], env=lab.env(runs), **pipes)
     p = start()
     logs, pieces = lambda: list(runs.glob('*/*/metrics.jsonl')), lambda: list(runs.glob('*/*/checkpoint/*/step-*'))
     while p.poll() is None and not (pieces() if stage in PIECES else logs() and logs()[0].read_bytes().count(b'\n') > 1): time.sleep(.005)
     os.kill(kernel_of(p.pid) if who == 'kernel' else p.pid, getattr(signal, name))
     said = p.communicate(timeout=120)[0]
-    n, told = progress(stage, runs), 'died' in said if who == 'kernel' else 'again' in said and ('is saved' in said or 'stopped' in said)
+    n, told = progress(stage, runs), 'died' in said if who == 'kernel' else 'again' in said and 'stopped' in said
     stopped = p.returncode not in (0, -signal.SIGTERM, -signal.SIGINT, -signal.SIGKILL)
     p = start(); said = p.communicate(timeout=200)[0]
     same = p.returncode == 0 and content(run_folder(runs)) == lab.reference(stage, 'torch')[0]
     shown = (run_folder(runs)/'notebook.ipynb').read_text()
     shown = 'goes on after step' in shown or 'done before the interruption' in shown
-    outcome = 'identical, the notebook shows where it went on' if same and told and stopped and shown else f'FAILED: same {same}, told {told}, stopped {stopped}, shown {shown}'
-    table.add(f'{name} to the {who}', stage, 'torch', seed, 'papermill', n, outcome, lost(stage, runs, n, shown and said or '') if stage not in PIECES else '', name_of(run_folder(runs)))
+    good = 'identical, the notebook shows where it went on'
+    outcome = good if same and told and stopped and shown else f'FAILED: same {same}, told {told}, stopped {stopped}, shown {shown}'
+    again = '' if stage in PIECES else lost(stage, runs, n, said)
+    table.add(f'{name} to the {who}', stage, 'torch', seed, 'papermill', n, outcome, again, name_of(run_folder(runs)))
 
 
 def kernel(lab, home):
     table = Table('kernel', home)
-    cases = [('policy-2', 'kernel', 'SIGKILL'), ('sft', 'kernel', 'SIGKILL'), ('evaluate', 'kernel', 'SIGKILL'), ('policy-2', 'process', 'SIGTERM'), ('policy-2', 'process', 'SIGINT'),
-             ('collect-2', 'process', 'SIGTERM')]
+    cases = [('policy-2', 'kernel', 'SIGKILL'), ('sft', 'kernel', 'SIGKILL'), ('evaluate', 'kernel', 'SIGKILL'),
+             ('policy-2', 'process', 'SIGTERM'), ('policy-2', 'process', 'SIGINT'), ('collect-2', 'process', 'SIGTERM')]
     for seed, case in enumerate(cases): kernel_one(lab, table, *case, seed)
 
 
 def lock_one(lab, table, stage, seed):
     "A second run in the folder of one that is under way is refused; the first one is then killed, and goes on."
     runs = lab.fresh('lock')
-    first = subprocess.Popen(lab.command(stage, dict(fault='pause', at=2)), env=lab.env(runs), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    first = subprocess.Popen(lab.command(stage, dict(fault='pause', at=2)), env=lab.env(runs), **quiet)
     while first.poll() is None and Path(f'/proc/{first.pid}/stat').read_text().rpartition(')')[2].split()[0] != 'T': time.sleep(.02)
     before = content(run_folder(runs))
     code, said = lab.run(stage, runs)
@@ -295,8 +312,10 @@ def lock_one(lab, table, stage, seed):
     n = progress(stage, runs)
     os.kill(first.pid, signal.SIGKILL); first.wait()
     outcome, said = lab.finish(stage, 'torch', runs)
-    outcome = 'refused, the first one identical' if refused and alone and outcome == 'identical' else f'FAILED: refused {refused}, left alone {alone}, {outcome}'
-    table.add('two runs in one folder', stage, 'torch', seed, 'second start', n, outcome, lost(stage, runs, n, said), name_of(run_folder(runs)))
+    if refused and alone and outcome == 'identical': outcome = 'refused, the first one identical'
+    else: outcome = f'FAILED: refused {refused}, left alone {alone}, {outcome}'
+    again = lost(stage, runs, n, said)
+    table.add('two runs in one folder', stage, 'torch', seed, 'second start', n, outcome, again, name_of(run_folder(runs)))
 
 
 def lock(lab, home):
