@@ -148,7 +148,7 @@ def zero_config(
                 zero_optimization=dict(stage=stage), bf16=dict(enabled=precision == 'bf16'), gradient_clipping=optim.clip if optim else 0.,
                 zero_allow_untested_optimizer=True, steps_per_print=10**9)
 
-# %% ../nbs/06_engine.ipynb #cd01404c
+# %% ../nbs/06_engine.ipynb #1cd17b23
 @contextmanager
 def universal(
     folder, # as from `DeepSpeedEngine.write`
@@ -192,7 +192,8 @@ class DeepSpeedEngine:
 
     def _size(self):
         "() The sum of all gradients' sizes, on all ranks: not finite where one of them is not."
-        parts = [p.grad for p in self.model.parameters()] if self.zero == 0 else sum(self.engine.optimizer.averaged_gradients.values(), [])
+        sharded = getattr(self.engine.optimizer, 'averaged_gradients', {}).values()          # of this rank's shards, from stage 1 on
+        parts = [*(p.grad for p in self.model.parameters()), *(g for part in sharded for g in part or ())]
         x = sum((g.detach().abs().sum(dtype=torch.float32) for g in parts if g is not None), torch.zeros((), device=self.device))
         if ranks() > 1: dist.all_reduce(x)
         return x
