@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-# %% ../nbs/07_checkpoint.ipynb #96d1b7cc
+# %% ../nbs/07_checkpoint.ipynb #0a40661a
 def sha256_file(
     path:str|Path, # a file of any size; it is read in pieces
 )->str:            # 64 hexadecimal digits
@@ -96,7 +96,7 @@ def _saved(folder):
     found = [p for p in Path(folder).glob('step-*') if re.fullmatch(r'step-\d+(\.\d+)?', p.name)]
     return sorted(found, key=lambda p: [int(x) for x in p.name[5:].split('.')], reverse=True)
 
-# %% ../nbs/07_checkpoint.ipynb #ce97a3c1
+# %% ../nbs/07_checkpoint.ipynb #74dea407
 def save_checkpoint(
     folder:str|Path, # the run's checkpoint/ folder; one process writes to it at a time (see `lock`)
     step:int,        # steps that are complete: 0, 1, ...

@@ -9,7 +9,7 @@ __all__ = ['log', 'PARTITIONS', 'reward_pairs', 'cost_pairs', 'label_pairs', 'bu
            'encode_prompt', 'encode_response', 'format_prompt', 'key_hash', 'pad', 'pair_batch', 'parse_dialogue',
            'prompt_batch', 'prompt_id', 'sft_batch']
 
-# %% ../nbs/01_data.ipynb #1344503d
+# %% ../nbs/01_data.ipynb #b7c48c52
 import gzip
 import hashlib
 import json
@@ -126,7 +126,7 @@ def sources() -> list: # dicts name, file, sha256, dataset, source, revision, pa
     "Origin, licence, rows and hash of everything that ships, from data/sources.json."
     return json.loads(data_path('sources.json').read_text())
 
-# %% ../nbs/01_data.ipynb #dc41e16c
+# %% ../nbs/01_data.ipynb #1747472a
 def _json_line(line):
     try: return json.loads(line)
     except (ValueError, RecursionError): return {'_broken': ('not JSON', line.strip()[:40])}
@@ -175,7 +175,7 @@ def _adapt(row, chosen_is):
     if isinstance(row.get('category'), dict): new = {'label_source': 'human'} | new
     return new
 
-# %% ../nbs/01_data.ipynb #4cb44997
+# %% ../nbs/01_data.ipynb #447be256
 def _fit(value, feature):
     "A value in its column's type; what is of no use there becomes None (texts and labels were validated before)."
     if value is None: return None

@@ -6,7 +6,7 @@
 __all__ = ['Optim', 'schedule', 'adamw', 'finite', 'device', 'TorchEngine', 'single_rank', 'deepspeed', 'zero_config',
            'universal', 'DeepSpeedEngine', 'load', 'ranks', 'gather', 'reduce_mean']
 
-# %% ../nbs/06_engine.ipynb #483df98a
+# %% ../nbs/06_engine.ipynb #92d953a0
 import argparse
 import io
 import math
@@ -57,7 +57,7 @@ def adamw(
               dict(params=[p for p in ps if not decays(p)], weight_decay=0.)]
     return torch.optim.AdamW([g for g in groups if g['params']], lr=optim.lr, betas=(optim.beta1, optim.beta2), fused=ps[0].is_cuda)
 
-# %% ../nbs/06_engine.ipynb #11288896
+# %% ../nbs/06_engine.ipynb #e0d25df5
 def finite(
     what:str,    # for the message: 'loss', 'gradient', 'reward', 'cost'
     *xs:Tensor,  # any shapes
@@ -232,7 +232,7 @@ class DeepSpeedEngine:
         for g, decay in zip(groups, decays, strict=True): g['weight_decay'] = decay
         for s in self.engine.optimizer.optimizer.state.values(): s['step'] = s['step'].clone()
 
-# %% ../nbs/06_engine.ipynb #3295f554
+# %% ../nbs/06_engine.ipynb #f4d3ce21
 def load(
     make,                 # function without arguments that returns the model
     optim:Optim|None=None,# None: frozen

@@ -135,7 +135,7 @@ class ScoreModel(nn.Module):
         for p in self.score_head.parameters(): p.mul_(factor)
         return self
 
-# %% ../nbs/02_models.ipynb #f8ea322b
+# %% ../nbs/02_models.ipynb #d3434028
 def load_score_model(
     path,                   # local folder or hub name: a score model or a causal LM
     kind:str='reward',      # as in `ScoreModel`
@@ -203,7 +203,7 @@ def tiny_model(
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(tiny_config(arch, vocab_size)).eval()
 
-# %% ../nbs/02_models.ipynb #5a83ef72
+# %% ../nbs/02_models.ipynb #f3eef7c2
 def llama(
     vocab_size:int,    # tokens
     hidden:int,        # width

@@ -7,7 +7,7 @@ __all__ = ['CLASSES', 'ROUNDS', 'BESIDE', 'PLAN', 'COMMANDS', 'Stage', 'graph', 
            'ledger_path', 'ledger', 'folder_of', 'parents_of', 'key_of', 'run_stage', 'Ticker', 'planned', 'reproduce',
            'show', 'publish_all', 'papers_home', 'draw', 'main']
 
-# %% ../nbs/16_pipeline.ipynb #8556742e
+# %% ../nbs/16_pipeline.ipynb #7c6444d4
 import argparse
 import ast
 import hashlib
@@ -115,7 +115,7 @@ def key_of(stage:Stage, parameters:dict)->str: # 16 hex digits; parameters: what
     code = source_hashes(('stages', 'ppo', 'judges'))
     return hashlib.sha256(json.dumps([stage.name, text, parameters, code], sort_keys=True).encode()).hexdigest()[:16]
 
-# %% ../nbs/16_pipeline.ipynb #cb508edb
+# %% ../nbs/16_pipeline.ipynb #6f65dfe9
 def run_stage(
     stage:Stage, profile:str, seed:int, # from `graph`
     overrides:dict|None=None, # fields asked for by hand

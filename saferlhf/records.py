@@ -6,7 +6,7 @@
 __all__ = ['PACKAGE', 'runs_home', 'templates_home', 'results_home', 'resolve', 'deviations', 'check_profiles', 'source_hashes',
            'identity', 'provenance', 'Record', 'Journal', 'Run', 'command_for', 'latest']
 
-# %% ../nbs/12c_records.ipynb #05b109ea
+# %% ../nbs/12c_records.ipynb #908a3756
 import ast
 import difflib
 import hashlib

@@ -7,7 +7,7 @@ __all__ = ['PARAMETERS', 'PROFILES', 'check_parameters', 'parameters', 'warm_ker
            'default_profile', 'Record', 'Run', 'check_profiles', 'deviations', 'identity', 'latest', 'resolve',
            'results_home', 'runs_home', 'templates_home']
 
-# %% ../nbs/13_runs.ipynb #d1c29698
+# %% ../nbs/13_runs.ipynb #0b6d24a9
 import ast
 import json
 import os
@@ -102,7 +102,7 @@ def _freshen(km, env):
     reply = run_sync(kc.execute_interactive)(_FRESH.format(env=env, cwd=os.getcwd()), store_history=False, timeout=120)
     if reply['content']['status'] != 'ok': raise RuntimeError(f'the kernel could not be reset: {reply["content"]["evalue"]}')
 
-# %% ../nbs/13_runs.ipynb #35e89dd2
+# %% ../nbs/13_runs.ipynb #5a291580
 def execute(
     template:str|Path,    # a notebook, or the name of one in `templates_home()`
     out:str|Path,         # the executed notebook; it is there after a failure too
@@ -142,7 +142,7 @@ def _keep(out, note):
     if not done and out.exists(): atomic_write(Path(folder)/'notebook.ipynb', out.read_bytes())
     return Path(folder)
 
-# %% ../nbs/13_runs.ipynb #a6ecb9bb
+# %% ../nbs/13_runs.ipynb #2cd57da0
 _RANK = """import importlib, json, sys; from torch.distributed.elastic.multiprocessing.errors import record
 record(getattr(importlib.import_module(sys.argv[1]), sys.argv[2]))(*json.loads(sys.argv[3]))"""
 

@@ -40,7 +40,7 @@ def as_dicts(
     "Rows as a list of dicts, which is what the loops read."
     return rows.to_list() if isinstance(rows, Dataset) else list(rows)
 
-# %% ../nbs/00c_schema.ipynb #4b1e6008
+# %% ../nbs/00c_schema.ipynb #986953f0
 @dataclass
 class Report:
     "What `validate` found; prints as a table."

@@ -31,7 +31,7 @@ from .train import setting
 
 _all_ = ['GENERAL', 'answers', 'data_hashes', 'fits', 'model_path', 'policy_prompts', 'prompt_pool', 'round_slice', 'sft_rows', 'shuffled']
 
-# %% ../nbs/15_stages.ipynb #22570b1a
+# %% ../nbs/15_stages.ipynb #a3df05fa
 @dataclass(frozen=True)
 class CollectConfig:
     "Prompts and annotated pairs of one round."
@@ -94,7 +94,7 @@ def annotate_pairs(
     annotator = GoldAnnotator(look, *sd, seed=seed, annotator=round)
     return two_stage(prompts, first, second, annotator, source=f'round-{round}'), (a - b)[:, :2], sd
 
-# %% ../nbs/15_stages.ipynb #4c931728
+# %% ../nbs/15_stages.ipynb #6e7142c6
 def mine_red_team(
     path, tokenizer, score,    # the current policy's folder, and the gold scorer
     config:CollectConfig,      # candidates, samples, holdout
@@ -239,7 +239,7 @@ def test_tables(
                 extra['cost_minus_tfidf'] = paired_difference(right, words, clusters)
     return out, singles, extra
 
-# %% ../nbs/15_stages.ipynb #6efb49e6
+# %% ../nbs/15_stages.ipynb #134c033a
 @dataclass(frozen=True)
 class EvalConfig:
     "What is asked of every policy."

@@ -6,7 +6,7 @@
 __all__ = ['METRICS', 'setting', 'LMConfig', 'SFTConfig', 'ScoreConfig', 'check_metrics', 'loop', 'text_batch', 'sft_loss',
            'sft_step', 'lm_step', 'pack', 'valid_loss', 'score_loss', 'score_step', 'score_batches', 'glossary']
 
-# %% ../nbs/09_train.ipynb #f5f12493
+# %% ../nbs/09_train.ipynb #8ab51044
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -110,7 +110,7 @@ METRICS = { # name -> (definition, unit, healthy range)
     'rollout_s': ('time of generating and scoring', 's', ''), 'update_s': ('time of the updates', 's', ''),
 }
 
-# %% ../nbs/09_train.ipynb #fafc7b98
+# %% ../nbs/09_train.ipynb #80f16968
 def check_metrics(
     metrics:dict, # name -> number
     step:int,     # for the message
