@@ -2,7 +2,7 @@
 PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 SHELL := bash
-.PHONY: reproduce figures test bench drift lint notebooks pytest lab docs
+.PHONY: reproduce figures test bench drift lint notebooks pytest faults audit lab docs
 
 reproduce: .venv/.installed
 	@$(BIN)/saferlhf reproduce $(if $(PROFILE),--profile $(PROFILE))
@@ -36,6 +36,14 @@ notebooks: .venv/.installed
 
 pytest: .venv/.installed
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest
+
+# Kills, full disks, damaged checkpoints, bad numbers and bad rows; half an hour to an hour. `make faults ONLY="kill rows"` runs a part.
+faults: .venv/.installed
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python tests/faults/suite.py $(ONLY)
+
+# Known weaknesses of the installed packages; asks the package index about each of them.
+audit: .venv/.installed
+	@$(BIN)/pip-audit --skip-editable --progress-spinner off
 
 .venv/.installed: settings.ini setup.py pyproject.toml
 	@test -n "$(PYTHON)" && $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -15,6 +15,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 from functools import lru_cache
 from pathlib import Path
 
@@ -128,7 +129,7 @@ def sources() -> list: # dicts name, file, sha256, dataset, source, revision, pa
 # %% ../nbs/01_data.ipynb #1747472a
 def _json_line(line):
     try: return json.loads(line)
-    except ValueError: return {'_broken': ('not JSON', line.strip()[:40])}
+    except (ValueError, RecursionError): return {'_broken': ('not JSON', line.strip()[:40])}
 
 def read_rows(
     source, # a local file or folder, a hub name, a Dataset, or dicts
@@ -136,13 +137,16 @@ def read_rows(
     data_dir:str|None=None, # a subfolder of the hub name, e.g. 'harmless-base'
     revision:str|None=None, # of the hub name: a commit, so that the rows stay the same
 ) -> list: # dicts as they are in the source; a line that is no JSON becomes a marked row
-    "Rows of any source. FileNotFoundError (datasets) when there is none of that name."
+    "Rows of any source. FileNotFoundError (datasets) when there is none of that name, ValueError for a file that is no JSON or parquet."
     if not isinstance(source, (str, os.PathLike)): return as_dicts(source)
     path = Path(source)
+    files = [path] if path.is_file() else [p for p in path.rglob('*') if p.suffix] if path.is_dir() else []
+    if odd := [p.name for p in files if not re.search(r'\.(jsonl?(\.gz)?|parquet|md)$', p.name)]:
+        raise ValueError(f'{source}: rows are read from .json, .jsonl, either with .gz, and .parquet; convert {odd[:3]} first')
     if not path.is_file(): return load_dataset(str(source), split=split, data_dir=data_dir, revision=revision).to_list()
     if path.suffix == '.parquet': return Dataset.from_parquet(str(path), keep_in_memory=True).to_list()
     with (gzip.open if path.suffix == '.gz' else open)(path, 'rt', encoding='utf-8', errors='replace') as f: text = f.read()
-    if text.lstrip()[:1] == '[': return json.loads(text)
+    if text.lstrip()[:1] == '[' and isinstance(rows := _json_line(text), list): return rows
     return [_json_line(line) for line in text.split('\n') if line.strip()]
 
 # %% ../nbs/01_data.ipynb #d6ffd328
@@ -175,10 +179,10 @@ def _adapt(row, chosen_is):
 def _fit(value, feature):
     "A value in its column's type; what is of no use there becomes None (texts and labels were validated before)."
     if value is None: return None
-    if isinstance(feature, List): return [str(v) for v in value] if isinstance(value, (list, tuple)) else [str(value)]
-    if feature.dtype == 'string': return str(value)
+    if isinstance(feature, List): return [_fit(v, feature.feature) for v in (value if isinstance(value, (list, tuple)) else [value])]
+    if feature.dtype == 'string': return str(value).encode('utf-8', 'replace').decode()
     wanted = dict(bool=bool, int64=int, float64=(int, float))[feature.dtype]
-    return value if isinstance(value, wanted) else None
+    return value if isinstance(value, wanted) and (feature.dtype == 'bool' or abs(value) < 2**63) else None
 
 def _table(source, kind, policy, split, chosen_is='safer'):
     rows, report = validate([_adapt(r, chosen_is) for r in read_rows(source, split)], kind, policy)

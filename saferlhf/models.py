@@ -176,10 +176,10 @@ def load_score_model(
     score_dim:int|None=None,# None: as stored, 1 for a fresh head
 )->ScoreModel:
     "Read a score model in the released layout, or put a fresh head on a language model."
-    config = AutoConfig.from_pretrained(path)
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     if getattr(config, 'do_normalize', False):
         raise ValueError(f'{path}: its normaliser is switched on; fold mean and scale into the head, then set do_normalize to false')
-    with quiet(): body = AutoModel.from_pretrained(path, dtype=dtype)
+    with quiet(): body = AutoModel.from_pretrained(path, dtype=dtype, use_safetensors=True, trust_remote_code=False)
     head = read_tensors(path, 'score_head.')
     stored = head['score_head.weight'].shape[0] if head else 1
     if head and score_dim not in (None, stored): raise ValueError(f'{path} holds {stored} scores per token, {score_dim} were asked for')
@@ -269,7 +269,7 @@ def load_tokenizer(
     path, # local folder or hub name
 ):
     "A tokenizer with an EOS; a missing pad token is set to EOS, which is harmless since masks come from lengths."
-    t = AutoTokenizer.from_pretrained(path)
+    t = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     if t.eos_token_id is None: raise ValueError(f'{path}: the tokenizer has no EOS token; responses could not end')
     if t.pad_token_id is None: t.pad_token = t.eos_token
     return t
@@ -279,4 +279,4 @@ def load_lm(
     dtype=torch.float32, # checkpoints in 16 bits are widened for training
 ):
     "A causal LM in eval mode: dropout is off in all of RL."
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, trust_remote_code=False).eval()

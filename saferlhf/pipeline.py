@@ -21,6 +21,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from .annotate import annotation_rows
+from .checkpoint import atomic_write
 from .ppo import PPOConfig, WorldConfig
 from .records import source_hashes
 from .runs import PROFILES, Run, default_profile, execute, publish, results_home, runs_home, templates_home, warm_kernel
@@ -132,7 +133,7 @@ def run_stage(
     out = runs_home() / 'notebooks' / f'{profile}-{seed}-{stage.name}.ipynb'
     folder = execute(stage.template, out, told, progress=False, km=km)
     book = ledger(profile, seed) | {stage.name: dict(folder=str(folder), key=key)}
-    ledger_path(profile, seed).write_text(json.dumps(book, indent=1))
+    atomic_write(ledger_path(profile, seed), json.dumps(book, indent=1))
     return folder, False
 
 class Ticker:

@@ -7,7 +7,7 @@ __all__ = ['PPOConfig', 'ppo_step', 'token_values', 'minibatches', 'Part', 'rows
            'ratios', 'describe', 'make_objective', 'two_token_world', 'two_token_lambda', 'run_two_token',
            'WorldConfig', 'world_row']
 
-# %% ../nbs/10_ppo.ipynb #fb1fe474
+# %% ../nbs/10_ppo.ipynb #cab59c62
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .advantages import gae, kl_per_token, token_rewards
-from .engine import gather
+from .engine import finite, gather
 from .losses import actor_loss, critic_loss, masked_mean
 from .models import token_logps
 from .objectives import Multiplier, Objective, combine, ppo, ppo_lag, reward_shaping
@@ -103,7 +103,7 @@ def ppo_step(
         for name, critic in critics.items(): update(critic, [partial(value, p, name) for p in parts])
     return metrics | describe(roll, scores, kl, values, returns, log, config) | dict(grad_norm=norm)
 
-# %% ../nbs/10_ppo.ipynb #f41c2714
+# %% ../nbs/10_ppo.ipynb #185f256c
 def token_values(
     critic,      # ScoreModel or an engine around one
     r:Rollout,   # B answers
@@ -153,8 +153,10 @@ def check_sampler(sampler, config):
                          'temperature=config.temperature, greedy=False and top_p=1')
 
 def to_host(scores:dict)->dict: # name -> (B,): the same on the CPU, in one transfer
-    "All scores, fetched together: the one place where a step waits for the device before its end."
-    return dict(zip(scores, torch.stack(list(scores.values())).cpu(), strict=True))
+    "All scores, fetched together: the one place where a step waits for the device before its end. FloatingPointError if one is not finite."
+    out = dict(zip(scores, torch.stack(list(scores.values())).cpu(), strict=True))
+    for name, x in out.items(): finite(name, x)                  # before lambda or a weight moves
+    return out
 
 def ratios(
     logp:Tensor,       # (b, t) now

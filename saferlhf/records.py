@@ -16,6 +16,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import subprocess
 import time
 import weakref
@@ -24,7 +25,8 @@ from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 import pandas as pd
 import torch
-from .checkpoint import atomic_write, cut_lines, inside, lock, newest, read_lines
+from .checkpoint import atomic_write, cut_lines, flush, inside, lock, newest, read_lines
+from .resume import Saver, piece, polite
 
 # %% ../nbs/12c_records.ipynb #489a7f7e
 PACKAGE = Path(__file__).resolve().parent if '__file__' in globals() else Path.cwd().resolve().parent/'saferlhf'
@@ -215,7 +217,7 @@ class Journal(Record):
 
 def _values(row): return {k: (v.tolist() if hasattr(v, 'tolist') else v) for k, v in row.items()}
 
-# %% ../nbs/12c_records.ipynb #a41cf50c
+# %% ../nbs/12c_records.ipynb #40114d8d
 _OPEN = weakref.WeakValueDictionary() # this process's runs: "run all cells" twice takes the folder over, another process is refused
 
 class Run(Journal):
@@ -239,7 +241,9 @@ class Run(Journal):
         with ExitStack() as stack:
             if not (folder/'DONE').exists(): stack.enter_context(lock(folder))
             if not (folder/'manifest.json').exists(): _first(folder, what, config, parents, profile)
-            run = cls(folder); run._stack = stack.pop_all()
+            run = cls(folder)
+            if not run.done: stack.enter_context(polite(run._again))
+            run._stack = stack.pop_all()
         _OPEN[str(folder)] = run; run._open(config)
         return run
 
@@ -247,15 +251,42 @@ class Run(Journal):
         "Write summary.json, the times, and DONE last; of a run that was finished before, nothing is touched."
         if not self.done:
             atomic_write(self.folder/'summary.json', json.dumps(_values(summary), indent=1))
-            self._note({'finished': _now(), 'seconds': round(self._seconds(), 2)}); atomic_write(self.folder/'DONE', _now())
+            self._note({'finished': _now(), 'seconds': round(self._seconds(), 2)})
+            flush(self.folder); atomic_write(self.folder/'DONE', _now())             # models and tables first
+            shutil.rmtree(self.folder/'checkpoint', ignore_errors=True)
         self.close()
+
+    def saver(
+        self, objects:dict, # name -> what moves, see `Saver`
+        steps:int=0, minutes:float=5., # how often; $SAFERLHF_SAVE_STEPS and $SAFERLHF_SAVE_MINUTES win
+    )->Saver:
+        "What a `loop` needs to be resumed in this folder."
+        steps, minutes = (t(os.environ.get(f'SAFERLHF_SAVE_{n}') or v) for n, t, v in (('STEPS', int, steps), ('MINUTES', float, minutes)))
+        logs = [self.folder/f'{n}.jsonl' for n in ('metrics', 'samples')]
+        return Saver(self.folder/'checkpoint', objects, steps, minutes, again=self._again, rewind=self._goes_on,
+                     flush=lambda: [flush(p) for p in logs if p.exists()])
+
+    def keep(
+        self, name:str, # of a piece of work, a relative name
+        make,           # function without arguments; what it returns is stored, and read back after an interruption
+    ):
+        "Do a piece of work once; see `piece`."
+        return make() if self.done else piece(inside(self.folder/'checkpoint', name), make, self._again)
+
+    _again = property(lambda self: f'run the same command, or this notebook, again: {os.environ.get("SAFERLHF_COMMAND", "")}'.rstrip(' :'))
+
+    def _goes_on(self, step):
+        "Cut the logs to a checkpoint's step, and note it."
+        self.resume_step(step)
+        if step >= 0: self._note({'resumed': [*self.manifest.get('resumed', []), {'at': _now(), 'step': step + 1}]})
 
     def close(self):
         "Let go of the folder."
         self._stack.close()
 
     def _open(self, config):
-        state = 'finished: read back' if self.done else 'resumed' if self.manifest['starts'] else 'new'
+        before = len(self.manifest['starts'])
+        state = 'finished: read back' if self.done else f'start {before + 1}, the one before was interrupted' if before else 'new'
         print(f'{self.id} · seed {self.seed} · {state} · {self.folder}')
         self.config = config; _show(config); self._began, self._before = time.time(), 0.
         self.checkpoint = newest(self.folder/'checkpoint')

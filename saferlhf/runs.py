@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from .checkpoint import atomic_write, inside
+from .resume import Interrupted, stopping
 from .records import (Record, Run, _nearest, _values, check_profiles, command_for, deviations, identity, latest, resolve, results_home,
                               runs_home, templates_home)
 
@@ -114,18 +116,23 @@ def execute(
     path = Path(template) if str(template).endswith('.ipynb') else templates_home()/f'{template}.ipynb'
     check_parameters(path, parameters or {})
     out = Path(out).resolve(); out.parent.mkdir(parents=True, exist_ok=True); note = Path(f'{out}.run'); note.unlink(missing_ok=True)
-    env = {k: v for k, v in os.environ.items() if k in ('SAFERLHF_RUNS', 'SAFERLHF_HOME')}
+    env = {k: v for k, v in os.environ.items() if k in ('SAFERLHF_RUNS', 'SAFERLHF_HOME', 'SAFERLHF_SAVE_STEPS', 'SAFERLHF_SAVE_MINUTES')}
     env |= dict(SAFERLHF_NOTEBOOK=str(out), SAFERLHF_COMMAND=command_for(template, out.name, parameters or {}))
     with nullcontext(km) if km else warm_kernel() as kernel:
         _freshen(kernel, env)
-        try: papermill.execute_notebook(path, out, parameters, kernel_name='python3', progress_bar=progress, km=kernel)
+        try:
+            with stopping(lambda: os.kill(kernel.provisioner.pid, signal.SIGINT)) as asked:
+                papermill.execute_notebook(path, out, parameters, kernel_name='python3', progress_bar=progress, km=kernel)
         except papermill.PapermillExecutionError as e:
+            if asked and e.ename in ('Interrupted', 'KeyboardInterrupt'):
+                raise Interrupted(e.evalue or 'stopped: it goes on from the last save, run the same command again') from None
             trace = re.sub('\x1b\\[[0-9;]*m', '', '\n'.join(e.traceback))
             where = f'in cell {e.cell_index} of {path.name}; the notebook up to there: {out}'
             raise RuntimeError(f'{e.ename}: {e.evalue}\n  {where}\n{trace}') from None
         except DeadKernelError:
             raise RuntimeError(f'the kernel of {path.name} died (out of memory?); the notebook up to there: {out}') from None
         finally: folder = _keep(out, note)
+    if asked: raise Interrupted(f'stopped after {path.stem}, which is finished: run the same command again')
     return folder
 
 def _keep(out, note):
@@ -156,9 +163,12 @@ def launch(
     process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     tail = deque(maxlen=300)
     try:
-        for line in process.stdout: print(line, end='', flush=True); tail.append(line)
+        with stopping(process.terminate) as asked:
+            for line in process.stdout: print(line, end='', flush=True); tail.append(line)
+            code = process.wait()
     except BaseException: process.terminate(); process.wait(); raise
-    if code := process.wait():
+    if asked: raise Interrupted(f'stopped by {asked[0]}: the ranks saved what they had; run the same command again')
+    if code:
         cause = ''.join(tail).rpartition('Root Cause (first observed failure):')[2].strip()
         raise RuntimeError(f'{ranks} rank(s) stopped with exit status {code}:\n{cause}')
 

@@ -62,7 +62,8 @@ def _text_problem(row, kind, max_chars):
         if not isinstance(t, str): return 'wrong type', f'{f} is {type(t).__name__}'
         if not t.strip(): return 'empty text', f
         if len(t) > max_chars: return 'over-long text', f'{f} has {len(t)} characters'
-        if re.search('[\ud800-\udfff]', t): return 'broken text', f'{f} is not valid Unicode'
+        if re.search('[\ud800-\udfff\ufffd]', t): return 'broken text', f'{f} is not valid Unicode'
+        if m := re.search('[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffe\uffff]', t): return 'control characters', f'{f} holds {m[0]!r}'
     try: as_turns(row['prompt'])
     except ValueError as e: return 'broken dialogue', str(e)
 

@@ -6,8 +6,9 @@
 __all__ = ['METRICS', 'setting', 'LMConfig', 'SFTConfig', 'ScoreConfig', 'check_metrics', 'loop', 'text_batch', 'on', 'sft_loss',
            'sft_step', 'lm_step', 'pack', 'valid_loss', 'score_loss', 'score_step', 'score_batches', 'glossary']
 
-# %% ../nbs/09_train.ipynb #09746878
+# %% ../nbs/09_train.ipynb #4712e4d1
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -110,7 +111,7 @@ METRICS = { # name -> (definition, unit, healthy range)
     'rollout_s': ('time of generating and scoring', 's', ''), 'update_s': ('time of the updates', 's', ''),
 }
 
-# %% ../nbs/09_train.ipynb #80f16968
+# %% ../nbs/09_train.ipynb #4cd4b521
 def check_metrics(
     metrics:dict, # name -> number
     step:int,     # for the message
@@ -128,15 +129,19 @@ def loop(
     log,                # function (step, metrics), e.g. `run.log`
     start:int=0,        # first step, after a resume
     show:tuple=('loss',), # metrics on the progress bar
+    save=None,          # from `Run.saver`: it knows where to start, saves, and stops on a signal
 )->dict:                # metrics of the last step
-    "Run steps `start` to `steps - 1`."
-    metrics = {}
-    with tqdm(range(start, steps), initial=start, total=steps, mininterval=5, ascii=True, ncols=100) as bar:
+    "Run steps `start` to `steps - 1`. A step with a number that is not finite is refused before weights move: FloatingPointError."
+    metrics, start = {}, save.restore() if save else start
+    with save or nullcontext(), tqdm(range(start, steps), initial=start, total=steps, mininterval=5, ascii=True, ncols=100) as bar:
         for i in bar:
-            metrics = reduce_mean(step(i))
-            check_metrics(metrics, i)
+            try: check_metrics(metrics := reduce_mean(step(i)), i)
+            except FloatingPointError as e:
+                if save: save.refuse(i, e)
+                raise
             log(i, metrics)
             bar.set_postfix({k: f'{metrics[k]:.3f}' for k in show if k in metrics}, refresh=False)
+            if save: save(i, i + 1 == steps)
     return metrics
 
 # %% ../nbs/09_train.ipynb #ca74c077

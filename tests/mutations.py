@@ -27,6 +27,12 @@ MUTATIONS = { # name -> (module, what stands there, what is put in its place, te
     'values: those after each token': ('ppo', '.scores[:, -T - 1:-1]', '.scores[:, -T:]', 'ppo'),
     'step: the same samples again': ('ppo', 'first=step * config.samples', 'first=0', 'ppo'),
     'step: micro-batches averaged apart': ('ppo', 'config.clip_ratio, len(rows))', 'config.clip_ratio)', 'ppo'),
+    'resume: random streams left where they are': ('resume', 'set_random_state(read_state(own))', 'read_state(own)', 'resume'),
+    'resume: one step again': ('resume', "return facts['step'] + 1", "return facts['step']", 'resume'),
+    'resume: logs not cut': ('resume', 'if rank() == 0: self.rewind(', 'if rank() == 0: str(', 'resume'),
+    'resume: the schedule begins again': ('engine', ', scheduler=self.scheduler.state_dict())', ')', 'resume'),
+    'resume: hashes not compared': ('checkpoint', 'if hashes and sha256_file', 'if not hashes and sha256_file', 'resume checkpoint'),
+    'refusal: gradients not looked at': ('engine', "if last: finite('gradient', *[p", "if not last: finite('gradient', *[p", 'resume'),
     'engine: dropout left on': ('engine', 'self.model = model.to(self.device).eval()', 'self.model = model.to(self.device)', 'engine'),
 }
 

@@ -351,3 +351,20 @@ def test_alpaca_layout(caplog):
     t = load_sft(str(FIXTURES/'alpaca'))
     assert t['prompt'] == ['Name a bird.', 'Put the word in the plural.\n\nleaf'] and t['response'] == ['Swallow.', 'leaves']
     assert 'empty text' in caplog.text and len(load_prompts(str(FIXTURES/'alpaca'))) == 3
+
+
+def test_malformed_rows_are_reported_and_dropped(): # ten thousand of them by `make faults`
+    from faults.rows import fuzz
+    table = fuzz(300)
+    assert {row[6] for row in table} == {'every row reported and dropped'} and len(table) == 15 and sum(row[5] for row in table) >= 300
+
+@pytest.mark.parametrize('text, reason', [('a\0b', 'control characters'), ('a\x85b', 'control characters'), ('a\ufffdb', 'broken text')])
+def test_characters_that_no_answer_holds(text, reason):
+    assert validate([MILD | dict(response_0=text), MILD | dict(response_0='tab\tand\r\nline')])[1].counts == {reason: 1}
+
+@pytest.mark.parametrize('name', ['rows.pkl', 'rows.csv', 'rows.bin', 'folder'])
+def test_rows_come_from_json_and_parquet_only(tmp_path, name):
+    f = tmp_path/name
+    if name == 'folder': f.mkdir(); (f/'x.pickle').write_bytes(b'')
+    else: f.write_bytes(b'')
+    with pytest.raises(ValueError, match='rows are read from .json'): load_preferences(f)

@@ -35,7 +35,43 @@ def all_stages(path): # in a process of its own: ZeRO-3 changes how models are m
     import logging
     from saferlhf.engine import deepspeed
     deepspeed(); logging.disable(logging.WARNING)
-    return {zero: trajectory(path, 'deepspeed', zero) for zero in range(4)}
+    return {zero: trajectory(path, 'deepspeed', zero) | dict(resumed=resumed(path, zero), refused=refused(path, zero)) for zero in range(4)}
+
+
+def step(engine, i, value=None): # one step of a policy; its loss or its gradient times a value
+    b = prompt_rows(seed=i)
+    loss = -token_logps(engine, b['input_ids'], b['attention_mask'], 3).mean()
+    if value and value[0] == 'gradient': next(p for p in engine.model.parameters()).register_hook(lambda g: g * value[1])
+    engine.backward(loss * value[1] if value and value[0] == 'loss' else loss)
+    return loss.item(), float(engine.step())
+
+
+def weights(engine):
+    with engine.dense_weights() as model: return [p.detach().clone() for p in model.parameters()]
+
+
+def resumed(path, zero): # whether three steps, a save and three steps are six steps
+    from saferlhf.resume import Saver
+    make = lambda: load(lambda: load_lm(path / 'lm'), OPTIM, 6, engine='deepspeed', zero=zero)
+    def run(folder, start, end):
+        engine = make()
+        with Saver(folder, {'model': engine}, steps=3) as save:
+            assert save.restore() == start
+            out = []
+            for i in range(start, end): out.append(step(engine, i)); save(i, i == 5)
+        return out, weights(engine)
+    (whole, w), (first, _), (rest, v) = run(path / f'a{zero}', 0, 6), run(path / f'b{zero}', 0, 3), run(path / f'b{zero}', 3, 6)
+    return whole == first + rest and all(map(torch.equal, v, w))
+
+
+def refused(path, zero): # whether a loss or gradient that is NaN is refused with all weights as they were
+    out = []
+    for value in (('loss', math.nan), ('gradient', math.nan), ('gradient', math.inf)):
+        engine = load(lambda: load_lm(path / 'lm'), OPTIM, 6, engine='deepspeed', zero=zero)
+        step(engine, 0); before = weights(engine)
+        try: step(engine, 1, value); out.append('not refused')
+        except FloatingPointError as e: out.append(f'a {value[0]} is' in str(e) and all(map(torch.equal, before, weights(engine))))
+    return out
 
 
 @pytest.fixture(scope='module')
@@ -59,6 +95,11 @@ def test_deepspeed_equals_torch(stages, plain, zero):
     for name in ('loss', 'norm', 'score', 'rate'): close(stages[zero][name], plain[name], 1e-5)
     close(stages[zero]['weights'], plain['weights'], 1e-4)
     assert plain['loss'][0] - plain['loss'][-2] > .1 and min(plain['norm']) > OPTIM.clip # it learns, and clipping matters
+
+
+@pytest.mark.parametrize('zero', range(4))
+def test_deepspeed_resumes_bit_for_bit_and_refuses_bad_numbers(stages, zero):
+    assert stages[zero]['resumed'] and stages[zero]['refused'] == [True] * 3
 
 
 def test_unknown_engine():

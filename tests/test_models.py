@@ -228,3 +228,23 @@ def test_tokenizer(tmp_path):
     assert load_tokenizer(tmp_path / 'b').pad_token_id == 1
     type(t)(tokenizer_object=t.backend_tokenizer).save_pretrained(tmp_path / 'c')
     with pytest.raises(ValueError, match='EOS'): load_tokenizer(tmp_path / 'c')
+
+
+# --- what comes from outside
+@pytest.mark.parametrize('read', [load_lm, ScoreModel.from_pretrained])
+def test_weights_come_from_safetensors_only(tmp_path, read):
+    lm().save_pretrained(tmp_path)
+    state = load_file(tmp_path / 'model.safetensors'); (tmp_path / 'model.safetensors').unlink()
+    torch.save(state, tmp_path / 'pytorch_model.bin')
+    with pytest.raises(OSError, match='safetensors'): read(tmp_path)
+
+
+def test_code_from_outside_does_not_run(tmp_path):
+    lm().save_pretrained(tmp_path); ran = tmp_path / 'ran'
+    for name in ('configuration_x', 'modeling_x'): (tmp_path / f'{name}.py').write_text(f'open({str(ran)!r}, "w")')
+    config = json.loads((tmp_path / 'config.json').read_text())
+    auto = dict(AutoConfig='configuration_x.C', AutoModel='modeling_x.M', AutoModelForCausalLM='modeling_x.M')
+    (tmp_path / 'config.json').write_text(json.dumps(config | dict(model_type='unheard-of', auto_map=auto)))
+    for read in (load_lm, ScoreModel.from_pretrained):
+        with pytest.raises(ValueError, match='trust_remote_code'): read(tmp_path)
+    assert not ran.exists()

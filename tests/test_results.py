@@ -73,3 +73,18 @@ def test_readme_shows_the_committed_results(tmp_path):
         if cell.cell_type == 'code': cell.outputs = [o for o in cell.outputs if o.get('name') != 'stderr']
     nbformat.write(notebook, tmp_path/'index.ipynb')
     assert readme(tmp_path/'index.ipynb') == (ROOT/'README.md').read_text(), 'run: make docs'
+
+
+def test_reliability():
+    "What `make faults` has found: every kind of fault was tried as often as was promised, and nothing failed."
+    read = lambda name: pd.read_csv(RESULTS/'reliability'/f'{name}.csv', dtype=str, keep_default_na=False)
+    tables = {n: read(n) for n in ('kill', 'disk', 'damage', 'numbers', 'kernel', 'lock', 'ranks', 'rows')}
+    for name, table in tables.items():
+        assert list(table) == 'fault stage engine seed phase step outcome lost run_id'.split(), name
+        assert not table.outcome.str.startswith('FAILED').any(), name
+    kills = tables['kill']
+    assert len(kills) >= 50 and (kills.phase != 'anywhere').sum() >= 15 and set(kills.outcome) == {'identical'}
+    assert {'base_lm', 'sft', 'gold', 'reward-1', 'cost-2', 'judge', 'collect-2', 'policy-2', 'evaluate', 'two_token'} == set(kills.stage)
+    assert {'torch', 'zero0', 'zero1', 'zero2'} <= set(kills.engine) and set(tables['ranks'].engine) == {f'zero{z}' for z in range(4)}
+    assert len(tables['damage']) >= 20 and tables['rows'].step.astype(int).sum() >= 10_000
+    assert {f.split()[0] for f in tables['numbers'].fault} == {'loss', 'gradient', 'reward', 'cost'}

@@ -125,3 +125,51 @@ def test_list_and_status(smoke):
     assert [line.split()[0] for line in listed.splitlines()] == list(STAGES)
     said = smoke.call('status').said
     assert 'unfinished' not in said and all(f'{f.parent.name}/{f.name}' in said for f in smoke.folders().values())
+
+
+# --- every stage, interrupted: the smoke reproduction above is the run that was left alone
+
+def interrupted(monkeypatch, folder, name, at):
+    "A stage's cells in this process: a SIGTERM comes with the at-th line or piece; then the cells once more. What the second start said."
+    import contextlib
+    import io
+    import signal
+    from faults.drive import execute
+    from saferlhf import records
+    from saferlhf.resume import Interrupted
+    stage, whole = STAGES[name], json.loads((folder/'manifest.json').read_text())
+    told = dict(profile='smoke', seed=0, overrides=stage.overrides)
+    if stage.template not in ('base_lm', 'two_token'): told['parents'] = whole['parent_folders']
+    if stage.round is not None: told['round'] = stage.round
+    count, append, piece = [0], records.Run._append, records.piece
+    def tick():
+        count[0] += 1
+        if count[0] == at: os.kill(os.getpid(), signal.SIGTERM)
+    with monkeypatch.context() as m:
+        m.setattr(records.Run, '_append', lambda run, *a: (append(run, *a), tick()))
+        m.setattr(records, 'piece', lambda folder, make, again: piece(folder, lambda: (make(), tick())[0], again))
+        with pytest.raises(Interrupted, match='is saved; to go on'): execute(stage.template, told)
+    with contextlib.redirect_stdout(io.StringIO()) as said: run = execute(stage.template, told)
+    return run.folder, said.getvalue()
+
+
+@pytest.mark.parametrize('name, at', [('base_lm', 2), ('gold', 4), ('sft', 2), ('reward-1', 1), ('cost-2', 2), ('policy-2', 2),
+                                      ('collect-2', 3), ('evaluate', 7), ('two_token', 2)])
+def test_an_interrupted_stage_goes_on_bit_for_bit(smoke, monkeypatch, tmp_path, name, at):
+    from faults.suite import content
+    monkeypatch.setenv('SAFERLHF_RUNS', str(tmp_path)); monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('SAFERLHF_HOME', str(smoke.home))
+    whole = smoke.folders()[name]
+    folder, said = interrupted(monkeypatch, whole, name, at)
+    assert folder.name == whole.name and content(folder) == content(whole)
+    assert f'goes on after step {at - 1}' in said or said.count('done before the interruption') == at
+
+
+def test_a_sample_of_the_fault_suite(smoke, tmp_path):
+    "A kill inside a save, and a bit turned in the newest checkpoint: `make faults` has all of them."
+    from faults.suite import Lab, Table, damage_one, kill_one
+    lab, table = Lab(tmp_path, smoke.runs), Table('sample', tmp_path)
+    kill_one(lab, table, 'sft', 'torch', 0, 'write-half')
+    damage_one(lab, table, 'sft', 'torch', 'flipped', 0)
+    assert [r['outcome'] for r in table.rows] == ['identical', 'reported, identical']
+    assert all(r['lost'] == 1 for r in table.rows)

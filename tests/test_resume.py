@@ -1,0 +1,261 @@
+"What is saved comes back bit for bit, on time, on a signal, and only from files that are whole."
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import lm, prompt_rows
+
+import saferlhf.resume as resume
+from saferlhf.checkpoint import newest, read_lines
+from saferlhf.engine import Optim, TorchEngine, finite
+from saferlhf.models import token_logps
+from saferlhf.objectives import Multiplier
+from saferlhf.records import Run
+from saferlhf.resume import Interrupted, Saver, agree, piece, random_state, read_state, seed_all, set_random_state, stopping, write_state
+from saferlhf.train import loop
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv('SAFERLHF_RUNS', str(tmp_path/'runs'))
+    for name in ('STEPS', 'MINUTES'): monkeypatch.delenv(f'SAFERLHF_SAVE_{name}', raising=False)
+    return tmp_path
+
+
+def equal(a, b):
+    if torch.is_tensor(a): return torch.is_tensor(b) and a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
+    if isinstance(a, np.ndarray | np.generic): return type(a) is type(b) and a.dtype == b.dtype and np.array_equal(a, b)
+    if isinstance(a, dict): return list(a) == list(b) and all(equal(v, b[k]) for k, v in a.items())
+    if isinstance(a, list | tuple): return type(a) is type(b) and len(a) == len(b) and all(map(equal, a, b))
+    return type(a) is type(b) and (a == b)
+
+
+plain = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(st.characters(exclude_categories=[]), max_size=5)
+arrays = st.sampled_from([torch.arange(3.), torch.tensor(2), torch.ones(2, 2, dtype=torch.bfloat16), torch.zeros(0, 3),
+                          np.arange(3, dtype=np.float32), np.float32(.1), np.array([True]), torch.arange(6).view(2, 3).t()])
+keys = st.integers() | st.text(max_size=3) | st.none() | st.booleans()
+inner = lambda x: st.lists(x, max_size=3) | st.tuples(x, x) | st.dictionaries(keys, x, max_size=3)
+nests = st.recursive(plain | arrays, inner, max_leaves=8)
+
+
+@settings(max_examples=60, deadline=None)
+@given(nests)
+def test_state_comes_back_as_it_was(state):
+    import tempfile
+    with tempfile.TemporaryDirectory() as folder:
+        write_state(folder, state)
+        assert equal(read_state(folder), state)
+
+
+def test_state_is_plain_data(tmp_path):
+    for odd in (print, {1, 2}, b'x', object(), np.array(['text'])):
+        with pytest.raises(TypeError): write_state(tmp_path, {'odd': odd})
+    w = torch.randn(4, 4)
+    write_state(tmp_path, {'a': w, 'b': w, 'view': w[1]})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['state.json', 'tensors.safetensors']
+    assert (tmp_path/'tensors.safetensors').stat().st_size < 400                # one copy of what is shared
+
+
+def test_random_streams():
+    seed_all(3); draw = lambda: (random.random(), np.random.rand(), torch.rand(1).item())
+    state, first = random_state(), draw()
+    assert draw() != first
+    set_random_state(state); assert draw() == first
+    seed_all(3); assert draw() == first
+
+
+# --- a run with everything that moves: an engine, the multiplier, a dict, the global streams
+def train(steps=6, every=1, act=lambda i: None, minutes=5.):
+    run = Run.start('policy', {}, sources=())
+    seed_all(0)
+    engine, multiplier, best = TorchEngine(lm(), Optim(lr=1e-2, warmup=.5), steps), Multiplier(window=16), {}
+    def step(i):
+        act(i)
+        b = prompt_rows(seed=i)
+        loss = -token_logps(engine, b['input_ids'], b['attention_mask'], 3).mean() * torch.rand(1).item()
+        engine.backward(loss)
+        best.update(loss=min(loss.item(), best.get('loss', 9e9)))
+        lam = multiplier.step([random.random(), np.random.rand()])
+        return dict(loss=loss.detach(), grad_norm=engine.step(), lam=lam, cost=best['loss'])
+    try: loop(step, steps, run.log, save=run.saver(dict(engine=engine, multiplier=multiplier, best=best), every, minutes))
+    finally: run.close()
+    rows = [{k: v for k, v in r.items() if k != 'seconds'} for r in read_lines(run.folder/'metrics.jsonl')]
+    return run, rows, [p.clone() for p in engine.model.parameters()], multiplier.state_dict(), best
+
+
+def same(a, b): return a[1] == b[1] and all(map(torch.equal, a[2], b[2])) and a[3:] == b[3:]
+
+
+@pytest.fixture
+def whole(monkeypatch, tmp_path):
+    with monkeypatch.context() as m:
+        m.setenv('SAFERLHF_RUNS', str(tmp_path/'whole'))
+        return train()
+
+
+@pytest.mark.parametrize('name', ['SIGTERM', 'SIGINT'])
+def test_a_signal_saves_and_the_run_goes_on(whole, name, capsys):
+    with pytest.raises(Interrupted, match=f'{name}: step 2 is saved.*again') as e:
+        train(every=0, act=lambda i: i == 2 and os.kill(os.getpid(), getattr(signal, name)))
+    assert e.value.code and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    resumed = train(every=0)
+    assert same(whole, resumed) and len(resumed[1]) == 6
+    out = capsys.readouterr().out
+    assert 'start 2, the one before was interrupted' in out and 'goes on after step 2: step-00000002' in out
+    assert [r['step'] for r in resumed[0].manifest['resumed']] == [3]
+
+
+def crash(at):
+    def act(i):
+        if i == at: raise KeyError('a bug')
+    return act
+
+
+def test_logged_steps_after_the_checkpoint_are_made_again(whole):
+    with pytest.raises(KeyError): train(every=3, act=crash(5))                  # saved after step 2; steps 3 and 4 were logged
+    assert same(whole, train(every=3))
+
+
+def test_a_damaged_checkpoint_is_skipped(whole, capsys):
+    with pytest.raises(KeyError): train(act=crash(4))
+    folder = next((resume.Path(os.environ['SAFERLHF_RUNS'])/'policy').iterdir())/'checkpoint'
+    assert sorted(p.name for p in folder.iterdir()) == ['step-00000002', 'step-00000003']      # two stay
+    f = folder/'step-00000003/state/common/tensors.safetensors'; b = bytearray(f.read_bytes()); b[-1] ^= 1; f.write_bytes(b)
+    assert same(whole, train())
+    assert 'skipped the damaged' in (out := capsys.readouterr().out) and 'goes on after step 2' in out
+
+
+def test_time_decides_too(monkeypatch, tmp_path):
+    now, saves = [0.], []
+    monkeypatch.setattr(resume.time, 'monotonic', lambda: now[0])
+    with Saver(tmp_path/'c', {}, steps=0, minutes=2.) as save:
+        monkeypatch.setattr(save, 'save', lambda i: (saves.append(i), setattr(save, 'saved', now[0])))
+        for i in range(10): now[0] += 50; save(i, i == 9)
+    assert saves == [2, 5, 8, 9]                                                # every third step is more than two minutes after a save
+    monkeypatch.setenv('SAFERLHF_SAVE_STEPS', '7'); monkeypatch.setenv('SAFERLHF_SAVE_MINUTES', '.5')
+    run = Run.start('sft', {}); s = run.saver({}); run.close()
+    assert (s.steps, s.minutes) == (7, .5)
+
+
+def test_what_does_not_fit_is_refused(tmp_path):
+    class Other(dict): pass
+    with Saver(tmp_path, {'model': Multiplier()}) as save: save.restore(); save(0, True)
+    for objects in ({'model': Other()}, {'model': Multiplier(), 'more': {}}, {}):
+        with pytest.raises(ValueError, match='use the same engine'): Saver(tmp_path, objects).restore()
+    with pytest.raises(ValueError, match='do not fit a window of 1'):
+        full = Multiplier(window=3); full.step([1., 2.])
+        with Saver(tmp_path/'b', {'model': full}) as save: save(0, True)
+        Saver(tmp_path/'b', {'model': Multiplier(window=1)}).restore()
+
+
+def test_streams_of_ranks(tmp_path):
+    with Saver(tmp_path, {'best': {}}) as save: save(0, True)
+    found = newest(tmp_path)
+    for r in (0, 1): write_state(found/f'state/random-{r}', random_state())
+    assert resume._any_stream(found, 2).name == 'random-0'
+    torch.rand(1); write_state(found/'state/random-1', random_state())
+    with pytest.raises(ValueError, match='different random streams'): resume._any_stream(found, 2)
+    assert agree(True, False) == [True, False]
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
+    with Saver(tmp_path, {'best': {'x': 1}}) as save:
+        save(0, True)
+        def full(*a): raise OSError(28, 'No space left on device')
+        monkeypatch.setattr(resume, 'write_state', full)
+        with pytest.raises(OSError, match='step 1 could not be saved.*No space left.*make room, then run'): save(1, True)
+    assert newest(tmp_path).name == 'step-00000000' and len(list(tmp_path.iterdir())) == 1
+
+
+# --- numbers that are none
+@pytest.mark.parametrize('what', ['loss', 'gradient'])
+@pytest.mark.parametrize('value', ['nan', 'inf'])
+def test_a_bad_number_is_refused_before_weights_move(tmp_path, what, value):
+    engine = TorchEngine(lm(), Optim(lr=1e-2, warmup=0.), 4)
+    def step(i):
+        b = prompt_rows(seed=i)
+        loss = -token_logps(engine, b['input_ids'], b['attention_mask'], 3).mean()
+        if i == 2 and what == 'gradient': next(engine.model.parameters()).register_hook(lambda g: g * float(value))
+        engine.backward(loss * float(value) if i == 2 and what == 'loss' else loss)
+        return dict(loss=loss.detach(), grad_norm=engine.step())
+    log = []
+    save = Saver(tmp_path, {'model': engine}, steps=1)
+    with pytest.raises(FloatingPointError, match=f'a {what} is NaN or infinite') as e: loop(step, 4, lambda i, m: log.append(i), save=save)
+    assert log == [0, 1] and 'step 2 was refused' in e.value.__notes__[0]
+    dumped = next(tmp_path.glob('refused/rank-0/step-*'))
+    assert json.loads((dumped/'cause.json').read_text())['step'] == 2
+    a, b = (read_state(p/'state/common')['objects']['model'] for p in (dumped, newest(tmp_path)))
+    assert equal(a, b) and all(map(torch.equal, engine.model.state_dict().values(), b['model'].values()))
+
+
+def test_finite():
+    x = torch.ones(2); assert finite('loss', x, x) is x and finite('gradient') is None
+    assert finite('loss', torch.full((2,), 3e38)) is not None                   # a sum that overflows is no bad number
+    for bad in ('nan', 'inf', '-inf'):
+        with pytest.raises(FloatingPointError, match='a reward is NaN'): finite('reward', x, torch.tensor([1., float(bad)]))
+
+
+def test_the_policy_asks_for_finite_scores_before_lambda_moves():
+    from project import ROOT, cells
+    assert any('finite(k, m(ids, mask).end_scores)' in c['source'] for c in cells(ROOT/'nbs/experiments/policy.ipynb'))
+
+
+# --- pieces
+def test_pieces_are_made_once(tmp_path, capsys):
+    calls = []
+    make = lambda: calls.append(1) or {'a': [1, 2.5, 'x'], 'n': np.arange(2)}
+    first, again = piece(tmp_path/'p', make), piece(tmp_path/'p', make)
+    assert equal(first, again) and calls == [1] and 'p: done before the interruption' in capsys.readouterr().out
+    f = next((tmp_path/'p').glob('step-*'))/'value/state.json'; f.write_text(f.read_text() + ' ')
+    assert equal(piece(tmp_path/'p', make), first) and calls == [1, 1] and 'skipped the damaged' in capsys.readouterr().out
+    with pytest.raises(Interrupted, match='q is saved'): piece(tmp_path/'q', lambda: os.kill(os.getpid(), signal.SIGTERM) or 3)
+    assert piece(tmp_path/'q', lambda: 4) == 3
+
+
+def test_a_finished_run_keeps_no_checkpoint(tmp_path):
+    run, *_ = train()
+    again = Run.start('policy', {}, sources=()); assert list((again.folder/'checkpoint').iterdir())
+    again.finish({}); assert not (again.folder/'checkpoint').exists()
+    assert again.keep('more', lambda: 5) == 5                                   # finished: nothing is written
+
+
+# --- signals
+def test_a_second_signal_acts_at_once(monkeypatch):
+    now = [0.]; monkeypatch.setattr(resume.time, 'monotonic', lambda: now[0])
+    with stopping() as asked:
+        os.kill(os.getpid(), signal.SIGINT); os.kill(os.getpid(), signal.SIGTERM)   # a launcher passing on what the terminal sent
+        assert asked == ['SIGINT']
+        now[0] = 3.
+        with pytest.raises(KeyboardInterrupt): os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_sigterm_between_loops_says_how_to_go_on(tmp_path):
+    code = "from saferlhf.runs import Run; import time; run = Run.start('sft', {}); print('on', flush=True); time.sleep(30)"
+    p = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while 'on\n' != p.stdout.readline(): time.sleep(.01)
+    p.terminate(); said = p.communicate(timeout=20)[1]
+    assert p.returncode == 1 and 'stopped by SIGTERM' in said and 'again' in said and 'Traceback' not in said
+
+
+# --- what must not be written down
+def test_no_environment_in_a_run_folder(monkeypatch):
+    monkeypatch.setenv('HF_TOKEN', 'secret-9187'); monkeypatch.setenv('SAFERLHF_SAVE_STEPS', '1')
+    run, *_ = train()
+    files = [p for p in run.folder.rglob('*') if p.is_file()]
+    assert len(files) > 6 and not [p for p in files if b'secret-9187' in p.read_bytes()]
+
+
+def test_names_of_pieces_stay_in_the_run(tmp_path):
+    run = Run.start('sft', {})
+    for bad in ('../../x', '/x', 'a\nb'):
+        with pytest.raises(ValueError, match='leads out'): run.keep(bad, lambda: 1)
+    run.close()
