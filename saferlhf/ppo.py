@@ -7,7 +7,7 @@ __all__ = ['PPOConfig', 'ppo_step', 'token_values', 'minibatches', 'Part', 'rows
            'ratios', 'describe', 'make_objective', 'two_token_world', 'two_token_lambda', 'run_two_token',
            'WorldConfig', 'world_row']
 
-# %% ../nbs/10_ppo.ipynb #cab59c62
+# %% ../nbs/10_ppo.ipynb #ec0acf2a
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from .advantages import gae, kl_per_token, token_rewards
-from .engine import finite, gather
+from .engine import gather
 from .losses import actor_loss, critic_loss, masked_mean
 from .models import token_logps
 from .objectives import Multiplier, Objective, combine, ppo, ppo_lag, reward_shaping
+from .precision import finite
 from .rollout import Rollout, Sampler
 from .train import setting, sft_loss
 
@@ -103,7 +104,7 @@ def ppo_step(
         for name, critic in critics.items(): update(critic, [partial(value, p, name) for p in parts])
     return metrics | describe(roll, scores, kl, values, returns, log, config) | dict(grad_norm=norm)
 
-# %% ../nbs/10_ppo.ipynb #185f256c
+# %% ../nbs/10_ppo.ipynb #ea694494
 def token_values(
     critic,      # ScoreModel or an engine around one
     r:Rollout,   # B answers
@@ -146,7 +147,10 @@ def update(
     for k, loss in enumerate(losses): engine.backward(loss(), last=k == len(losses) - 1)
     return engine.step()
 
-def check_sampler(sampler, config):
+def check_sampler(
+    sampler:Sampler,  # of the rollout
+    config:PPOConfig, # whose temperature the ratio takes
+):
     "ValueError when the sampler draws from another distribution than the ratio and the KL term assume."
     if sampler.temperature != config.temperature or sampler.greedy or sampler.top_p < 1:
         raise ValueError(f'PPO needs samples of the whole distribution at temperature {config.temperature}: make the sampler with '

@@ -43,10 +43,14 @@ def nucleus(
     p, order = z.softmax(-1).sort(-1, descending=True)
     return z.masked_fill(torch.zeros_like(z, dtype=torch.bool).scatter_(-1, order, p.cumsum(-1) - p >= top_p), float('-inf'))
 
-# %% ../nbs/07d_sampling.ipynb #58e14c66
+# %% ../nbs/07d_sampling.ipynb #94114f77
 class Slots:
     "What the answers in progress know, in tensors whose addresses stay."
-    def __init__(self, n, T, device): # slots, response tokens
+    def __init__(self,
+        n:int,  # slots
+        T:int,  # most tokens of an answer
+        device, # where they are
+    ):
         number = lambda *size, dtype=torch.int64: torch.zeros(*size, dtype=dtype, device=device)
         self.n, self.T = n, T
         self.token, self.pos, self.t = number(n), number(n), number(n)   # last token; tokens in the cache; tokens drawn
@@ -58,7 +62,13 @@ class Slots:
         "Every tensor, one row per slot."
         return [x for x in vars(self).values() if torch.is_tensor(x)]
 
-    def record(self, n, token, logp, policy_logp, eos):
+    def record(self,
+        n:int,              # slots in use
+        token:Tensor,       # (n,) what they drew
+        logp:Tensor,        # (n,) its log-probability
+        policy_logp:Tensor, # (n,) the same under the policy itself
+        eos:int|None,       # id that ends an answer
+    ):
         "Write what the first n slots drew, and see which end."
         at, alive = self.t[:n, None], self.alive[:n]
         for to, x in ((self.tokens, token), (self.logp, logp), (self.policy_logp, policy_logp)): to[:n].scatter_(1, at, x[:, None])

@@ -9,7 +9,7 @@ __all__ = ['CollectConfig', 'gold_score', 'at_once', 'ask', 'annotate_pairs', 'm
            'read_jsonl', 'GENERAL', 'answers', 'data_hashes', 'fits', 'model_path', 'policy_prompts', 'prompt_pool',
            'round_slice', 'sft_rows', 'shuffled']
 
-# %% ../nbs/15_stages.ipynb #8a47718a
+# %% ../nbs/15_stages.ipynb #a2b62a60
 import json
 from collections import Counter
 from dataclasses import dataclass
@@ -19,13 +19,14 @@ import numpy as np
 
 from .annotate import PAPER_AGREEMENT, GoldAnnotator, noise_for_agreement, pair_kinds, prompt_kinds, red_team, two_stage
 from .data import cost_pairs, harm_sign, label_pairs, prompt_id, reward_pairs, shipped
-from .engine import fast_precision, load
+from .engine import load
 from .evaluate import (accuracy, longer_wins, majority, model_row, paired_difference,
                                rank_correct, sign_correct, table1_row)
 from .judges import TfidfJudge, coherent
 from .models import ScoreModel, load_lm, load_tokenizer
 from .pools import (GENERAL, answers, data_hashes, fits, model_path, policy_prompts, prompt_pool, round_slice, sft_rows,
                             shuffled)
+from .precision import fast_precision
 from .rollout import Sampler, respond, score_texts
 from .train import setting
 

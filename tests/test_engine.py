@@ -5,9 +5,9 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 import pytest
 import torch
-from saferlhf.engine import (Optim, TorchEngine, adamw, fast_precision, gather, load, prepare, reduce_mean, schedule,
-                             zero_config)
+from saferlhf.engine import Optim, TorchEngine, adamw, gather, load, reduce_mean, schedule, zero_config
 from saferlhf.models import TINY, ScoreModel, load_lm, tiny_model, token_logps
+from saferlhf.precision import fast_precision, prepare
 from tiny import close, lm, prompt_rows, scorer
 
 OPTIM = Optim(lr=3e-3, weight_decay=.1, warmup=.3, clip=.05)                   # clipping is active: the norms are larger
@@ -210,6 +210,18 @@ def test_recomputation_changes_nothing(arch):
             token_logps(e, b['input_ids'], b['attention_mask'], 3)
         return sum(sizes)
     assert kept(True) < kept(False) / 2
+
+
+@pytest.mark.parametrize('precision', ('fp32', 'bf16'))
+def test_the_optimizer_leaves_weights_alone_when_the_norm_is_not_finite(precision): # what a GPU relies on, where nobody waits to ask
+    e, b = TorchEngine(lm(), Optim(lr=.1, warmup=0., schedule='constant'), precision=precision), prompt_rows()
+    for bad in (math.nan, math.inf, 1.):
+        before = [p.clone() for p in e.params]
+        e.backward(-token_logps(e, b['input_ids'], b['attention_mask'], 3).mean())
+        e.masters[0].grad[0, 0] *= bad
+        norm = e.step()
+        same = all(torch.equal(x, y) for x, y in zip(before, e.params, strict=True))
+        assert same == (bad != 1.) and norm.isfinite() == (bad == 1.)
 
 
 def test_a_clip_of_zero_is_refused():

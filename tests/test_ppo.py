@@ -69,6 +69,23 @@ def test_ratio_leaves_one_later():
     close(m['ratio'], 1); assert m['approx_kl'] > 1e-3 and m['clip_fraction'] > 0
 
 
+@pytest.mark.parametrize('name', ('reward', 'cost'))
+def test_a_score_that_is_not_finite_moves_nothing(name):
+    w = world(OBJECTIVES['lag'](), lr=.1); scored = w.scorers[name]
+    w.scorers[name] = lambda i, m: scored(i, m).index_fill(0, torch.tensor([3]), math.nan)
+    weights = [p.clone() for e in (w.actor, *w.critics.values()) for p in e.params]
+    with pytest.raises(FloatingPointError, match=f'a {name} is NaN or infinite'): step(w)
+    assert w.objective.state.value == pytest.approx(.7) and w.objective.state.rollouts == 0
+    assert all(torch.equal(a, b) for a, b in zip(weights, (p for e in (w.actor, *w.critics.values()) for p in e.params), strict=True))
+
+
+@pytest.mark.parametrize('change', (dict(temperature=1.3), dict(greedy=True), dict(top_p=.9)))
+def test_another_distribution_is_refused(change):
+    w = world(ppo())
+    for k, v in change.items(): setattr(w.sampler, k, v)
+    with pytest.raises(ValueError, match='whole distribution at temperature 1.0'): step(w)
+
+
 # --- values stand before each token
 def test_values_are_those_before_each_token():
     w = world(ppo()); r = rollout(w)
