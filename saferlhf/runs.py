@@ -142,11 +142,12 @@ def _keep(out, note):
     if not done and out.exists(): atomic_write(Path(folder)/'notebook.ipynb', out.read_bytes())
     return Path(folder)
 
-# %% ../nbs/13_runs.ipynb #fa2abb46
-_RANK = """import importlib, json, sys; from torch.distributed.elastic.multiprocessing.errors import record
+# %% ../nbs/13_runs.ipynb #2cd57da0
+_RANK = """import importlib, json, os, sys; from torch.distributed.elastic.multiprocessing.errors import record
 record(getattr(importlib.import_module(sys.argv[1]), sys.argv[2]))(*json.loads(sys.argv[3]))
 from torch import distributed
-if distributed.is_initialized(): distributed.barrier(); distributed.destroy_process_group()      # leave together"""
+if distributed.is_initialized(): distributed.barrier()
+sys.stdout.flush(); sys.stderr.flush(); os._exit(0)      # threads of a process group can abort an interpreter that ends in order"""
 
 def launch(
     target:Callable|list, # a function at the top of an importable module, or arguments for python such as ['-m', 'package.module', '...']
