@@ -143,8 +143,11 @@ def _keep(out, note):
     return Path(folder)
 
 # %% ../nbs/13_runs.ipynb #2cd57da0
-_RANK = """import importlib, json, sys; from torch.distributed.elastic.multiprocessing.errors import record
-record(getattr(importlib.import_module(sys.argv[1]), sys.argv[2]))(*json.loads(sys.argv[3]))"""
+_RANK = """import importlib, json, os, sys; from torch.distributed.elastic.multiprocessing.errors import record
+record(getattr(importlib.import_module(sys.argv[1]), sys.argv[2]))(*json.loads(sys.argv[3]))
+from torch import distributed
+if distributed.is_initialized(): distributed.barrier()
+sys.stdout.flush(); sys.stderr.flush(); os._exit(0)      # threads of a process group can abort an interpreter that ends in order"""
 
 def launch(
     target:Callable|list, # a function at the top of an importable module, or arguments for python such as ['-m', 'package.module', '...']
