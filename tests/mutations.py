@@ -33,7 +33,7 @@ MUTATIONS = { # name -> (module, what stands there, what is put in its place, te
     'resume: the schedule begins again': ('engine', 'scheduler=self.scheduler.state_dict())', ')', 'resume'),
     'resume: hashes not compared': ('checkpoint', 'if hashes and sha256_file', 'if not hashes and sha256_file', 'resume checkpoint'),
     'refusal: gradients not looked at': ('engine', "if last and not loss.is_cuda: fin", "if not last: fin", 'resume'),
-    'packing: sequences run together': ('packing', 'torch.arange(int(bounds[-1])) - bounds[row]', 'torch.arange(int(bounds[-1]))', 'models'),
+    'packing: one long sequence': ('packing', 'torch.arange(int(bounds[-1])) - bounds[row]', 'torch.arange(int(bounds[-1]))', 'models'),
     'packing: padding on the left kept': ('packing', 'm.flatten().nonzero()', '(m | m.flip(1)).flatten().nonzero()', 'models'),
     'decoder: old weights': ('decoder', 'torch.cat([p.detach()', 'to.any() or torch.cat([p.detach()', 'rollout'),
     'slots: an ended answer goes on': ('sampling', 'if eos is not None: alive &= token != eos', 'pass', 'rollout'),
