@@ -209,7 +209,7 @@ def default_profile()->str: # 'gpu' or 'cpu'
     "The profile that fits this machine."
     return 'gpu' if torch.cuda.is_available() else 'cpu'
 
-# %% ../nbs/13_runs.ipynb #19301cab
+# %% ../nbs/13_runs.ipynb #e2d3aece
 "PROFILES: profile -> stage -> {field marked as scale: value, 'override': {any other field: value}}; `check_profiles` holds them to that."
 PROFILES = {
     'smoke': dict(  # seconds: random two-layer models, real rows
@@ -231,7 +231,7 @@ PROFILES = {
         reward=dict(pairs=2200, epochs=1., batch_size=32, lr=1e-3, max_prompt_tokens=48, max_new_tokens=48),
         cost=dict(pairs=3600, epochs=1., batch_size=32, lr=1e-3, max_prompt_tokens=48, max_new_tokens=48),
         judge=dict(pairs=2000, epochs=1., batch_size=32, lr=1e-3, max_prompt_tokens=48, max_new_tokens=48),
-        collect=dict(related=320, unrelated=60, candidates=640, max_prompt_tokens=48, max_new_tokens=48),
+        collect=dict(related=320, unrelated=60, candidates=600, max_prompt_tokens=48, max_new_tokens=48),
         policy=dict(steps=36, prompts=32, micro_batch=32, window=64, max_prompt_tokens=48, max_new_tokens=48,
                     actor_lr=3e-4, critic_lr=5e-4, lambda_lr=0.8, override=dict(ptx_coef=0.1, clip_ratio=0.2)),
         evaluate=dict(unsafe=512, safe=128, max_prompt_tokens=48, max_new_tokens=48)),
