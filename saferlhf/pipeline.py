@@ -83,7 +83,7 @@ def policy_stage(
     "The folder that a policy's runs go to."
     return {'ppo': 'reward-only', 'reward_shaping': 'shaped'}.get(overrides.get('objective'), 'policy')
 
-# %% ../nbs/16_pipeline.ipynb #1ec6e49f
+# %% ../nbs/16_pipeline.ipynb #bd3eaa3d
 def ledger_path(profile:str, seed:int)->Path: # a JSON file, whether it is there or not
     "Where a reproduction notes which run each stage has come to."
     return runs_home() / f'ledger-{profile}-{seed}.json'
@@ -110,10 +110,10 @@ def parents_of(
     return {role: str(folder_of(p, profile, seed)) for role, p in find(name, profile).parents.items()}
 
 def key_of(stage:Stage, parameters:dict)->str: # 16 hex digits; parameters: what the template is told
-    "A hash of the template, its parameters and the code behind them: as long as it stays, the stage need not run again."
+    "A hash of the template, its parameters, the profile and the code behind them: as long as it stays, the stage need not run again."
     text = (templates_home() / f'{stage.template}.ipynb').read_text()
-    code = source_hashes(('stages', 'ppo', 'judges'))
-    return hashlib.sha256(json.dumps([stage.name, text, parameters, code], sort_keys=True).encode()).hexdigest()[:16]
+    code, sizes = source_hashes(('stages', 'ppo', 'judges')), PROFILES.get(parameters.get('profile'), {})
+    return hashlib.sha256(json.dumps([stage.name, text, parameters, sizes, code], sort_keys=True).encode()).hexdigest()[:16]
 
 # %% ../nbs/16_pipeline.ipynb #6f65dfe9
 def run_stage(

@@ -225,3 +225,13 @@ def test_homes(tmp_path, monkeypatch):
 def test_threads_are_left_alone(monkeypatch):
     monkeypatch.setenv('OMP_NUM_THREADS', '1')
     with warm_kernel(): assert os.environ['OMP_NUM_THREADS'] == '1'
+
+
+def test_a_changed_size_is_another_stage(monkeypatch): # a stage that is done with other sizes is not done
+    from saferlhf.pipeline import graph, key_of
+    from saferlhf.runs import PROFILES
+    stage = next(s for s in graph('cpu') if s.name == 'collect-2')
+    key = key_of(stage, dict(profile='cpu', seed=0))
+    assert key == key_of(stage, dict(profile='cpu', seed=0)) != key_of(stage, dict(profile='cpu', seed=1))
+    monkeypatch.setitem(PROFILES['cpu'], 'collect', PROFILES['cpu']['collect'] | dict(candidates=7))
+    assert key_of(stage, dict(profile='cpu', seed=0)) != key
