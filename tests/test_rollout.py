@@ -281,6 +281,17 @@ def test_take():
             assert torch.equal(part.logp[j, :n[j]], r.logp[i, :n[j]])
 
 
+def test_what_a_gpu_remembers_of_its_masks_changes_nothing(): # there a mask carries the host's copy; here the copies are put on by hand
+    plain, r = rolled(), rolled()
+    for x in (r.mask, r.prompt_mask, r.truncated): x.host = x.clone()
+    rows = torch.tensor([7, 2, 11])
+    for a, b in ((r.take(rows), plain.take(rows)), (r, plain)):
+        for k in ('prompts', 'prompt_mask', 'responses', 'mask', 'truncated', 'logp'): assert torch.equal(getattr(a, k), getattr(b, k))
+        assert torch.equal(a.attention_mask, b.attention_mask) and all(map(torch.equal, a.scored(), b.scored()))
+    r.mask.host[0] = 0                                                         # and it is the copy that is read
+    assert r.attention_mask[0].sum() == r.prompt_mask[0].sum() < plain.attention_mask[0].sum()
+
+
 # --- texts in, texts or numbers out
 def texts(n=12): return sentences(n, 0), sentences(n, 1)
 
