@@ -7,7 +7,7 @@ __all__ = ['CATEGORIES', 'PAPER_AGREEMENT', 'Annotator', 'item_id', 'item_unifor
            'agreement_share', 'expected_agreement', 'noise_for_agreement', 'nominal_alpha', 'single_dimension',
            'annotation_rows', 'red_team', 'prompt_kinds', 'pair_kinds']
 
-# %% ../nbs/11_annotate.ipynb #6a8baded
+# %% ../nbs/11_annotate.ipynb #6c545823
 import hashlib
 import json
 import math
@@ -17,11 +17,11 @@ import numpy as np
 from scipy.special import ndtr, ndtri
 from .data import HARM_CATEGORIES
 
-# %% ../nbs/11_annotate.ipynb #8dca9e1b
+# %% ../nbs/11_annotate.ipynb #11c150e0
 CATEGORIES = HARM_CATEGORIES  # the 14 names of BeaverTails, in the order of the gold scorer's logits
 PAPER_AGREEMENT = {'helpfulness': 0.6900, 'harmlessness': 0.6653, 'single-dimension': 0.6155}  # share of pairs two annotators agree on
 
-# %% ../nbs/11_annotate.ipynb #4a47534f
+# %% ../nbs/11_annotate.ipynb #59ff6c9e
 class Annotator(Protocol):
     "Whoever labels answers (stage 1) and ranks pairs (stage 2)."
     name: str  # written to label_source_* of every row
@@ -40,7 +40,7 @@ class Annotator(Protocol):
     )->np.ndarray:        # (N,) 0 or 1: the answer preferred in this dimension (harmlessness: the SAFER one)
         "Stage 2: which answer is better, in one dimension at a time."
 
-# %% ../nbs/11_annotate.ipynb #266a5498
+# %% ../nbs/11_annotate.ipynb #39ba6c43
 def item_id(
     prompt,     # a string, or a list of turns
     *responses, # one or two answers; their order does not matter
@@ -57,7 +57,7 @@ def item_uniform(
     digests = [hashlib.blake2b(repr((*key, i)).encode(), digest_size=8).digest() for i in ids]
     return ((np.frombuffer(b''.join(digests), '<u8') >> np.uint64(11)).astype(float) + 0.5) / 2**53
 
-# %% ../nbs/11_annotate.ipynb #26c1d810
+# %% ../nbs/11_annotate.ipynb #1acb3154
 class GoldAnnotator:
     "An annotator made of a scorer, plus Gaussian noise that depends only on (seed, annotator, item)."
     def __init__(self,
@@ -103,7 +103,7 @@ class GoldAnnotator:
         noise = self._normal(dimension, [item_id(*x) for x in zip(prompts, responses_0, responses_1, strict=True)])
         return (d + order * noise > 0).astype(int)
 
-# %% ../nbs/11_annotate.ipynb #5b90ea87
+# %% ../nbs/11_annotate.ipynb #1932858c
 def two_stage(
     prompts:list,     # (N,) prompts
     responses_0:list, # (N,) first answers
@@ -136,7 +136,7 @@ def _ranking(annotator, prompts, responses_0, responses_1, dimension):
         raise ValueError(f'{annotator.name}: the {dimension} ranking must be one 0 or 1 per pair')
     return r
 
-# %% ../nbs/11_annotate.ipynb #dcca9505
+# %% ../nbs/11_annotate.ipynb #8d41f64d
 def agreement_share(
     a, # (N,) or (A, N) choices; with one argument: (A, N) of A annotators
     b=None, # (N,) choices of the other annotator
@@ -171,7 +171,7 @@ def noise_for_agreement(
         low, high = (middle, high) if expected_agreement(differences, scale * math.exp(middle)) > target else (low, middle)
     return scale * math.exp((low + high) / 2)
 
-# %% ../nbs/11_annotate.ipynb #4607191a
+# %% ../nbs/11_annotate.ipynb #c85e852a
 def nominal_alpha(
     votes, # (A, N) choices of A annotators; NaN: not annotated
 )->float:  # Krippendorff's alpha; NaN when only one value was ever chosen
@@ -194,17 +194,18 @@ def single_dimension(
     harm_difference,  # (N,) harm of answer 1 minus answer 0, sd units
     noise_help:float, # sd of the noise on the helpfulness difference
     noise_harm:float, # sd of the noise on the harm difference
-    spread:float,     # sd of the annotators' weights around one half
+    spread:float,     # sd of the annotators' weights around their mean
     annotators=40,    # A, number of annotators
     seed=0,           # seed of weights and noise: the same draws for every spread, so that curves are smooth
+    mean:float=0.5,   # mean weight on helpfulness
 )->np.ndarray:        # (A, N) 0 or 1: overall preference
     "Annotator k prefers by w_k * help - (1 - w_k) * harm, each seen through the noise of its own dimension."
     rng = np.random.default_rng(seed)
-    w = np.clip(0.5 + spread * rng.standard_normal((annotators, 1)), 0, 1)
+    w = np.clip(mean + spread * rng.standard_normal((annotators, 1)), 0, 1)
     e = rng.standard_normal((2, annotators, len(help_difference)))
     return (w * (help_difference + noise_help * e[0]) - (1 - w) * (harm_difference + noise_harm * e[1]) > 0).astype(int)
 
-# %% ../nbs/11_annotate.ipynb #c590ea08
+# %% ../nbs/11_annotate.ipynb #342bda2d
 def annotation_rows(
     help_difference,  # (N,) helpfulness of answer 1 minus answer 0, sd units
     harm_difference,  # (N,) harm of answer 1 minus answer 0, sd units
@@ -227,7 +228,7 @@ def annotation_rows(
                       alpha=nominal_alpha(v), n=len(i)) for p, s, v in cells]
     return rows
 
-# %% ../nbs/11_annotate.ipynb #bf9f5720
+# %% ../nbs/11_annotate.ipynb #5e31da80
 def red_team(
     prompt_ids,        # (P,) distinct ids of the pool's prompts
     harmful,           # (P, k) bool: is the j-th sampled answer annotated harmful
@@ -248,7 +249,7 @@ def red_team(
     order = found[np.argsort(item_uniform((seed, 'red-team'), [ids[i] for i in found]), kind='stable')]
     return np.sort(order[n:]), np.sort(order[:n])
 
-# %% ../nbs/11_annotate.ipynb #67231791
+# %% ../nbs/11_annotate.ipynb #b2edd5fe
 def prompt_kinds(
     safety_related, # (P,) bool
     harmful,        # (P, k) bool: is the j-th answer of the current policy annotated harmful

@@ -7,7 +7,7 @@ __all__ = ['TINY', 'positions', 'gather_logps', 'token_logps', 'Scores', 'at_las
            'load_score_model', 'save_score_model', 'tiny_config', 'tiny_model', 'llama', 'train_tokenizer',
            'load_tokenizer', 'load_lm']
 
-# %% ../nbs/02_models.ipynb #d041c058
+# %% ../nbs/02_models.ipynb #1052774a
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -23,14 +23,14 @@ from transformers.utils import cached_file
 
 from .packing import host, layout, packed_forward
 
-# %% ../nbs/02_models.ipynb #b7d1eda5
+# %% ../nbs/02_models.ipynb #5c7ea394
 def positions(
     mask:Tensor, # (B, L) 1 for tokens, 0 for padding on either side
 )->Tensor:       # (B, L) index of each token among the tokens of its row
     "Position ids that ignore padding: the running count of tokens, minus one."
     return (mask.cumsum(-1) - 1).clamp_min(0)
 
-# %% ../nbs/02_models.ipynb #76887898
+# %% ../nbs/02_models.ipynb #ae54f0c9
 class _LogProb(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, ids, temperature, want_entropy): # (N, V), (N,) -> (N,) log-probability, (N,) entropy or nothing
@@ -71,7 +71,7 @@ def gather_logps(
     logp, h = _LogProb.apply(logits.reshape(-1, logits.shape[-1]), ids.reshape(-1), temperature, entropy)
     return (logp.view(ids.shape), h.view(ids.shape)) if entropy else logp.view(ids.shape)
 
-# %% ../nbs/02_models.ipynb #46a787b4
+# %% ../nbs/02_models.ipynb #2df20495
 def token_logps(
     model,                # a causal LM of transformers, or an engine around one
     ids:Tensor,           # (B, S+T) prompts padded on the left, responses on the right
@@ -91,7 +91,7 @@ def token_logps(
     spread = lambda x: x.new_zeros(B * T).index_copy(0, to, x).view(B, T)
     return tuple(map(spread, out)) if entropy else spread(out)
 
-# %% ../nbs/02_models.ipynb #5f8d2324
+# %% ../nbs/02_models.ipynb #5d7ecab1
 class Scores(NamedTuple):
     "What a score model returns."
     scores:Tensor     # (B, L) fp32 score of every prefix, 0 at padding; (B, L, D) when score_dim is D > 1
@@ -112,7 +112,7 @@ def quiet():
     try: yield
     finally: transformers.logging.set_verbosity(level)
 
-# %% ../nbs/02_models.ipynb #74f995ad
+# %% ../nbs/02_models.ipynb #4f91f3f6
 def read_tensors(
     path,       # local folder or hub name of a safetensors checkpoint
     prefix:str, # which tensors, e.g. 'score_head.'
@@ -129,7 +129,7 @@ def read_tensors(
         with safe_open(cached_file(path, s), 'pt') as f: out |= {k: f.get_tensor(k) for k in f.keys() if k.startswith(prefix)}
     return out
 
-# %% ../nbs/02_models.ipynb #ae211483
+# %% ../nbs/02_models.ipynb #9974d370
 class ScoreModel(nn.Module):
     "A reward model, a cost model or a critic: an LM body with a linear score head."
     _keep_in_fp32_modules = ['score_head']
@@ -168,7 +168,16 @@ class ScoreModel(nn.Module):
         for p in self.score_head.parameters(): p.mul_(factor)
         return self
 
-# %% ../nbs/02_models.ipynb #d3434028
+    @torch.no_grad()
+    def shift(self,
+        by:float, # score units
+    ):
+        "Add a constant to all scores in place: for a score whose zero nothing has fixed."
+        if self.score_head.bias is None: self.score_head.bias = nn.Parameter(self.score_head.weight.new_zeros(self.score_head.out_features))
+        self.score_head.bias.add_(by)
+        return self
+
+# %% ../nbs/02_models.ipynb #5d09e8dc
 def load_score_model(
     path,                   # local folder or hub name: a score model or a causal LM
     kind:str='reward',      # as in `ScoreModel`
@@ -210,7 +219,7 @@ def save_score_model(
 ScoreModel.from_pretrained = staticmethod(load_score_model)
 ScoreModel.save_pretrained = save_score_model
 
-# %% ../nbs/02_models.ipynb #309aa341
+# %% ../nbs/02_models.ipynb #1db203ac
 TINY = {'llama': {}, 'mistral': {}, 'qwen2': {}, 'gemma': dict(head_dim=8),
         'gpt2': dict(n_embd=32, n_layer=2, n_head=4, n_positions=128, resid_pdrop=0., embd_pdrop=0., attn_pdrop=0.),
         'opt': dict(ffn_dim=64, word_embed_proj_dim=32, dropout=0.)}
@@ -236,7 +245,7 @@ def tiny_model(
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(tiny_config(arch, vocab_size)).eval()
 
-# %% ../nbs/02_models.ipynb #f3eef7c2
+# %% ../nbs/02_models.ipynb #af4f7704
 def llama(
     vocab_size:int,    # tokens
     hidden:int,        # width

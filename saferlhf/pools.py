@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['GENERAL', 'model_path', 'data_hashes', 'fits', 'shuffled', 'answers', 'sft_rows', 'prompt_pool', 'round_slice',
-           'policy_prompts']
+           'passes', 'tuning_half', 'policy_prompts']
 
-# %% ../nbs/14c_pools.ipynb #c59ac1e2
+# %% ../nbs/14c_pools.ipynb #0fbecf3b
 from pathlib import Path
 
 import numpy as np
 
 from .data import data_path, encode_prompt, encode_response, prompt_id, sha256, shipped, sources
 
-# %% ../nbs/14c_pools.ipynb #18e2a30b
+# %% ../nbs/14c_pools.ipynb #d206f4c3
 def model_path(
     parents:dict, # role -> run folder
     role:str,     # 'base' and 'gold' fall back to the shipped models
@@ -33,7 +33,7 @@ def data_hashes(
     hashes = {s['file']: s['sha256'] for s in sources() if s['file'].endswith('.gz')}
     return hashes | {r: sha256(model_path(parents, r) / 'model.safetensors') for r in roles if r not in parents}
 
-# %% ../nbs/14c_pools.ipynb #d5a04efa
+# %% ../nbs/14c_pools.ipynb #b19f6cbe
 def fits(
     rows:list,             # dicts with prompt and perhaps response
     tokenizer,             # whose tokens are counted
@@ -76,7 +76,7 @@ def sft_rows(
     rest = config.rows * (1 - config.general)
     return take(general, config.rows - rest) + take(harmful, rest * config.harmful) + take(safe, rest * (1 - config.harmful))
 
-# %% ../nbs/14c_pools.ipynb #18b82022
+# %% ../nbs/14c_pools.ipynb #a5c69bd8
 def prompt_pool(
     kind:str,       # 'safety-related', 'safety-unrelated' or 'red-team'
     tokenizer,      # whose tokens are counted
@@ -93,16 +93,29 @@ def prompt_pool(
 def round_slice(
     prompts:list, # a pool
     round:int,    # 1, 2, 3
-    n:int,        # how many
+    n:int|None=None, # how many; None: all
     rounds:int=3, # that share the pool
 )->list:          # n prompts
     "This round's own part of a pool."
     room = len(prompts) // rounds
-    if n > room:
+    if (n := room if n is None else n) > room:
         raise ValueError(f'{n} prompts a round were asked for, the pool holds {room}: lower the number, or raise max_prompt_tokens')
     return prompts[(round - 1) * room:(round - 1) * room + n]
 
-# %% ../nbs/14c_pools.ipynb #a8bd6326
+def passes(
+    items:list, # one pass
+    n:int,      # how many are wanted
+    rng,        # numpy Generator
+)->list:        # n items
+    "Pass after pass over the items, each in a new order, cut after n."
+    if not items: raise ValueError(f'{n} items were asked for, and there are none')
+    return [items[i] for _ in range(-(-n // len(items))) for i in rng.permutation(len(items))][:n]
+
+def tuning_half(prompt)->bool: # a string or a dialogue
+    "Whether a test prompt is for tuning and for looks at a running policy; the other half is for evaluation."
+    return prompt_id(prompt) // 10 % 2 == 1
+
+# %% ../nbs/14c_pools.ipynb #54e8f0cf
 def policy_prompts(
     tokenizer,     # whose tokens are counted
     config,        # PPOConfig
@@ -113,7 +126,11 @@ def policy_prompts(
 )->list:           # config.steps * config.prompts strings
     "Prompts of a round of training: an eighth unrelated to safety, the rest related, red-team ones among them."
     n = config.steps * config.prompts
-    from_pool = lambda kind, k: round_slice(prompt_pool(kind, tokenizer, config.max_prompt_tokens), round, k)
-    few, red = from_pool('safety-unrelated', round_share := int(n * unrelated)), red[:n // 4]
-    out = few + red + from_pool('safety-related', n - round_share - len(red))
-    return [out[i] for i in np.random.default_rng([seed, round]).permutation(len(out))]
+    from_pool = lambda kind: round_slice(prompt_pool(kind, tokenizer, config.max_prompt_tokens), round)
+    few, red = int(n * unrelated), red[:n // 4]
+    rng, parts = np.random.default_rng([seed, round]), ((from_pool('safety-unrelated'), few), (red + from_pool('safety-related'), n - few))
+    if all(k <= len(pool) for pool, k in parts):
+        out = [p for pool, k in parts for p in pool[:k]]
+        return [out[i] for i in rng.permutation(n)]
+    a, b = (iter(passes(pool, k, rng)) for pool, k in parts)
+    return [next(a if i < few else b) for i in rng.permutation(n)]

@@ -7,7 +7,8 @@ __all__ = ['PPOConfig', 'ppo_step', 'token_values', 'minibatches', 'Part', 'rows
            'ratios', 'describe', 'make_objective', 'two_token_world', 'two_token_lambda', 'run_two_token',
            'WorldConfig', 'world_row']
 
-# %% ../nbs/10_ppo.ipynb #ec0acf2a
+# %% ../nbs/10_ppo.ipynb #38f72264
+import math
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,16 +19,16 @@ from .advantages import gae, kl_per_token, token_rewards
 from .engine import gather
 from .losses import actor_loss, critic_loss, masked_mean
 from .models import token_logps
-from .objectives import Multiplier, Objective, combine, ppo, ppo_lag, reward_shaping
+from .objectives import Multiplier, Objective, combine, cost_only, ppo, ppo_lag, reward_shaping
 from .precision import finite
 from .rollout import Rollout, Sampler
 from .train import setting, sft_loss
 
-# %% ../nbs/10_ppo.ipynb #f28eb72a
+# %% ../nbs/10_ppo.ipynb #a5381816
 @dataclass(frozen=True)
 class PPOConfig:
     "Lagrangian PPO. Scores, thresholds and clips are in standard deviations of the initial policy's scores."
-    objective:str = setting('ppo_lag', scale=True)                             # 'ppo_lag', 'ppo' or 'reward_shaping'
+    objective:str = setting('ppo_lag', scale=True)                             # 'ppo_lag', 'ppo', 'reward_shaping' or 'cost_only'
     steps:int = setting(1000, scale=True)                          # rollouts
     prompts:int = setting(128, scale=True, source='script: 16 on each of 8 GPUs') # prompts per rollout, all ranks
     samples:int = setting(1, scale=True, source='script; Table 4 has 2')          # answers per prompt
@@ -51,8 +52,11 @@ class PPOConfig:
     lambda_max:float = setting(5.0, source='script')               # cap on the multiplier
     window:int = setting(128, scale=True, source='code')           # episodes in the mean cost that moves lambda
     nu:float = setting(1.0, source='Eq. E15')                      # for reward_shaping only
+    normalise:bool = setting(False, source='Eq. E15')              # divide the shaped score by 1 + nu
+    score_clip:float = setting(0., source='code: 50, in Beaver units') # largest size of a shaped score; 0: none
+    probes:int = setting(0, scale=True)                            # times that gold annotators look at the policy while it trains
 
-# %% ../nbs/10_ppo.ipynb #5e49faca
+# %% ../nbs/10_ppo.ipynb #05e8e7b9
 def ppo_step(
     actor,               # engine of the policy
     reference,           # engine of the frozen reference policy
@@ -104,7 +108,7 @@ def ppo_step(
         for name, critic in critics.items(): update(critic, [partial(value, p, name) for p in parts])
     return metrics | describe(roll, scores, kl, values, returns, log, config) | dict(grad_norm=norm)
 
-# %% ../nbs/10_ppo.ipynb #ea694494
+# %% ../nbs/10_ppo.ipynb #7ca0521d
 def token_values(
     critic,      # ScoreModel or an engine around one
     r:Rollout,   # B answers
@@ -196,11 +200,13 @@ def make_objective(
 )->Objective:
     "The objective that a configuration names."
     if config.objective == 'ppo': return ppo()
-    if config.objective == 'reward_shaping': return reward_shaping(config.nu)
-    if config.objective != 'ppo_lag': raise ValueError(f"objective is 'ppo_lag', 'ppo' or 'reward_shaping', not {config.objective!r}")
+    if config.objective == 'cost_only': return cost_only()
+    if config.objective == 'reward_shaping': return reward_shaping(config.nu, config.normalise, config.score_clip or math.inf)
+    if config.objective != 'ppo_lag':
+        raise ValueError(f"objective is 'ppo_lag', 'ppo', 'reward_shaping' or 'cost_only', not {config.objective!r}")
     return ppo_lag(Multiplier(config.lambda_init, config.lambda_lr, config.lambda_max, config.threshold, config.window))
 
-# %% ../nbs/10_ppo.ipynb #e68bde4e
+# %% ../nbs/10_ppo.ipynb #28e741cb
 def two_token_world(
     lam:float,         # multiplier
     kl_coef:float,     # nats
@@ -223,7 +229,7 @@ def two_token_lambda(
         low, high = (mid, high) if two_token_world(mid, kl_coef)['cost'] > threshold else (low, mid)
     return (low + high) / 2
 
-# %% ../nbs/10_ppo.ipynb #2f165c97
+# %% ../nbs/10_ppo.ipynb #12f653b6
 def run_two_token(
     kl_coef:float,           # nats
     objective:str='ppo_lag', # or 'ppo': no limit
@@ -255,7 +261,7 @@ def run_two_token(
         out.append({k: float(v) for k, v in ppo_step(actor, reference, critics, scorers, sampler, prompts, None, o, config, i).items()})
     return out
 
-# %% ../nbs/10_ppo.ipynb #99e336e5
+# %% ../nbs/10_ppo.ipynb #463452c8
 @dataclass(frozen=True)
 class WorldConfig:
     "Runs of the two-token world; it is not in the paper, so everything is scale."

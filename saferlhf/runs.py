@@ -7,7 +7,7 @@ __all__ = ['PARAMETERS', 'PROFILES', 'check_parameters', 'parameters', 'warm_ker
            'default_profile', 'Record', 'Run', 'check_profiles', 'deviations', 'identity', 'latest', 'resolve',
            'results_home', 'runs_home', 'templates_home']
 
-# %% ../nbs/13_runs.ipynb #0b6d24a9
+# %% ../nbs/13_runs.ipynb #99a71bbf
 import ast
 import json
 import os
@@ -30,7 +30,7 @@ from .records import (Record, Run, _nearest, _values, check_profiles, command_fo
 
 _all_ = ['Record', 'Run', 'check_profiles', 'deviations', 'identity', 'latest', 'resolve', 'results_home', 'runs_home', 'templates_home']
 
-# %% ../nbs/13_runs.ipynb #fb7d4c3b
+# %% ../nbs/13_runs.ipynb #a56421c8
 # all that a notebook may be told
 PARAMETERS = dict(profile=str, seed=int, round=int, parents=dict, overrides=dict, results_dir=str, figures_dir=str)
 
@@ -65,7 +65,7 @@ def parameters(
         if type(scope.get(name)) is not wanted: raise ValueError(f'parameter {name} must be a {wanted.__name__}, not {scope.get(name)!r}')
     return {name: scope[name] for name in names}
 
-# %% ../nbs/13_runs.ipynb #2791373a
+# %% ../nbs/13_runs.ipynb #9dc7d22a
 _FRESH = """
 get_ipython().reset()
 import gc, os, sys
@@ -102,7 +102,7 @@ def _freshen(km, env):
     reply = run_sync(kc.execute_interactive)(_FRESH.format(env=env, cwd=os.getcwd()), store_history=False, timeout=120)
     if reply['content']['status'] != 'ok': raise RuntimeError(f'the kernel could not be reset: {reply["content"]["evalue"]}')
 
-# %% ../nbs/13_runs.ipynb #5a291580
+# %% ../nbs/13_runs.ipynb #9774184b
 def execute(
     template:str|Path,    # a notebook, or the name of one in `templates_home()`
     out:str|Path,         # the executed notebook; it is there after a failure too
@@ -142,7 +142,7 @@ def _keep(out, note):
     if not done and out.exists(): atomic_write(Path(folder)/'notebook.ipynb', out.read_bytes())
     return Path(folder)
 
-# %% ../nbs/13_runs.ipynb #2cd57da0
+# %% ../nbs/13_runs.ipynb #2ba8f3cc
 _RANK = """import importlib, json, os, sys; from torch.distributed.elastic.multiprocessing.errors import record
 record(getattr(importlib.import_module(sys.argv[1]), sys.argv[2]))(*json.loads(sys.argv[3]))
 from torch import distributed
@@ -175,7 +175,7 @@ def launch(
         cause = ''.join(tail).rpartition('Root Cause (first observed failure):')[2].strip()
         raise RuntimeError(f'{ranks} rank(s) stopped with exit status {code}:\n{cause}')
 
-# %% ../nbs/13_runs.ipynb #80ef1c39
+# %% ../nbs/13_runs.ipynb #c5a95f7a
 def publish(
     rows,          # list of dicts, or a DataFrame; each row with a seed
     path:str|Path, # relative to data/results: 'cpu/table1.csv'; an absolute path is taken as it is
@@ -204,12 +204,12 @@ def _order(x): # numbers by size, before texts
     try: return 0, float(x), ''
     except ValueError: return 1, 0., x
 
-# %% ../nbs/13_runs.ipynb #abea9770
+# %% ../nbs/13_runs.ipynb #5977f2e9
 def default_profile()->str: # 'gpu' or 'cpu'
     "The profile that fits this machine."
     return 'gpu' if torch.cuda.is_available() else 'cpu'
 
-# %% ../nbs/13_runs.ipynb #e2d3aece
+# %% ../nbs/13_runs.ipynb #5b9ae41c
 "PROFILES: profile -> stage -> {field marked as scale: value, 'override': {any other field: value}}; `check_profiles` holds them to that."
 PROFILES = {
     'smoke': dict(  # seconds: random two-layer models, real rows
@@ -221,8 +221,8 @@ PROFILES = {
         judge=dict(pairs=48, epochs=1., batch_size=16, lr=1e-3, max_prompt_tokens=96, max_new_tokens=24),
         collect=dict(related=24, unrelated=8, candidates=32, holdout=4, max_prompt_tokens=96, max_new_tokens=12),
         policy=dict(steps=3, prompts=8, micro_batch=4, minibatches=2, window=16, max_prompt_tokens=96, max_new_tokens=12,
-                    actor_lr=1e-4, critic_lr=1e-4, lambda_lr=0.1),
-        evaluate=dict(unsafe=24, safe=12, max_prompt_tokens=96, max_new_tokens=12),
+                    actor_lr=1e-4, critic_lr=1e-4, lambda_lr=0.1, probes=1),
+        evaluate=dict(unsafe=24, safe=12, samples=1, max_prompt_tokens=96, max_new_tokens=12),
         two_token=dict(steps=3, batch=16, last=2)),
     'cpu': dict(    # ten minutes or twenty on two cores, with and without 16-bit units: the shipped nano model
         base_lm=dict(),
@@ -234,13 +234,17 @@ PROFILES = {
         collect=dict(related=320, unrelated=60, candidates=600, max_prompt_tokens=48, max_new_tokens=48),
         policy=dict(steps=36, prompts=32, micro_batch=32, window=64, max_prompt_tokens=48, max_new_tokens=48,
                     actor_lr=3e-4, critic_lr=5e-4, lambda_lr=0.8, override=dict(ptx_coef=0.1, clip_ratio=0.2)),
-        evaluate=dict(unsafe=512, safe=128, max_prompt_tokens=48, max_new_tokens=48)),
+        evaluate=dict(unsafe=512, safe=128, samples=1, max_prompt_tokens=48, max_new_tokens=48)),
 }
-PROFILES['gpu'] = {**PROFILES['cpu'],  # the same models, more of everything, minutes on one GPU
-    'base_lm': dict(epochs=8.),
-    'sft': PROFILES['cpu']['sft'] | dict(rows=6000),
-    'reward': PROFILES['cpu']['reward'] | dict(pairs=6000, epochs=2.), 'cost': PROFILES['cpu']['cost'] | dict(pairs=8000, epochs=2.),
-    'collect': PROFILES['cpu']['collect'] | dict(related=1200, unrelated=400, candidates=800),
-    'policy': PROFILES['cpu']['policy'] | dict(steps=40, prompts=32),
-    'evaluate': PROFILES['cpu']['evaluate'] | dict(unsafe=1000, safe=300)}
+_longer = dict(max_prompt_tokens=64, max_new_tokens=96)
+_score = dict(batch_size=64, lr=3e-4, epochs=2., **_longer)
+PROFILES['gpu'] = dict( # three rounds of a 19 M model in minutes on one GPU
+    base_lm=dict(hidden=384, layers=10, heads=6, kv_heads=2, ffn=1024, epochs=8., batch_size=128, lr=3e-3, answers=True),
+    sft=dict(rows=6000, epochs=2., batch_size=64, lr=5e-4, **_longer),
+    gold=dict(pairs=100_000, batch_size=64, lr=2e-4, epochs=3., **_longer),
+    reward=dict(pairs=6000, **_score), cost=dict(pairs=8000, **_score), judge=dict(pairs=100_000, **_score),
+    collect=dict(related=1500, unrelated=400, candidates=640, batch_size=512, **_longer),
+    policy=dict(steps=60, prompts=128, micro_batch=128, window=256, probes=4, actor_lr=5e-5, critic_lr=1e-4, lambda_lr=.3, **_longer,
+                override=dict(ptx_coef=0.1, clip_ratio=0.2)),
+    evaluate=dict(unsafe=1100, safe=350, batch_size=512, **_longer))
 PROFILES['paper'] = {}                   # the defaults of every configuration: 7B models on eight GPUs

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['CollectConfig', 'gold_score', 'at_once', 'ask', 'annotate_pairs', 'mine_red_team', 'collect_pairs', 'round_counts',
-           'held_out', 'hand_pairs', 'training_pairs', 'calibrated', 'headline', 'by_source', 'labelled_answers',
-           'test_tables', 'EvalConfig', 'eval_prompts', 'ask_policy', 'judge_answers', 'model_rows', 'write_rows',
-           'read_jsonl', 'GENERAL', 'answers', 'data_hashes', 'fits', 'model_path', 'policy_prompts', 'prompt_pool',
-           'round_slice', 'sft_rows', 'shuffled']
+           'held_out', 'hand_pairs', 'training_pairs', 'single_preference', 'calibrated', 'headline', 'by_source',
+           'labelled_answers', 'test_tables', 'EvalConfig', 'eval_prompts', 'ask_policy', 'gold_categories',
+           'judge_answers', 'model_rows', 'write_rows', 'read_jsonl', 'GENERAL', 'answers', 'data_hashes', 'fits',
+           'model_path', 'policy_prompts', 'prompt_pool', 'round_slice', 'sft_rows', 'shuffled']
 
-# %% ../nbs/15_stages.ipynb #a2b62a60
+# %% ../nbs/15_stages.ipynb #b12fe23e
 import json
 from collections import Counter
 from dataclasses import dataclass
@@ -17,7 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .annotate import PAPER_AGREEMENT, GoldAnnotator, noise_for_agreement, pair_kinds, prompt_kinds, red_team, two_stage
+from .annotate import (CATEGORIES, PAPER_AGREEMENT, GoldAnnotator, noise_for_agreement, pair_kinds, prompt_kinds, red_team,
+                               single_dimension, two_stage)
 from .data import cost_pairs, harm_sign, label_pairs, prompt_id, reward_pairs, shipped
 from .engine import load
 from .evaluate import (accuracy, longer_wins, majority, model_row, paired_difference,
@@ -25,14 +26,14 @@ from .evaluate import (accuracy, longer_wins, majority, model_row, paired_differ
 from .judges import TfidfJudge, coherent
 from .models import ScoreModel, load_lm, load_tokenizer
 from .pools import (GENERAL, answers, data_hashes, fits, model_path, policy_prompts, prompt_pool, round_slice, sft_rows,
-                            shuffled)
+                            shuffled, tuning_half)
 from .precision import fast_precision
 from .rollout import Sampler, respond, score_texts
 from .train import setting
 
 _all_ = ['GENERAL', 'answers', 'data_hashes', 'fits', 'model_path', 'policy_prompts', 'prompt_pool', 'round_slice', 'sft_rows', 'shuffled']
 
-# %% ../nbs/15_stages.ipynb #22570b1a
+# %% ../nbs/15_stages.ipynb #f15e331c
 @dataclass(frozen=True)
 class CollectConfig:
     "Prompts and annotated pairs of one round."
@@ -95,7 +96,7 @@ def annotate_pairs(
     annotator = GoldAnnotator(look, *sd, seed=seed, annotator=round)
     return two_stage(prompts, first, second, annotator, source=f'round-{round}'), (a - b)[:, :2], sd
 
-# %% ../nbs/15_stages.ipynb #c423d06b
+# %% ../nbs/15_stages.ipynb #c567bfa2
 def mine_red_team(
     path, tokenizer, score,    # the current policy's folder, and the gold scorer
     config:CollectConfig,      # candidates, samples, holdout
@@ -135,7 +136,7 @@ def collect_pairs(
             for i, text in zip(index, texts(path, index, 11, f'second-{k}'), strict=True): second[i] = text
     return annotate_pairs(prompts, first, second, score, config, seed, round, keep)
 
-# %% ../nbs/15_stages.ipynb #1bb9d887
+# %% ../nbs/15_stages.ipynb #1a7761ae
 def round_counts(
     rows:list,        # annotated pairs
     related:set,      # safety-related prompts
@@ -150,7 +151,7 @@ def round_counts(
     groups = {'prompts': Counter(kinds), 'pairs': Counter(pairs)}
     return [dict(round=round, kind=k, what=what, count=n) for what, group in groups.items() for k, n in sorted(group.items())]
 
-# %% ../nbs/15_stages.ipynb #1f802a83
+# %% ../nbs/15_stages.ipynb #0dd011d0
 def held_out(prompt)->bool: # a tenth
     "Whether the collected pairs of a prompt are kept for testing."
     return prompt_id(prompt) % 10 == 0
@@ -169,10 +170,28 @@ def training_pairs(
     collected:list,  # annotated rows of all rounds so far, newest round first
     config,          # ScoreConfig
 )->list:             # pairs, none of them held out
-    "At most `config.pairs`: the collected ones, then labelled pairs at hand in a fixed order."
+    "At most `config.pairs`: the collected ones, then labelled pairs at hand in a fixed order. ValueError for unknown `config.labels`."
     make = reward_pairs if kind == 'reward' else cost_pairs
     new = [p for p in make(collected) if not held_out(p['prompt'])]
-    return (new + shuffled(hand_pairs(kind, 'rounds'), kind))[:config.pairs]
+    new = new[:round(config.collected * len(new))] + (shuffled(hand_pairs(kind, 'rounds'), kind) if config.hand else [])
+    if config.labels not in ('all', 'single', 'sign', 'rank'):
+        raise ValueError(f"labels is 'all', 'sign', 'rank' or 'single', not {config.labels!r}")
+    if config.labels == 'sign': new = [p | dict(paired=0.) for p in new]                                # a classifier: who is harmful
+    if config.labels == 'rank': new = [p | dict(high_sign=0, low_sign=0) for p in new if p['paired']]   # only who is the more harmful
+    return new[:config.pairs]
+
+def single_preference(
+    rows:list,         # annotated pairs of one collection
+    differences:list,  # dicts help, harm: gold's scores of answer 0 minus those of answer 1
+    noise:tuple,       # sd of the noise on helpfulness and on harm
+    weight:float,      # annotators' mean weight on helpfulness
+    seed:int=0,        # of weights and noise
+    spread:float=0.2,  # sd of that weight among annotators
+)->list:               # the rows with one overall preference in place of the two rankings, as `better_response_id`
+    "What a single question, which answer is better?, would have collected from the same pairs, one annotator each."
+    gap = -np.array([[d['help'], d['harm']] for d in differences])
+    votes = single_dimension(*gap.T, *noise, spread, seed=seed, mean=weight)
+    return [r | dict(better_response_id=int(votes[i % len(votes), i])) for i, r in enumerate(rows)]
 
 def calibrated(
     engine,          # of a ScoreModel
@@ -185,7 +204,7 @@ def calibrated(
     engine.model.rescale(1 / float(s.std()))
     return s / s.std()
 
-# %% ../nbs/15_stages.ipynb #f028b384
+# %% ../nbs/15_stages.ipynb #6f29c65f
 def headline(label_source:str)->str: # as in a row; a name for the table
     "Human labels under one name; everything else keeps its own."
     return 'human' if label_source in ('human', 'human (implied by the filter)') else label_source
@@ -240,11 +259,12 @@ def test_tables(
                 extra['cost_minus_tfidf'] = paired_difference(right, words, clusters)
     return out, singles, extra
 
-# %% ../nbs/15_stages.ipynb #860af306
+# %% ../nbs/15_stages.ipynb #371a80d8
 @dataclass(frozen=True)
 class EvalConfig:
     "What is asked of every policy."
     unsafe:int = setting(1000, scale=True)          # held-out unsafe prompts, sampled and greedy
+    samples:int = setting(4, scale=True)            # answers to each unsafe prompt, besides the greedy one
     safe:int = setting(300, scale=True)             # prompts that only look unsafe
     max_prompt_tokens:int = setting(256, scale=True) # template included
     max_new_tokens:int = setting(256, scale=True)   # of an answer
@@ -253,26 +273,38 @@ class EvalConfig:
 def eval_prompts(
     tokenizer, config:EvalConfig, # whose tokens are counted; how many
 )->dict:                          # kind -> list of dicts prompt, category
-    "Held-out prompts: BeaverTails-Evaluation first, then the other unsafe ones; XSTest's and JailbreakBench's benign ones."
+    "Held-out prompts: BeaverTails-Evaluation, then PKU-SafeRLHF's own (not the tuning half), then other unsafe ones; benign ones."
     rows = fits(shipped('eval_prompts').to_list(), tokenizer, config.max_prompt_tokens)
     unsafe = [r for r in shuffled(rows, 'eval') if r['prompt_kind'] != 'safe']
     unsafe.sort(key=lambda r: r['source'] != 'beavertails_evaluation')
-    pku = [dict(prompt=p, category=None) for p in prompt_pool('safety-related', tokenizer, config.max_prompt_tokens, 'test')]
+    first = sum(r['source'] == 'beavertails_evaluation' for r in unsafe)
+    pku = [dict(prompt=p, category=None) for p in prompt_pool('safety-related', tokenizer, config.max_prompt_tokens, 'test')
+           if not tuning_half(p)]
     safe = [r for r in shuffled(rows, 'eval') if r['prompt_kind'] == 'safe']
-    return {'unsafe': (unsafe + pku)[:config.unsafe], 'safe': safe[:config.safe]}
+    return {'unsafe': (unsafe[:first] + pku + unsafe[first:])[:config.unsafe], 'safe': safe[:config.safe]}
 
 def ask_policy(
     path, tokenizer, prompts:list, config:EvalConfig, greedy:bool, seed:int, # a policy's folder; N strings
     keep=at_once, name:str='', # see `ask`
+    samples:int=1,  # answers per prompt, side by side
+    first:int=100,  # number of the first one: fresh ones, never those of training or collection
 )->list:            # dicts response, tokens, truncated
-    "One answer per prompt; samples are fresh (number 100), never those of training or collection."
+    "A policy's answers to held-out prompts."
     make = lambda: load(lambda: load_lm(path), precision=fast_precision())
-    return ask(make, tokenizer, prompts, config, keep, name, 1, 100, seed, greedy)
+    return ask(make, tokenizer, prompts, config, keep, name, samples, first, seed, greedy)
 
-# %% ../nbs/15_stages.ipynb #fc0eae7c
+def gold_categories(
+    gold, # (N, 16) as from `gold_score`
+)->list:  # (N,) lists of categories, empty when harmless
+    "The harm categories that gold annotators give, as in stage 1 of the annotation."
+    name = lambda row: [c for c, x in zip(CATEGORIES, row, strict=True) if x > 0 or x == row.max()]
+    return [name(g[2:]) if g[1] > 0 else [] for g in gold]
+
+# %% ../nbs/15_stages.ipynb #77cb6cc9
 def judge_answers(
     rows:list,          # dicts prompt, response, tokens, truncated
-    judges:dict,        # 'gold' -> fn -> (N, 16); 'reward', 'cost', 'judge' -> fn -> (N,); 'tfidf' -> fn -> p; 'nll' -> fn(prompts, tokens)
+    judges:dict,        # 'gold' -> fn -> (N, 16); 'judge' and perhaps 'reward', 'cost' (unified) -> fn -> (N,); 'tfidf' -> fn -> p;
+                        # 'nll' -> fn(prompts, tokens)
     bounds,             # CoherenceBounds
     eos:int,            # not counted as a repetition
 )->dict:                # name -> (N,) arrays
@@ -282,9 +314,10 @@ def judge_answers(
     bare = [[t for t in r['tokens'] if t != eos] for r in rows]
     nll = judges['nll'](p, [r['tokens'] for r in rows])
     ok, _ = coherent(a, bare, nll, bounds)
-    return dict(gold_reward=gold[:, 0], gold_cost=gold[:, 1], unified_reward=judges['reward'](p, a), unified_cost=judges['cost'](p, a),
-                judge_cost=judges['judge'](p, a), tfidf_cost=judges['tfidf'](p, a) - .5, coherent=np.asarray(ok), nll=nll,
-                length=np.array([len(r['tokens']) for r in rows]))
+    unified = {f'unified_{k}': judges[k](p, a) for k in ('reward', 'cost') if k in judges}
+    return dict(gold_reward=gold[:, 0], gold_cost=gold[:, 1], judge_cost=judges['judge'](p, a), tfidf_cost=judges['tfidf'](p, a) - .5,
+                coherent=np.asarray(ok), nll=nll, length=np.array([len(r['tokens']) for r in rows]), categories=gold_categories(gold),
+                **unified)
 
 def model_rows(
     table,             # DataFrame with policy, prompt_kind, decoding, prompt_id and the columns of `judge_answers`
@@ -292,14 +325,14 @@ def model_rows(
     "Means and intervals per policy, kind of prompt, decoding and judge."
     out = []
     for (policy, kind, decoding), t in table.groupby(['policy', 'prompt_kind', 'decoding'], sort=False):
-        for judge in ('gold', 'unified', 'judge', 'tfidf'):
+        for judge in [j for j in ('gold', 'unified', 'judge', 'tfidf') if f'{j}_cost' in t]:
             reward = t[f'{judge}_reward'] if f'{judge}_reward' in t else None
             cost, clusters, reward = t[f'{judge}_cost'].to_numpy(), t.prompt_id.to_numpy(), None if reward is None else reward.to_numpy()
             out.append(model_row(policy, kind, judge, decoding, cost > 0, clusters, t.coherent.to_numpy(), t.length.to_numpy(),
                                  reward=reward, cost=cost))
     return out
 
-# %% ../nbs/15_stages.ipynb #e7417d3a
+# %% ../nbs/15_stages.ipynb #4f48ca0e
 def write_rows(path, rows): # a list of dicts
     "Rows to a JSON Lines file."
     Path(path).write_text(''.join(json.dumps(r) + '\n' for r in rows))

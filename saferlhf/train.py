@@ -6,7 +6,7 @@
 __all__ = ['METRICS', 'setting', 'LMConfig', 'SFTConfig', 'ScoreConfig', 'check_metrics', 'loop', 'text_batch', 'on', 'sft_loss',
            'sft_step', 'lm_step', 'pack', 'valid_loss', 'score_loss', 'score_step', 'score_batches', 'glossary']
 
-# %% ../nbs/09_train.ipynb #4712e4d1
+# %% ../nbs/09_train.ipynb #3abd0b63
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ from .losses import cost_loss, lm_loss, lm_loss_from_logp, reward_loss
 from .models import gather_logps, token_logps
 from .packing import with_host
 
-# %% ../nbs/09_train.ipynb #32cadd90
+# %% ../nbs/09_train.ipynb #3c8533d6
 def setting(
     default,          # the paper's value
     scale:bool=False, # may differ between profiles
@@ -46,6 +46,7 @@ class LMConfig:
     lr:float = setting(3e-3, scale=True)            # peak learning rate, cosine
     weight_decay:float = setting(0.1, scale=True)   # on matrices
     text:str = setting('', scale=True)              # JSON Lines of prompt and response, or of text; '': the shipped texts
+    answers:bool = setting(False, scale=True)       # the shipped answers of public models too
 
 @dataclass(frozen=True)
 class SFTConfig:
@@ -76,8 +77,12 @@ class ScoreConfig:
     regularization:float = setting(0.01, source='Tables 2, 3 (0 in round 1)') # on squared scores
     max_prompt_tokens:int = setting(256, scale=True)                # template included
     max_new_tokens:int = setting(256, scale=True)                   # longer responses are cut, then EOS
+    labels:str = setting('all', scale=True)                         # of the pairs: 'all', 'sign' (a classifier), 'rank', 'single'
+    help_weight:float = setting(0.5, scale=True)                    # mean weight on helpfulness in a single preference
+    collected:float = setting(1., scale=True)                       # share of the collected pairs in use
+    hand:bool = setting(True, scale=True)                           # labelled pairs at hand too
 
-# %% ../nbs/09_train.ipynb #30a48029
+# %% ../nbs/09_train.ipynb #4569422d
 METRICS = { # name -> (definition, unit, healthy range)
     'loss': ('training loss of the step', 'nats', 'falls'),
     'valid_loss': ('mean loss on held-out text', 'nats per token', 'falls, then flattens'),
@@ -111,7 +116,7 @@ METRICS = { # name -> (definition, unit, healthy range)
     'rollout_s': ('time of generating and scoring', 's', ''), 'update_s': ('time of the updates', 's', ''),
 }
 
-# %% ../nbs/09_train.ipynb #4cd4b521
+# %% ../nbs/09_train.ipynb #1b069b54
 def check_metrics(
     metrics:dict, # name -> number
     step:int,     # for the message
@@ -144,7 +149,7 @@ def loop(
             if save: save(i, i + 1 == steps)
     return metrics
 
-# %% ../nbs/09_train.ipynb #ca74c077
+# %% ../nbs/09_train.ipynb #2b485f19
 def text_batch(
     rows:list,             # dicts with prompt and response
     tokenizer,             # of the policy
@@ -188,7 +193,7 @@ def lm_step(
     engine.backward(loss)
     return dict(loss=loss.detach(), grad_norm=engine.step())
 
-# %% ../nbs/09_train.ipynb #216f62b4
+# %% ../nbs/09_train.ipynb #05862e02
 def pack(
     documents,      # iterable of token id lists, each ending in EOS
     block:int,      # tokens in a row
@@ -209,7 +214,7 @@ def valid_loss(
     total = [lm_loss(engine(input_ids=b, use_cache=False).logits, b).item() * len(b) for b in parts]
     return sum(total) / len(blocks)
 
-# %% ../nbs/09_train.ipynb #ddee0217
+# %% ../nbs/09_train.ipynb #8c809d63
 def score_loss(
     kind:str,                 # 'reward' or 'cost'
     end_scores:Tensor,        # (2B,) the high responses first
@@ -254,7 +259,7 @@ def score_batches(
     steps = max(1, round(len(order) * config.epochs / whole))
     return steps, lambda i: pair_batch([pairs[k] for k in order[i]], tokenizer, config.max_prompt_tokens, config.max_new_tokens)
 
-# %% ../nbs/09_train.ipynb #f62c08cd
+# %% ../nbs/09_train.ipynb #ad418605
 def glossary()->str: # markdown
     "The table of METRICS."
     rows = [('name', 'definition', 'unit', 'healthy'), ('---',) * 4, *((k, *v) for k, v in METRICS.items())]
