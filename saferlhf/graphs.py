@@ -13,7 +13,7 @@ from .ppo import PPOConfig, WorldConfig
 from .stages import CollectConfig, EvalConfig
 from .train import LMConfig, ScoreConfig, SFTConfig
 
-# %% ../nbs/15b_graph.ipynb #582b0e61
+# %% ../nbs/15b_graph.ipynb #463280ab
 CLASSES = dict(base_lm=LMConfig, sft=SFTConfig, gold=ScoreConfig, reward=ScoreConfig, cost=ScoreConfig, judge=ScoreConfig,
                collect=CollectConfig, policy=PPOConfig, evaluate=EvalConfig, two_token=WorldConfig)
 ROUNDS = {1: dict(threshold=0., lambda_init=1.), 2: dict(threshold=-.5, lambda_init=.5), 3: dict(threshold=-.8, lambda_init=1.)}  # Table 4
@@ -30,17 +30,16 @@ class Stage(NamedTuple):
 
 def _roots(profile): # what makes the base LM and the gold annotators, and the roles that read them
     if profile not in ('smoke', 'gpu'): return [], {}, {}
-    own = profile == 'gpu'
-    out = [Stage('base_lm', 'base_lm', {}, seed=0 if own else None)]
-    if own: out.append(Stage('gold_base', 'base_lm', {}, overrides=GOLD_BASE, seed=0))
-    return out + [Stage('gold', 'gold', {'base': out[-1].name}, seed=0 if own else None)], {'base': 'base_lm'}, {'gold': 'gold'}
+    out = [Stage('base_lm', 'base_lm', {}, seed=0)]
+    if profile == 'gpu': out.append(Stage('gold_base', 'base_lm', {}, overrides=GOLD_BASE, seed=0))
+    return out + [Stage('gold', 'gold', {'base': out[-1].name}, seed=0)], {'base': 'base_lm'}, {'gold': 'gold'}
 
 def graph(
     profile:str, # 'smoke' and 'gpu' make their own base LM and gold annotators
 )->list:         # stages, parents before children
     "All stages of a reproduction."
     out, base, gold = _roots(profile)
-    fixed = 0 if profile == 'gpu' else None
+    fixed = None if profile == 'cpu' else 0
     out.append(Stage('sft', 'sft', base, seed=fixed))
     def score(kind, r, parents, end=''):
         return Stage(f'{kind}-{r}{end}', 'score_model', base | {'sft': 'sft'} | parents, r, dict(kind=kind), fixed if r == 1 else None)

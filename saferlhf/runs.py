@@ -209,7 +209,7 @@ def default_profile()->str: # 'gpu' or 'cpu'
     "The profile that fits this machine."
     return 'gpu' if torch.cuda.is_available() else 'cpu'
 
-# %% ../nbs/13_runs.ipynb #5b9ae41c
+# %% ../nbs/13_runs.ipynb #0c53c1bd
 "PROFILES: profile -> stage -> {field marked as scale: value, 'override': {any other field: value}}; `check_profiles` holds them to that."
 PROFILES = {
     'smoke': dict(  # seconds: random two-layer models, real rows
@@ -243,7 +243,7 @@ PROFILES['gpu'] = dict( # three rounds of a 19 M model in minutes on one GPU
     sft=dict(rows=6000, epochs=2., batch_size=64, lr=5e-4, **_longer),
     gold=dict(pairs=100_000, batch_size=64, lr=2e-4, epochs=3., **_longer),
     reward=dict(pairs=6000, **_score), cost=dict(pairs=8000, **_score), judge=dict(pairs=100_000, **_score),
-    collect=dict(related=1500, unrelated=400, candidates=640, batch_size=512, **_longer),
+    collect=dict(related=1500, unrelated=400, candidates=620, batch_size=512, **_longer),
     policy=dict(steps=60, prompts=128, micro_batch=128, window=256, probes=4, actor_lr=5e-5, critic_lr=1e-4, lambda_lr=.3, **_longer,
                 override=dict(ptx_coef=0.1, clip_ratio=0.2)),
     evaluate=dict(unsafe=1100, safe=350, batch_size=512, **_longer))
