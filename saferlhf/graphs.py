@@ -13,11 +13,11 @@ from .ppo import PPOConfig, WorldConfig
 from .stages import CollectConfig, EvalConfig
 from .train import LMConfig, ScoreConfig, SFTConfig
 
-# %% ../nbs/15b_graph.ipynb #463280ab
+# %% ../nbs/15b_graph.ipynb #30a4ce43
 CLASSES = dict(base_lm=LMConfig, sft=SFTConfig, gold=ScoreConfig, reward=ScoreConfig, cost=ScoreConfig, judge=ScoreConfig,
                collect=CollectConfig, policy=PPOConfig, evaluate=EvalConfig, two_token=WorldConfig)
 ROUNDS = {1: dict(threshold=0., lambda_init=1.), 2: dict(threshold=-.5, lambda_init=.5), 3: dict(threshold=-.8, lambda_init=1.)}  # Table 4
-GOLD_BASE = dict(hidden=512, layers=12, heads=8, kv_heads=4, ffn=1408, epochs=6.) # gold annotators are larger than the models of the rounds
+GOLD_BASE = dict(hidden=512, layers=12, heads=8, kv_heads=4, ffn=1408, epochs=3., lr=3e-3) # gold annotators are larger than the models of the rounds
 
 class Stage(NamedTuple):
     "One node of the graph."

@@ -209,7 +209,7 @@ def default_profile()->str: # 'gpu' or 'cpu'
     "The profile that fits this machine."
     return 'gpu' if torch.cuda.is_available() else 'cpu'
 
-# %% ../nbs/13_runs.ipynb #0c53c1bd
+# %% ../nbs/13_runs.ipynb #58b24059
 "PROFILES: profile -> stage -> {field marked as scale: value, 'override': {any other field: value}}; `check_profiles` holds them to that."
 PROFILES = {
     'smoke': dict(  # seconds: random two-layer models, real rows
@@ -239,12 +239,12 @@ PROFILES = {
 _longer = dict(max_prompt_tokens=64, max_new_tokens=96)
 _score = dict(batch_size=64, lr=3e-4, epochs=2., **_longer)
 PROFILES['gpu'] = dict( # three rounds of a 19 M model in minutes on one GPU
-    base_lm=dict(hidden=384, layers=10, heads=6, kv_heads=2, ffn=1024, epochs=8., batch_size=128, lr=3e-3, answers=True),
-    sft=dict(rows=6000, epochs=2., batch_size=64, lr=5e-4, **_longer),
-    gold=dict(pairs=100_000, batch_size=64, lr=2e-4, epochs=3., **_longer),
+    base_lm=dict(hidden=384, layers=10, heads=6, kv_heads=2, ffn=1024, epochs=4., batch_size=64, lr=4e-3, answers=True),
+    sft=dict(rows=2900, general=.2, epochs=3., batch_size=64, lr=5e-4, **_longer),
+    gold=dict(pairs=100_000, batch_size=64, lr=2e-4, epochs=2., **_longer),
     reward=dict(pairs=6000, **_score), cost=dict(pairs=8000, **_score), judge=dict(pairs=100_000, **_score),
     collect=dict(related=1500, unrelated=400, candidates=620, batch_size=512, **_longer),
-    policy=dict(steps=60, prompts=128, micro_batch=128, window=256, probes=4, actor_lr=5e-5, critic_lr=1e-4, lambda_lr=.3, **_longer,
+    policy=dict(steps=40, prompts=128, micro_batch=128, window=256, probes=4, actor_lr=7e-5, critic_lr=1e-4, lambda_lr=.3, **_longer,
                 override=dict(ptx_coef=0.1, clip_ratio=0.2)),
     evaluate=dict(unsafe=1100, safe=350, batch_size=512, **_longer))
 PROFILES['paper'] = {}                   # the defaults of every configuration: 7B models on eight GPUs
