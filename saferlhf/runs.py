@@ -244,7 +244,7 @@ PROFILES['gpu'] = dict( # three rounds of a 19 M model in minutes on one GPU
     gold=dict(pairs=100_000, batch_size=64, lr=2e-4, epochs=2., **_longer),
     reward=dict(pairs=6000, **_score), cost=dict(pairs=8000, **_score), judge=dict(pairs=100_000, **_score),
     collect=dict(related=1500, unrelated=400, candidates=620, batch_size=512, **_longer),
-    policy=dict(steps=40, prompts=128, micro_batch=128, window=256, probes=4, actor_lr=7e-5, critic_lr=1e-4, lambda_lr=.3, **_longer,
+    policy=dict(steps=40, prompts=128, micro_batch=128, window=256, probes=4, actor_lr=1e-4, critic_lr=1e-4, lambda_lr=.3, **_longer,
                 override=dict(ptx_coef=0.1, clip_ratio=0.2)),
     evaluate=dict(unsafe=1100, safe=350, batch_size=512, **_longer))
 PROFILES['paper'] = {}                   # the defaults of every configuration: 7B models on eight GPUs
