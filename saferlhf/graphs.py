@@ -4,20 +4,23 @@
 
 # %% auto #0
 __all__ = ['CLASSES', 'ROUNDS', 'GOLD_BASE', 'BESIDE', 'SEEDS', 'BEAVER_SD', 'THRESHOLDS', 'Stage', 'graph', 'arms', 'arm_models',
-           'comparisons', 'find', 'reads', 'with_parents', 'arm_stages', 'score_stage', 'policy_stage']
+           'comparisons', 'find', 'reads', 'with_parents', 'arm_stages', 'score_stage', 'policy_stage', 'config_of']
 
-# %% ../nbs/15b_graph.ipynb #ca758d77
+# %% ../nbs/15b_graph.ipynb #682c6a89
 from typing import NamedTuple
 
+from .paper import PAPER_ROUNDS
 from .ppo import PPOConfig, WorldConfig
+from .records import resolve
+from .runs import PROFILES
 from .stages import CollectConfig, EvalConfig
 from .train import LMConfig, ScoreConfig, SFTConfig
 
-# %% ../nbs/15b_graph.ipynb #30a4ce43
+# %% ../nbs/15b_graph.ipynb #1837ae51
 CLASSES = dict(base_lm=LMConfig, sft=SFTConfig, gold=ScoreConfig, reward=ScoreConfig, cost=ScoreConfig, judge=ScoreConfig,
                collect=CollectConfig, policy=PPOConfig, evaluate=EvalConfig, two_token=WorldConfig)
 ROUNDS = {1: dict(threshold=0., lambda_init=1.), 2: dict(threshold=-.5, lambda_init=.5), 3: dict(threshold=-.8, lambda_init=1.)}  # Table 4
-GOLD_BASE = dict(hidden=512, layers=12, heads=8, kv_heads=4, ffn=1408, epochs=3., lr=3e-3) # gold annotators are larger than the models of the rounds
+GOLD_BASE = dict(hidden=512, layers=12, heads=8, kv_heads=4, ffn=1408, epochs=3., lr=3e-3) # larger than the models of the rounds
 
 class Stage(NamedTuple):
     "One node of the graph."
@@ -28,8 +31,8 @@ class Stage(NamedTuple):
     overrides:dict={}     # what makes this stage differ from others of its template
     seed:int|None=None    # the one seed of a stage that all seeds share
 
-def _roots(profile): # what makes the base LM and the gold annotators, and the roles that read them
-    if profile not in ('smoke', 'gpu'): return [], {}, {}
+def _roots(profile): # what makes base LM and gold annotators, and the roles that read them
+    if profile not in ('smoke', 'gpu'): return [], {'base': 'base_lm'} if profile == 'paper' else {}, {}     # see `own_base`
     out = [Stage('base_lm', 'base_lm', {}, seed=0)]
     if profile == 'gpu': out.append(Stage('gold_base', 'base_lm', {}, overrides=GOLD_BASE, seed=0))
     return out + [Stage('gold', 'gold', {'base': out[-1].name}, seed=0)], {'base': 'base_lm'}, {'gold': 'gold'}
@@ -39,7 +42,7 @@ def graph(
 )->list:         # stages, parents before children
     "All stages of a reproduction."
     out, base, gold = _roots(profile)
-    fixed = None if profile == 'cpu' else 0
+    fixed = 0 if profile in ('smoke', 'gpu') else None
     out.append(Stage('sft', 'sft', base, seed=fixed))
     def score(kind, r, parents, end=''):
         return Stage(f'{kind}-{r}{end}', 'score_model', base | {'sft': 'sft'} | parents, r, dict(kind=kind), fixed if r == 1 else None)
@@ -62,6 +65,7 @@ def graph(
         more = [s for r in (2, 3) for s in chain(r, '-no-red', candidates=0)]
         roles = {s.name: s.name for s in more if s.template == 'policy'}
         out += more + [Stage('evaluate-no-red', 'evaluate', out[-1].parents | roles)]
+    if profile == 'paper': return [s._replace(overrides=s.overrides | PAPER_ROUNDS.get(s.name, {})) for s in out]
     return out + ([Stage('two_token', 'two_token', {})] if profile == 'smoke' else [])
 
 # made once and shipped, or beside the reproduction
@@ -148,7 +152,7 @@ def arm_stages(
     if unknown := set(groups) - set(SEEDS): raise ValueError(f'no arms {sorted(unknown)}; there are {list(SEEDS)}')
     return [(f'compare-{g}', seed) for g in (groups or SEEDS) for seed in SEEDS[g]]
 
-# %% ../nbs/15b_graph.ipynb #e050cbd4
+# %% ../nbs/15b_graph.ipynb #050f52d7
 def score_stage(
     overrides:dict, # as a template gets them
 )->str:             # 'reward', 'cost' or 'judge'
@@ -161,3 +165,11 @@ def policy_stage(
     "The folder that a policy's runs go to."
     known = {'ppo': 'reward-only', 'reward_shaping': 'shaped', 'cost_only': 'cost-only'}
     return known.get(overrides.get('objective'), 'policy')
+
+def config_of(
+    stage:Stage, profile:str, # from `graph`
+):                            # its configuration, as its template resolves it
+    "What a stage will be told."
+    kind = score_stage(stage.overrides) if stage.template == 'score_model' else stage.template
+    told = (ROUNDS[stage.round] if kind == 'policy' else {}) | {k: v for k, v in stage.overrides.items() if k != 'judge'}
+    return resolve(CLASSES[kind], PROFILES[profile].get(kind, {}), told)

@@ -30,7 +30,7 @@ def positions(
     "Position ids that ignore padding: the running count of tokens, minus one."
     return (mask.cumsum(-1) - 1).clamp_min(0)
 
-# %% ../nbs/02_models.ipynb #ae54f0c9
+# %% ../nbs/02_models.ipynb #38064893
 class _LogProb(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, ids, temperature, want_entropy): # (N, V), (N,) -> (N,) log-probability, (N,) entropy or nothing
@@ -58,7 +58,7 @@ def _wide(x, temperature): # in 32 bits or more
     return x if temperature == 1 else x / temperature
 
 def _few(logits, *others): # the same cuts of all; on a CPU small enough for its cache
-    n = max(1, (1 << (24 if logits.is_cuda else 19)) // logits.shape[-1])
+    n = max(1, (1 << (19 if logits.is_cpu else 24)) // logits.shape[-1])
     return [x.split(n) for x in (logits, *others)]
 
 def gather_logps(

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['PLAN', 'COMMANDS', 'ledger_path', 'ledger', 'note', 'folder_of', 'parents_of', 'key_of', 'run_stage', 'Ticker',
            'planned', 'reproduce', 'side_by_side', 'campaign', 'show', 'publish_all', 'lagrange_rows', 'probe_rows',
-           'publish_arms', 'papers_home', 'draw', 'main', 'ROUNDS', 'Stage', 'find', 'graph', 'policy_stage',
-           'score_stage']
+           'publish_arms', 'papers_home', 'draw', 'main', 'CLASSES', 'ROUNDS', 'Stage', 'config_of', 'find', 'graph',
+           'policy_stage', 'score_stage']
 
-# %% ../nbs/16_pipeline.ipynb #a41ca4cf
+# %% ../nbs/16_pipeline.ipynb #8d303224
 import argparse
 import ast
 import fcntl
@@ -27,14 +27,17 @@ import pandas as pd
 
 from .annotate import annotation_rows
 from .checkpoint import atomic_write
-from .graphs import ROUNDS, SEEDS, Stage, arm_stages, arms, find, graph, policy_stage, reads, score_stage, with_parents
+from .dryrun import dry_run
+from .graphs import (CLASSES, ROUNDS, SEEDS, Stage, arm_stages, arms, config_of, find, graph, policy_stage, reads, score_stage,
+                             with_parents)
+from .paper import own_base
 from .records import source_hashes
 from .runs import PROFILES, Run, default_profile, execute, publish, results_home, runs_home, templates_home, warm_kernel
 from .stages import read_jsonl
 
-_all_ = ['ROUNDS', 'Stage', 'find', 'graph', 'policy_stage', 'score_stage']
+_all_ = ['CLASSES', 'ROUNDS', 'Stage', 'config_of', 'find', 'graph', 'policy_stage', 'score_stage']
 
-# %% ../nbs/16_pipeline.ipynb #38109740
+# %% ../nbs/16_pipeline.ipynb #4852f19a
 def ledger_path(profile:str, seed:int)->Path: # a JSON file, whether it is there or not
     "Where a reproduction notes which run each stage has come to."
     return runs_home() / f'ledger-{profile}-{seed}.json'
@@ -54,6 +57,7 @@ def folder_of(
     name:str, profile:str, seed:int, # of a stage, of its reproduction
 )->Path:                             # of a finished run
     "A stage's finished run. FileNotFoundError names the command that makes it."
+    if (name, profile) == ('base_lm', 'paper'): return own_base()
     if (shared := find(name, profile).seed) is not None: seed = shared
     entry = ledger(profile, seed).get(name)
     if entry and (Path(entry['folder']) / 'DONE').exists(): return Path(entry['folder'])
@@ -306,7 +310,7 @@ def draw(profile:str, seed:int=0, km=None): # of published results; km from `war
         execute(path, out, dict(profile=profile, seed=seed), progress=False, km=km)
         print(f'drawn: {path.stem}', flush=True)
 
-# %% ../nbs/16_pipeline.ipynb #16d36561
+# %% ../nbs/16_pipeline.ipynb #319a10c9
 def main(
     argv=None, # arguments; those of the process when None
 )->int:        # exit status
@@ -331,7 +335,8 @@ def _list(a, profile):
 
 def _reproduce(a, profile):
     seeds = a.seeds or [a.seed]
-    if a.jobs > 1: campaign([(s.name, k) for s in graph(profile) for k in seeds if k == 0 or 'no-red' not in s.name], profile, a.jobs, a.minutes)
+    todo = [(s.name, k) for s in graph(profile) for k in seeds if k == 0 or 'no-red' not in s.name]       # one seed goes without red-teaming
+    if a.jobs > 1: campaign(todo, profile, a.jobs, a.minutes)
     else:
         for seed in seeds: reproduce(profile, seed)
 
@@ -347,5 +352,7 @@ def _status(a, profile):
         r = Run.open(m.parent)
         print(f'{r.id:40} seed {r.seed} {"done" if r.done else "unfinished: run the same command again"} {r.manifest.get("seconds", "")}')
 
-COMMANDS = dict(list=_list, run=_run, status=_status, figures=lambda a, profile: draw(profile, a.seed),
-                reproduce=_reproduce, arms=lambda a, p: campaign(arm_stages(p, *a.stage), p, a.jobs, a.minutes))
+def _dry_run(a, profile): dry_run(profile, stages := graph(profile), {s.name: config_of(s, profile) for s in stages}, a.seed)
+
+COMMANDS = {'list': _list, 'run': _run, 'status': _status, 'figures': lambda a, profile: draw(profile, a.seed), 'dry-run': _dry_run,
+            'reproduce': _reproduce, 'arms': lambda a, p: campaign(arm_stages(p, *a.stage), p, a.jobs, a.minutes)}

@@ -115,7 +115,7 @@ def tuning_half(prompt)->bool: # a string or a dialogue
     "Whether a test prompt is for tuning and for looks at a running policy; the other half is for evaluation."
     return prompt_id(prompt) // 10 % 2 == 1
 
-# %% ../nbs/14c_pools.ipynb #54e8f0cf
+# %% ../nbs/14c_pools.ipynb #0086349d
 def policy_prompts(
     tokenizer,     # whose tokens are counted
     config,        # PPOConfig
@@ -125,12 +125,14 @@ def policy_prompts(
     unrelated:float=0.125, # share of safety-unrelated prompts
 )->list:           # config.steps * config.prompts strings
     "Prompts of a round of training: an eighth unrelated to safety, the rest related, red-team ones among them."
-    n = config.steps * config.prompts
-    from_pool = lambda kind: round_slice(prompt_pool(kind, tokenizer, config.max_prompt_tokens), round)
-    few, red = int(n * unrelated), red[:n // 4]
-    rng, parts = np.random.default_rng([seed, round]), ((from_pool('safety-unrelated'), few), (red + from_pool('safety-related'), n - few))
+    rollouts, rest = divmod(config.steps, config.prompt_epochs)
+    if rest: raise ValueError(f'{config.steps} steps are no whole number of passes: make them a multiple of {config.prompt_epochs}')
+    n = rollouts * config.prompts
+    slices = [round_slice(prompt_pool(kind, tokenizer, config.max_prompt_tokens), round) for kind in ('safety-unrelated', 'safety-related')]
+    few, rng = int(n * unrelated), np.random.default_rng([seed, round])
+    parts = (slices[0], few), (red[:n // 4] + slices[1], n - few)
     if all(k <= len(pool) for pool, k in parts):
         out = [p for pool, k in parts for p in pool[:k]]
-        return [out[i] for i in rng.permutation(n)]
-    a, b = (iter(passes(pool, k, rng)) for pool, k in parts)
-    return [next(a if i < few else b) for i in rng.permutation(n)]
+        return [out[i] for _ in range(config.prompt_epochs) for i in rng.permutation(n)]
+    a, b = (iter(passes(pool, k * config.prompt_epochs, rng)) for pool, k in parts)
+    return [next(a if i < few else b) for _ in range(config.prompt_epochs) for i in rng.permutation(n)]

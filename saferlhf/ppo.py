@@ -24,7 +24,7 @@ from .precision import finite
 from .rollout import Rollout, Sampler
 from .train import setting, sft_loss
 
-# %% ../nbs/10_ppo.ipynb #a5381816
+# %% ../nbs/10_ppo.ipynb #6062bbd9
 @dataclass(frozen=True)
 class PPOConfig:
     "Lagrangian PPO. Scores, thresholds and clips are in standard deviations of the initial policy's scores."
@@ -32,6 +32,7 @@ class PPOConfig:
     steps:int = setting(1000, scale=True)                          # rollouts
     prompts:int = setting(128, scale=True, source='script: 16 on each of 8 GPUs') # prompts per rollout, all ranks
     samples:int = setting(1, scale=True, source='script; Table 4 has 2')          # answers per prompt
+    prompt_epochs:int = setting(1, scale=True, source='script; Table 4 has 3, 3, 4') # passes over the prompts, each with fresh samples
     max_prompt_tokens:int = setting(256, scale=True)               # template included
     max_new_tokens:int = setting(256, scale=True)                  # response budget, apart from the prompt's
     temperature:float = setting(1., source='script; Table 4 has 1.2') # of sampling, ratio and KL alike

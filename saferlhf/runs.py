@@ -209,7 +209,7 @@ def default_profile()->str: # 'gpu' or 'cpu'
     "The profile that fits this machine."
     return 'gpu' if torch.cuda.is_available() else 'cpu'
 
-# %% ../nbs/13_runs.ipynb #58b24059
+# %% ../nbs/13_runs.ipynb #b035717e
 "PROFILES: profile -> stage -> {field marked as scale: value, 'override': {any other field: value}}; `check_profiles` holds them to that."
 PROFILES = {
     'smoke': dict(  # seconds: random two-layer models, real rows
@@ -247,4 +247,7 @@ PROFILES['gpu'] = dict( # three rounds of a 19 M model in minutes on one GPU
     policy=dict(steps=40, prompts=128, micro_batch=128, window=256, probes=4, actor_lr=1e-4, critic_lr=1e-4, lambda_lr=.3, **_longer,
                 override=dict(ptx_coef=0.1, clip_ratio=0.2)),
     evaluate=dict(unsafe=1100, safe=350, batch_size=512, **_longer))
-PROFILES['paper'] = {}                   # the defaults of every configuration: 7B models on eight GPUs
+PROFILES['paper'] = dict(  # 7B models on eight GPUs; as many prompts as ship. What differs by round is in `paper.PAPER_ROUNDS`
+    sft=dict(general=1.),
+    collect=dict(related=1600, unrelated=400, candidates=640),
+    policy=dict(samples=2, window=1024, override=dict(temperature=1.2)))
