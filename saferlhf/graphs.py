@@ -133,7 +133,7 @@ def reads(
 
 def with_parents(
     wanted:list, # (name, seed) each
-    profile:str,
+    profile:str, # of the graph
 )->list:         # (Stage, seed), parents before children, each once
     "Everything that has to be there for some stages."
     out = {}
