@@ -207,8 +207,17 @@ class DeepSpeedEngine:
         for p in model.parameters(): p.requires_grad_(optim is not None)
         opt = adamw(list(model.parameters()), optim) if optim else None
         sched = (lambda o: torch.optim.lr_scheduler.LambdaLR(o, schedule(optim, steps))) if optim else None
+        if precision == 'bf16':                               # a score head is made outside of the context that shards and rounds
+            for p in model.parameters(): p.data = p.data.bfloat16() if not hasattr(p, 'ds_id') else p.data
         self.engine = ds.initialize(model=model.eval(), optimizer=opt, lr_scheduler=sched, config=zero_config(optim, zero, precision, offload))[0]
         self.model = self.engine.module
+        if optim and precision == 'bf16' and zero == 0: self._undo_first_step()
+
+    def _undo_first_step(self): # at this stage DeepSpeed makes Adam's moments by a step without gradients, which counts and decays
+        o = self.engine.optimizer
+        for narrow, masters in zip(o.fp16_groups, o.fp32_groups, strict=True):
+            for p, m in zip(narrow, masters, strict=True): m.data.copy_(p.data)
+        o.optimizer.state.clear()
 
     def __call__(self, *args, **kw): return self.engine(*args, **kw)
 

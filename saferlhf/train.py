@@ -21,7 +21,7 @@ from .engine import reduce_mean
 from .losses import cost_loss, lm_loss, lm_loss_from_logp, reward_loss
 from .models import gather_logps, token_logps
 from .packing import with_host
-from .spread import gather, parts, ranks, total
+from .spread import gather, parts, rank, ranks, total
 
 # %% ../nbs/09_train.ipynb #3c8533d6
 def setting(
@@ -139,7 +139,8 @@ def loop(
 )->dict:                # metrics of the last step
     "Run steps `start` to `steps - 1`. A step with a number that is not finite is refused before weights move: FloatingPointError."
     metrics, start = {}, save.restore() if save else start
-    with save or nullcontext(), tqdm(range(start, steps), initial=start, total=steps, mininterval=5, ascii=True, ncols=100) as bar:
+    with save or nullcontext(), tqdm(range(start, steps), initial=start, total=steps, mininterval=5, ascii=True, ncols=100,
+                                      disable=rank() > 0) as bar:
         for i in bar:
             try: check_metrics(metrics := reduce_mean(step(i)), i)
             except FloatingPointError as e:
