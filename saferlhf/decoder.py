@@ -41,7 +41,7 @@ class Decoder:
         model,          # a causal LM for which `why_not` is ''
         slots:int,      # sequences at a time
         tokens:int,     # prompt and response
-        whole=None,     # of an engine whose weights are sharded: function of some parameters -> context in which they are whole; all are copied
+        whole=None,     # of an engine with sharded weights: parameters -> a context in which they are whole; then all are copied
     ):
         c, body = model.config, model.base_model
         w = body.layers[0].self_attn.k_proj.weight

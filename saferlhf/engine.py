@@ -20,7 +20,6 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from .precision import finite, prepare, sixteen_bits
 from .spread import Spread, device, gather, rank, ranks, reduce_mean
@@ -175,8 +174,8 @@ def zero_config(
     host, sharding = dict(device='cpu', pin_memory=torch.cuda.is_available()), dict(stage=stage)
     if offload in ('optimizer', 'all') and optim: sharding['offload_optimizer'] = host
     if offload in ('weights', 'all'): sharding['offload_param'] = host
-    return dict(train_batch_size=world, train_micro_batch_size_per_gpu=1, gradient_accumulation_steps=1,
-                zero_optimization=sharding, zero_force_ds_cpu_optimizer=False, bf16=dict(enabled=precision == 'bf16'), gradient_clipping=optim.clip if optim else 0.,
+    return dict(train_batch_size=world, train_micro_batch_size_per_gpu=1, gradient_accumulation_steps=1, zero_optimization=sharding,
+                bf16=dict(enabled=precision == 'bf16'), gradient_clipping=optim.clip if optim else 0., zero_force_ds_cpu_optimizer=False,
                 zero_allow_untested_optimizer=True, steps_per_print=10**9)
 
 # %% ../nbs/06_engine.ipynb #5271eef2
@@ -209,7 +208,8 @@ class DeepSpeedEngine:
         sched = (lambda o: torch.optim.lr_scheduler.LambdaLR(o, schedule(optim, steps))) if optim else None
         if precision == 'bf16':                               # a score head is made outside of the context that shards and rounds
             for p in model.parameters(): p.data = p.data.bfloat16() if not hasattr(p, 'ds_id') else p.data
-        self.engine = ds.initialize(model=model.eval(), optimizer=opt, lr_scheduler=sched, config=zero_config(optim, zero, precision, offload))[0]
+        config = zero_config(optim, zero, precision, offload)
+        self.engine = ds.initialize(model=model.eval(), optimizer=opt, lr_scheduler=sched, config=config)[0]
         self.model = self.engine.module
         if optim and precision == 'bf16' and zero == 0: self._undo_first_step()
 

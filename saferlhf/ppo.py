@@ -164,8 +164,8 @@ def check_shares(
     "ValueError unless prompts, and the rows of every minibatch, divide among the ranks."
     if ranks() == 1: return
     if n % (config.samples * ranks()) or n % (config.minibatches * ranks()):
-        raise ValueError(f'{n // config.samples} prompts x {config.samples} answers in {config.minibatches} minibatches do not divide among '
-                         f'{ranks()} ranks: change `prompts` or `minibatches`, or the number of GPUs')
+        raise ValueError(f'{n // config.samples} prompts x {config.samples} answers in {config.minibatches} minibatches do not divide '
+                         f'among {ranks()} ranks: change `prompts` or `minibatches`, or the number of GPUs')
 
 def update(
     engine,      # of a trained model
@@ -217,7 +217,7 @@ def describe(roll, scores, kl, values, returns, log, config)->dict: # metrics of
     sums = {k: add(k, log) for k in ('actor_loss', 'value_loss', 'entropy', 'ptx_loss')}
     sums |= dict(ratio=add('ratio', first), seen=add('tokens', first), tokens=add('tokens', last))
     sums = over_ranks(sums | {k: add(k, last) for k in ('approx_kl', 'clip_fraction')})
-    out |= {k: sums[k] / steps / ranks() for k in ('actor_loss', 'value_loss', 'entropy', 'ptx_loss')}     # parts of a mean on each rank
+    out |= {k: sums[k] / steps / ranks() for k in ('actor_loss', 'value_loss', 'entropy', 'ptx_loss')}
     far = largest(torch.stack([x['ratio_max'] for x in last]).max())
     return out | dict(ratio=1 + sums['ratio'] / sums['seen'], ratio_max=far, approx_kl=sums['approx_kl'] / sums['tokens'],
                       clip_fraction=sums['clip_fraction'] / sums['tokens'])

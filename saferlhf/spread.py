@@ -76,7 +76,8 @@ def check_offload(
     if role in FROZEN and what != 'weights': raise ValueError(f"{role} is frozen and has weights alone: offload {role}='weights'")
     if what == 'optimizer' and zero < 1: raise ValueError(f'offload {role}=optimizer needs zero of 1, 2 or 3, not {zero}')
     if what != 'optimizer' and zero != 3: raise ValueError(f'offload {role}={what} needs zero=3, not {zero}')
-    if what == 'weights' and role not in FROZEN: raise ValueError(f"{role} is trained: its weights go with its optimizer, offload {role}='all'")
+    if what == 'weights' and role not in FROZEN:
+        raise ValueError(f"{role} is trained: its weights go with its optimizer, offload {role}='all'")
 
 # %% ../nbs/05c_spread.ipynb #e01cbb5a
 def device():

@@ -45,21 +45,28 @@ def ppo(folder, arch='actor', **how):
                                                 how.get('offload', ''))
     actor = load(lambda: load_lm(folder/arch), OPTIM, 4, **off('actor'))
     reference = load(lambda: load_lm(folder/('reference' if arch == 'actor' else arch)), **off('reference', True))
-    m = {k: load(lambda k=k: ScoreModel.from_pretrained(folder/k, kind=k), **off(k, True)) for k in ('reward', 'cost')}
-    critics = {k: load(lambda k=k: ScoreModel.from_pretrained(folder/k, kind='critic'), OPTIM, 4, **off('critic')) for k in m}
+    score = lambda k, kind: lambda: ScoreModel.from_pretrained(folder/k, kind=kind)
+    m = {k: load(score(k, k), **off(k, True)) for k in ('reward', 'cost')}
+    critics = {k: load(score(k, 'critic'), OPTIM, 4, **off('critic')) for k in m}
     scorers = {k: lambda ids, mask, e=e: e(ids, mask).end_scores for k, e in m.items()}
     sampler, objective, seen = Sampler(actor, 1, CONFIG.max_new_tokens, CONFIG.temperature, seed=1), make_objective(CONFIG), []
     inner = sampler.generate
-    def generate(*a, **k): out = inner(*a, **k); seen.append(out.responses.tolist()); seen.append(out.lengths.tolist()); return out
+    def generate(*a, **k):
+        out = inner(*a, **k); seen.append((out.lengths.tolist(), out.responses.tolist()))
+        return out
     sampler.generate = generate
     log = []
     def step(i):
-        m = ppo_step(actor, reference, critics, scorers, sampler, prompt_rows(CONFIG.prompts, VOCAB, seed=i), rows(3), objective, CONFIG, i)
+        asked = prompt_rows(CONFIG.prompts, VOCAB, seed=i)
+        m = ppo_step(actor, reference, critics, scorers, sampler, asked, rows(3), objective, CONFIG, i)
         log.append({k: float(x) for k, x in m.items()})                            # this rank's, before the loop's mean
         return m
     loop(step, CONFIG.steps, lambda i, m: None)
-    actor.save(folder/f'saved-{how.get("engine", "torch")}-{how.get("zero", 0)}'); critics['cost'].save(folder/f'critic-{how.get("zero", 0)}')
-    return dict(log=log, lam=objective.state.state_dict(), lengths=seen[1::2], tokens=seen[::2], actor=weights(actor), critic=weights(critics['cost']))
+    end = f'{how.get("engine", "torch")}-{how.get("zero", 0)}'
+    actor.save(folder/f'saved-{end}'); critics['cost'].save(folder/f'critic-{end}')
+    lengths, tokens = map(list, zip(*seen, strict=True))
+    return dict(log=log, lam=objective.state.state_dict(), lengths=lengths, tokens=tokens, actor=weights(actor),
+                critic=weights(critics['cost']))
 
 
 def supervised(folder, **how):
@@ -69,7 +76,8 @@ def supervised(folder, **how):
 
 def cost_model(folder, **how):
     engine = load(lambda: ScoreModel.from_pretrained(folder/'cost', kind='cost'), OPTIM, 2, **how)
-    return dict(log=[{k: float(x) for k, x in score_step(engine, pairs(5), 'cost', .01, 2).items()} for _ in range(2)], actor=weights(engine))
+    log = [{k: float(x) for k, x in score_step(engine, pairs(5), 'cost', .01, 2).items()} for _ in range(2)]
+    return dict(log=log, actor=weights(engine))
 
 
 def weights(engine):

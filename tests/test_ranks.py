@@ -5,7 +5,6 @@ import time
 
 import pytest
 import ranked_stages as stages
-import torch
 from project import ROOT
 from tiny import close
 
@@ -73,14 +72,15 @@ def test_a_model_is_never_whole_on_a_rank_and_the_next_one_may_be(ranked):
         assert not any(r['partitioned']['lm'] + r['partitioned']['score']) and all(r['partitioned']['after'])
 
 
-def test_other_families_end_where_they_end(ranked): # without a decoder of ours: the hooks of ZeRO-3 must be off, or this would wait for ever
+def test_other_families_end_where_they_end(ranked): # no decoder of ours: with the hooks of ZeRO-3 on, ranks would wait for ever
     a, b = (r['gpt2'] for r in ranked['3'])
-    assert a['log'] == b['log'] and max(a['lengths'][0]) + max(b['lengths'][0]) and a['lengths'] != b['lengths']
+    assert a['log'] == b['log'] and a['lengths'] != b['lengths']
 
 
 @pytest.mark.parametrize('zero', range(4))
 def test_saved_models_are_ordinary(folder, plain, ranked, zero):
-    for name, load, kind in ((f'saved-deepspeed-{zero}', load_lm, 'actor'), (f'critic-{zero}', ScoreModel.from_pretrained, 'critic')):
+    both = (f'saved-deepspeed-{zero}', load_lm, 'actor'), (f'critic-deepspeed-{zero}', ScoreModel.from_pretrained, 'critic')
+    for name, load, kind in both:
         model = load(folder/name)
         assert (folder/name/'model.safetensors').exists()
         close([float(p.detach().double().abs().sum()) for p in model.parameters()], plain['ppo'][kind], 1e-5)
@@ -101,7 +101,8 @@ def test_the_command_of_several_nodes(monkeypatch, tmp_path):
     monkeypatch.delenv('SLURM_JOB_ID', raising=False)
     with pytest.raises(ValueError, match='hostfile'): ranks_command(target, Spread.of(dict(gpus=8, nodes=2)))
     line = ranks_command(target, Spread.of(dict(gpus=8, nodes=2, hostfile='hosts')))
-    assert line[1:] == ['--hostfile', 'hosts', '--num_nodes', '2', '--num_gpus', '8', '--no_python', '--no_local_rank', *line[9:10], *target]
+    told = ['--hostfile', 'hosts', '--num_nodes', '2', '--num_gpus', '8', '--no_python', '--no_local_rank']
+    assert line[1:9] == told and line[10:] == target
     assert line[0].endswith('deepspeed')
     monkeypatch.setenv('SLURM_JOB_ID', '7'); monkeypatch.setenv('SLURM_JOB_NODELIST', 'a[1-2]')
     monkeypatch.setattr('saferlhf.runs.first_node', lambda: 'a1')
@@ -122,4 +123,4 @@ def test_a_spread_says_what_it_cannot_do():
                       (dict(zero=3, offload={'actor': 'disk'}), 'one of'), (dict(zero=3, offload={'actor': 'weights'}), "'all'")):
         with pytest.raises(ValueError, match=why): Spread.of(told)
     with pytest.raises(ValueError, match='no role'): Spread().load('critic')
-    assert torch.equal(torch.zeros(1), torch.zeros(1)) and Spread.of(dict(nodes=2, gpus=4)).ranks == 8
+    assert Spread.of(dict(nodes=2, gpus=4)).ranks == 8
