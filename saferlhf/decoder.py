@@ -41,12 +41,13 @@ class Decoder:
         model,          # a causal LM for which `why_not` is ''
         slots:int,      # sequences at a time
         tokens:int,     # prompt and response
+        device=None,    # where to decode; None: where its weights are
         whole=None,     # of an engine with sharded weights: parameters -> a context in which they are whole; then all are copied
     ):
         c, body = model.config, model.base_model
         w = body.layers[0].self_attn.k_proj.weight
         D = getattr(c, 'head_dim', None) or c.hidden_size // c.num_attention_heads
-        self.slots, self.tokens, self.device, self.dtype = slots, tokens, w.device, w.dtype
+        self.slots, self.tokens, self.device, self.dtype = slots, tokens, device or w.device, w.dtype
         self.eps, self.act = c.rms_norm_eps, ACTS[getattr(c, 'hidden_activation', None) or c.hidden_act]
         self.scale, self.whole, self.copies, gemma = D ** -.5, whole, [], c.model_type == 'gemma'
         self.embed_scale = torch.tensor(c.hidden_size ** .5, dtype=self.dtype).item() if gemma else 1.
@@ -60,9 +61,9 @@ class Decoder:
         self.norm, self.embed, self.head = norm(body.norm), self._own([body.embed_tokens.weight]), self._own([model.lm_head.weight])
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False   # products of few rows are summed in pieces: in 32 bits
         at = torch.arange(tokens, device=self.device)
-        self.cos, self.sin = (x[0].contiguous() for x in body.rotary_emb(w, at[None]))               # (tokens, D)
+        self.cos, self.sin = (x[0].contiguous() for x in body.rotary_emb(at.to(w.dtype), at[None]))  # (tokens, D)
         size = (2, len(self.blocks), slots, c.num_key_value_heads, tokens, D)
-        self.keys, self.values = torch.zeros(size, device=self.device, dtype=self.dtype if w.is_cuda else torch.float32) # as a CPU attends
+        self.keys, self.values = torch.zeros(size, device=self.device, dtype=self.dtype if at.is_cuda else torch.float32) # as a CPU attends
 
     def _own(self, parts, plus=0.): # stacked, shifted and moving weights are copied by `refresh`, others used where they are
         if len(parts) == 1 and not plus and not self.whole: return parts[0].detach()

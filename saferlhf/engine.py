@@ -206,8 +206,9 @@ class DeepSpeedEngine:
         for p in model.parameters(): p.requires_grad_(optim is not None)
         opt = adamw(list(model.parameters()), optim) if optim else None
         sched = (lambda o: torch.optim.lr_scheduler.LambdaLR(o, schedule(optim, steps))) if optim else None
-        if precision == 'bf16':                               # a score head is made outside of the context that shards and rounds
-            for p in model.parameters(): p.data = p.data.bfloat16() if not hasattr(p, 'ds_id') else p.data
+        for p in model.parameters() if zero == 3 else ():     # a score head is made outside of the context that shards, rounds and places
+            if not hasattr(p, 'ds_id'): p.data = p.data.to(self.device, torch.bfloat16 if precision == 'bf16' else p.dtype)
+        for b in model.buffers(): b.data = b.data.to(self.device)
         config = zero_config(optim, zero, precision, offload)
         self.engine = ds.initialize(model=model.eval(), optimizer=opt, lr_scheduler=sched, config=config)[0]
         self.model = self.engine.module

@@ -125,8 +125,9 @@ class Sampler:
     _sharded = property(lambda self: getattr(self.model, 'zero', 0) == 3)
 
     def _generate(self, model, batch, samples, first):
-        mask = with_host(host(batch['attention_mask']).repeat_interleave(samples, 0), model.device)
-        ids, keys = (batch[k].to(model.device).repeat_interleave(samples, 0) for k in ('input_ids', 'prompt_ids'))
+        device = self.model.device                                               # the engine's: shards may lie elsewhere
+        mask = with_host(host(batch['attention_mask']).repeat_interleave(samples, 0), device)
+        ids, keys = (batch[k].to(device).repeat_interleave(samples, 0) for k in ('input_ids', 'prompt_ids'))
         number = torch.arange(first, first + samples, device=ids.device).repeat(len(ids) // samples)
         u = uniforms(self.seed, keys[:, None], number[:, None], torch.arange(self.max_new_tokens + 1, device=ids.device))
         check_window(model.config, ids.shape[1] + self.max_new_tokens)
@@ -184,8 +185,9 @@ class Sampler:
     def _ready(self, model, n, tokens): # make room, or take over new weights
         if self._decoder is None or not self._decoder.fits(model, n, tokens) or self._state.T != self.max_new_tokens:
             self._graphs = self._state = self._decoder = None                     # free the old cache first
-            self._decoder, self._graphs = Decoder(model, n, -(-tokens // 64) * 64, self.model.whole if self._sharded else None), {}
-            self._state = Slots(n, self.max_new_tokens, model.device)
+            whole = self.model.whole if self._sharded else None
+            self._decoder, self._graphs = Decoder(model, n, -(-tokens // 64) * 64, self.model.device, whole), {}
+            self._state = Slots(n, self.max_new_tokens, self.model.device)
         self._decoder.refresh()
 
     def _fill(self, slots, rows, packed, lay, spans, mask, u):

@@ -2,12 +2,14 @@
 import json
 import os
 import time
+from pathlib import Path
 
 import pytest
 import ranked_stages as stages
 from project import ROOT
 from tiny import close
 
+import saferlhf
 from saferlhf.models import ScoreModel, load_lm
 from saferlhf.runs import launch, ranks_command
 from saferlhf.spread import Spread
@@ -27,11 +29,16 @@ def plain(folder): return stages.stages(folder)                                 
 
 
 @pytest.fixture(scope='module')
-def ranked(folder, plain): # one job of two ranks for everything
-    old = os.environ.get('PYTHONPATH', '')
+def processes(): # they import what this one imports
+    where = os.pathsep.join(map(str, (Path(saferlhf.__file__).parents[1], ROOT/'tests')))
     with pytest.MonkeyPatch.context() as m:
-        m.setenv('PYTHONPATH', os.pathsep.join([str(ROOT), str(ROOT/'tests'), old])); m.setenv('OMP_NUM_THREADS', '1')
-        launch(stages.everything, 2, [str(folder)])
+        m.setenv('PYTHONPATH', where); m.setenv('OMP_NUM_THREADS', '1')
+        yield
+
+
+@pytest.fixture(scope='module')
+def ranked(folder, plain, processes): # one job of two ranks for everything
+    launch(stages.everything, 2, [str(folder)])
     return {case: [json.loads((folder/f'{r}-{case}.json').read_text()) for r in (0, 1)] for case in CASES}
 
 
@@ -86,8 +93,7 @@ def test_saved_models_are_ordinary(folder, plain, ranked, zero):
         close([float(p.detach().double().abs().sum()) for p in model.parameters()], plain['ppo'][kind], 1e-5)
 
 
-def test_a_rank_that_breaks_ends_the_run(tmp_path, monkeypatch):
-    monkeypatch.setenv('PYTHONPATH', os.pathsep.join([str(ROOT), str(ROOT/'tests')])); monkeypatch.setenv('OMP_NUM_THREADS', '1')
+def test_a_rank_that_breaks_ends_the_run(tmp_path, processes):
     start = time.time()
     with pytest.raises(RuntimeError) as e: launch(stages.breaks, 2, [str(tmp_path)])
     said = str(e.value)
