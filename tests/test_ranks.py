@@ -130,3 +130,16 @@ def test_a_spread_says_what_it_cannot_do():
         with pytest.raises(ValueError, match=why): Spread.of(told)
     with pytest.raises(ValueError, match='no role'): Spread().load('critic')
     assert Spread.of(dict(nodes=2, gpus=4)).ranks == 8
+
+
+def test_the_command_line_asks_for_a_spread(monkeypatch, capsys):
+    from saferlhf.pipeline import main
+    monkeypatch.setenv('SAFERLHF_SPREAD', '')                                      # put back afterwards
+    told = '--gpus 2 --zero 3 --offload reference=weights actor=all --recompute'.split()
+    assert main(['list', '--profile', 'smoke', *told]) == 0
+    s = Spread.wanted()
+    assert (s.gpus, s.zero, s.engine, s.offload, s.recompute) == (2, 3, 'deepspeed', {'reference': 'weights', 'actor': 'all'}, True)
+    for told, why in ((['--offload', 'reference'], 'ROLE=WHAT'), (['--zero', '2', '--offload', 'cost=weights'], 'needs zero=3')):
+        assert main(['list', '--profile', 'smoke', *told]) == 1 and why in capsys.readouterr().err
+    monkeypatch.setenv('SAFERLHF_SPREAD', ''); main(['list', '--profile', 'smoke'])
+    assert Spread.wanted() == Spread()
