@@ -21,7 +21,7 @@ import pandas as pd
 
 from .engine import Optim
 from .objectives import Multiplier
-from .records import Run, templates_home
+from .records import PACKAGE, Run, templates_home
 from .rollout import Sampler
 
 # %% ../nbs/15a_paper.ipynb #326539a3
@@ -68,9 +68,12 @@ def optims(
     template:str, # notebook in nbs/experiments
     config,       # of the stage
 )->list:          # of `Optim`, in the notebook's order; ValueError when there is none
-    "The optimizers that a template makes."
+    "The optimizers that a template makes, in its cells or in what it imports from `training`."
     cells = json.loads((templates_home() / f'{template}.ipynb').read_text())['cells']
     trees = [ast.parse(''.join(c['source'])) for c in cells if c['cell_type'] == 'code']
+    imports = [n for t in trees for n in ast.walk(t) if isinstance(n, ast.ImportFrom) and n.module == 'saferlhf.training']
+    names = {a.name for n in imports for a in n.names}
+    trees += [n for n in ast.parse((PACKAGE / 'training.py').read_text()).body if getattr(n, 'name', '') in names]
     calls = [(k, n.lineno, n.col_offset, n) for k, t in enumerate(trees) for n in ast.walk(t)
              if isinstance(n, ast.Call) and getattr(n.func, 'id', '') == 'Optim']
     if not calls: raise ValueError(f'the template {template} makes no Optim(...): its optimizer cannot be read from it')

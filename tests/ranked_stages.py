@@ -71,7 +71,7 @@ def ppo(folder, arch='actor', **how):
 
 def supervised(folder, **how):
     engine = load(lambda: load_lm(folder/'actor'), OPTIM, 2, **how)
-    return dict(log=[{k: float(x) for k, x in sft_step(engine, rows(7), 2).items()} for _ in range(2)], actor=weights(engine))
+    return dict(log=[{k: float(x) for k, x in sft_step(engine, rows(7), 3).items()} for _ in range(2)], actor=weights(engine))
 
 
 def cost_model(folder, **how):
