@@ -204,11 +204,10 @@ def harmful_ratio(
                xlabel='policy', ylabel='answers (%)', title=title)
         ax.grid(axis='x', visible=False); end_labels(ax, ends)
         if not ends: not_run(ax, f'{prompt_kind}, {decoding}')
-    for p, v in PAPER['harmful'].items():
-        if p in at:
-            axes[0, 0].plot(at[p], 100*v, '*', color=GREY, mec='white', mew=.6, ms=12, zorder=5)
-            axes[0, 0].annotate(f'paper {100*v:.2f} %', (at[p], 100*v), xytext=(5, 26) if v > .1 else (9, -2),
-                                textcoords='offset points', fontsize=8, color=GREY)
+    stars = {p: v for p, v in PAPER['harmful'].items() if p in at and prompt_kind == 'unsafe'}     # of its evaluation prompts
+    for p, v in stars.items(): axes[0, 0].plot(at[p], 100*v, '*', color=GREY, mec='white', mew=.6, ms=12, zorder=5)
+    said = '★ paper ' + ' and '.join(f'{100*v:.2f} %' for v in stars.values())
+    if stars: axes[0, 0].text(.98, .97, said, transform=axes[0, 0].transAxes, ha='right', va='top', fontsize=8, color=GREY)
     return fig
 
 # %% ../nbs/14_figures.ipynb #0a938926
