@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MEASURES', 'COSTS', 'KINDS_OF_PROMPT', 'over_seeds', 'seeds_table', 'seeds', 'tails', 'violation', 'zero_crossing',
-           'cost_zero', 'over_refusal', 'form', 'multiplier', 'proxy_gap', 'over_optimisation']
+           'cost_zero', 'over_refusal', 'form', 'harm_kinds', 'multiplier', 'proxy_gap', 'over_optimisation']
 
 # %% ../nbs/14d_beyond.ipynb #5e0ddf65
 import numpy as np
@@ -177,6 +177,21 @@ def form(
     else:
         order = list(dict.fromkeys(arms.arm)); draw(axes[2], arms, 'arm', order, order, 'distinct', 100)
         axes[2].set_xticklabels(order, rotation=30, ha='right', rotation_mode='anchor', fontsize=7.5); axes[2].set_ylim(0, 105)
+    return fig
+
+# %% ../nbs/14d_beyond.ipynb #1917c2d9
+def harm_kinds(
+    df:pd.DataFrame,  # rows of categories.csv, all seeds: category, policy, seed, harmful (fraction of all answers)
+) -> Figure:
+    "Share of answers per category and policy, means over seeds, the most frequent first."
+    t = df.groupby(['category', 'policy']).harmful.mean().unstack(fill_value=0); policies = known(POLICIES, df.policy)
+    t = t.loc[t.max(axis=1).sort_values().index]; fig, axes = panels(1, 1, (7.4, .9 + .27*len(t))); ax = axes[0, 0]
+    ax.hlines(range(len(t)), 100*t.min(axis=1), 100*t.max(axis=1), color='#d7dce1', lw=2)
+    for p, k in policies.items():
+        ax.plot(100*t[p], range(len(t)), ls='', marker=k.marker, color=k.color, mec=INK, mew=.4, ms=6, label=k.label)
+    names = [c.replace('_', ' ').replace(',', ', ').replace('misinformation regarding ethics', 'misinformation on ethics') for c in t.index]
+    ax.set(yticks=range(len(t)), yticklabels=names, ylabel='category', xlabel='answers (%)')
+    ax.set_xlim(left=0); ax.grid(axis='y', visible=False); ax.legend(fontsize=8, loc='lower right')
     return fig
 
 # %% ../nbs/14d_beyond.ipynb #5d5d6642

@@ -27,6 +27,7 @@ from .graphs import (CLASSES, ROUNDS, Stage, arm_stages, config_of, find, graph,
                              with_parents)
 from .ledgers import folder_of, key_of, ledger, note, parents_of
 from .publishing import publish_all, publish_arms
+from .report import report
 from .runs import PROFILES, Run, default_profile, execute, results_home, runs_home, templates_home, warm_kernel
 
 _all_ = ['CLASSES', 'ROUNDS', 'Stage', 'config_of', 'find', 'folder_of', 'graph', 'ledger', 'parents_of', 'policy_stage', 'score_stage']
@@ -194,6 +195,7 @@ def main(
     p.add_argument('--seed', type=int, default=0)
     p.add_argument('--seeds', type=int, nargs='*', default=[], help='several seeds, for `reproduce`')
     p.add_argument('--jobs', type=int, default=1, help='stages side by side')
+    p.add_argument('--out', default='', help='the file, for `report`')
     p.add_argument('--minutes', type=float, default=0, help='start no stage after so many minutes')
     p.add_argument('--set', nargs='*', default=[], metavar='FIELD=VALUE', help='overrides of one stage, for `run`')
     a = p.parse_args(argv)
@@ -226,5 +228,7 @@ def _status(a, profile):
 
 def _dry_run(a, profile): dry_run(profile, stages := graph(profile), {s.name: config_of(s, profile) for s in stages}, a.seed)
 
-COMMANDS = {'list': _list, 'run': _run, 'status': _status, 'figures': lambda a, profile: draw(profile, a.seed), 'dry-run': _dry_run,
+def _report(a, profile): print(f'report: {report(profile, a.seed, papers_home(), a.out)}')
+
+COMMANDS = {'report': _report, 'list': _list, 'run': _run, 'status': _status, 'figures': lambda a, profile: draw(profile, a.seed), 'dry-run': _dry_run,
             'reproduce': _reproduce, 'arms': lambda a, p: campaign(arm_stages(p, *a.stage), p, a.jobs, a.minutes)}
