@@ -153,7 +153,8 @@ def page(
     for name, path in parts.items():
         body, heads = section(path, name, tuple(parts)); sections.append(body)
         contents += [f'<a href="#{key}"{"" if level == 2 else " class=sub"}>{text}</a>' for level, key, text in heads if level < 4]
-    commit = provenance()['commit']; where = f'at commit <code>{commit[:12]}</code>' if commit else 'outside a checkout'
+    facts = provenance(); where = f'at commit <code>{facts["commit"][:12]}</code>' if facts['commit'] else 'outside a checkout'
+    where += ', with changes that are not committed' * bool(facts['commit'] and facts['dirty'])
     listed = ''.join(f'<div><code>{html.escape(r)}</code> {", ".join(files)}</div>' for r, files in runs.items())
     about = (f'<h1>Safe RLHF, reproduced: profile {html.escape(profile)}</h1><p>Made from the executed notebooks of <code>nbs/paper</code> {where}. '
              f'Every number is read from <code>data/results/{html.escape(profile)}</code>, which {len(runs)} runs made; they are listed at the end. Code is folded.</p>'
