@@ -211,7 +211,8 @@ def stage_times(
     "Wall time of each stage, one after the other: three rounds, what surrounds them, comparisons."
     d = df.groupby('stage', sort=False).seconds.sum() / 60; d = d[sorted(d.index, key=stage_order)]; start = d.cumsum() - d
     fig, axes = panels(1, 1, (7.2, .9 + .26*len(d))); ax = axes[0, 0]
-    parts = {1: ('three rounds', BLUE, ''), 0: ('made once', GREY, '..'), 2: ('around them', '#9ecae1', ''), 3: ('comparisons', '#d7dce1', '//')}
+    parts = {1: ('three rounds', BLUE, ''), 0: ('made once', GREY, '..'), 2: ('around them', '#9ecae1', ''),
+             3: ('comparisons', '#d7dce1', '//')}
     for part, (label, color, hatch) in parts.items():
         own = [i for i, s in enumerate(d.index) if stage_order(s)[0] == part]
         look = dict(color=color, hatch=hatch, edgecolor='white', lw=0)

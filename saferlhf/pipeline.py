@@ -230,5 +230,6 @@ def _dry_run(a, profile): dry_run(profile, stages := graph(profile), {s.name: co
 
 def _report(a, profile): print(f'report: {report(profile, a.seed, papers_home(), a.out)}')
 
-COMMANDS = {'report': _report, 'list': _list, 'run': _run, 'status': _status, 'figures': lambda a, profile: draw(profile, a.seed), 'dry-run': _dry_run,
+COMMANDS = {'report': _report,
+            'list': _list, 'run': _run, 'status': _status, 'figures': lambda a, profile: draw(profile, a.seed), 'dry-run': _dry_run,
             'reproduce': _reproduce, 'arms': lambda a, p: campaign(arm_stages(p, *a.stage), p, a.jobs, a.minutes)}

@@ -7,7 +7,6 @@ __all__ = ['ORDER', 'tex', 'formulas', 'section', 'executed', 'made_by', 'page',
 
 # %% ../nbs/15g_report.ipynb #24e9a21d
 import html
-import json
 import re
 from pathlib import Path
 
@@ -18,11 +17,13 @@ from .records import provenance, results_home, runs_home
 from .runs import execute, warm_kernel
 
 # %% ../nbs/15g_report.ipynb #97684be8
-_NAMES = dict(lambda_='λ', pi='π', beta='β', nu='ν', sigma='σ', gamma='γ', alpha='α', theta='θ', phi='φ', psi='ψ', epsilon='ε', mu='μ', propto='∝',
-              pm='±', le='≤', leq='≤', ge='≥', geq='≥', cdot='·', times='×', sum='∑', in_='∈', to='→', mid='|', dots='…', ldots='…', infty='∞',
+_NAMES = dict(lambda_='λ', pi='π', beta='β', nu='ν', sigma='σ', gamma='γ', alpha='α', theta='θ', phi='φ', psi='ψ', epsilon='ε', mu='μ',
+              propto='∝', pm='±', le='≤', leq='≤', ge='≥', geq='≥', cdot='·', times='×', sum='∑', in_='∈', to='→', mid='|',
+              dots='…', ldots='…', infty='∞',
               succ='≻', approx='≈', neq='≠', quad=' ', qquad='  ')
 _NAMES = {k.rstrip('_'): v for k, v in _NAMES.items()}
-_WORDS, _STYLES, _SIZES = ('exp', 'log', 'ln', 'max', 'min', 'clip'), ('mathrm', 'text', 'operatorname'), ('big', 'Big', 'left', 'right', 'bigl', 'bigr')
+_WORDS, _STYLES = ('exp', 'log', 'ln', 'max', 'min', 'clip'), ('mathrm', 'text', 'operatorname')
+_SIZES = 'big', 'Big', 'left', 'right', 'bigl', 'bigr'
 _ACCENTS = dict(bar='\u0304', hat='\u0302', tilde='\u0303')
 _TOKEN = re.compile(r'\\([A-Za-z]+)|\\(.)|([{}^_])|(\s+)|([A-Za-z])|([^\\{}^_\sA-Za-z]+)')
 
@@ -75,12 +76,13 @@ _TEMPLATE = '''{%- extends 'basic/index.html.j2' -%}
 
 def _exporter():
     try: import nbconvert
-    except ImportError: raise RuntimeError("the report needs nbconvert, which `pip install 'saferlhf[dev]'` or `pip install nbconvert` brings") from None
+    except ImportError: raise RuntimeError("the report needs nbconvert: pip install 'saferlhf[dev]', or nbconvert alone") from None
     from jinja2 import DictLoader
     from traitlets.config import Config
     config = Config(TagRemovePreprocessor=dict(enabled=True, remove_cell_tags=['parameters', 'injected-parameters']))
     out = dict(exclude_input_prompt=True, exclude_output_prompt=True, exclude_anchor_links=True)
-    return nbconvert.HTMLExporter(config=config, template_file='report.html.j2', extra_loaders=[DictLoader({'report.html.j2': _TEMPLATE})], **out)
+    loaders = [DictLoader({'report.html.j2': _TEMPLATE})]
+    return nbconvert.HTMLExporter(config=config, template_file='report.html.j2', extra_loaders=loaders, **out)
 
 
 def section(
@@ -92,27 +94,39 @@ def section(
     body, _ = _exporter().from_filename(str(path))
     heads = []
     def head(m):
-        text = re.sub('<[^>]*>', '', m[3]); key = name if not heads else f'{name}-{re.sub("[^a-z0-9]+", "-", text.lower()).strip("-")}'
-        heads.append((int(m[1]) + 1, key, text)); return f'<h{int(m[1]) + 1} id="{key}">{m[3]}</h{int(m[1]) + 1}>'
+        text = re.sub('<[^>]*>', '', m[3])
+        key = f'{name}-{re.sub("[^a-z0-9]+", "-", text.lower()).strip("-")}' if heads else name
+        heads.append((int(m[1]) + 1, key, text))
+        return f'<h{int(m[1]) + 1} id="{key}">{m[3]}</h{int(m[1]) + 1}>'
     body = re.sub(r'(?s)<h([1-4])([^>]*)>(.*?)</h\1>', head, formulas(body))
     body = re.sub(r'href="(?:[^"]*/)?(\w+)\.ipynb"', lambda m: f'href="#{m[1]}"' if m[1] in names else 'class="elsewhere"', body)
-    return f'<section>{body}</section>', [(k, n, re.sub('<[^>]*>', '', t)) for k, n, t in heads]
+    return f'<section>{body}</section>', heads
 
 # %% ../nbs/15g_report.ipynb #801169a6
 ORDER = ('overview', 'hypotheses', 'table1', 'rounds', 'lagrange', 'ablations', 'annotation', 'beyond', 'cost', 'config')  # then the rest
-_STYLE = '''*{box-sizing:border-box} body{margin:0;font:15px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-serif;color:#222}
-nav{position:fixed;inset:0 auto 0 0;width:250px;overflow:auto;padding:18px 14px;background:#f4f6f8;border-right:1px solid #dfe3e8;font-size:13px}
-nav a{display:block;color:#26323f;text-decoration:none;padding:2px 0} nav a.sub{padding-left:14px;color:#5c6773} nav a:hover{color:#0072B2}
-nav b{display:block;margin:0 0 8px} main{margin-left:250px;padding:24px 40px 80px;max-width:1180px} section{border-top:2px solid #dfe3e8;margin-top:46px}
+_STYLE = '''*{box-sizing:border-box}
+body{margin:0;font:15px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-serif;color:#222}
+nav{position:fixed;inset:0 auto 0 0;width:250px;overflow:auto;padding:18px 14px;background:#f4f6f8;border-right:1px solid #dfe3e8;
+  font-size:13px}
+nav a{display:block;color:#26323f;text-decoration:none;padding:2px 0}
+nav a.sub{padding-left:14px;color:#5c6773} nav a:hover{color:#0072B2}
+nav b{display:block;margin:0 0 8px}
+main{margin-left:250px;padding:24px 40px 80px;max-width:1180px} section{border-top:2px solid #dfe3e8;margin-top:46px}
 h1{font-size:27px;margin:.2em 0} h2{font-size:23px;margin:1em 0 .3em} h3{font-size:18px;margin:1.6em 0 .3em} h4{font-size:15px}
-blockquote{margin:.6em 0;padding:.1em 1em;border-left:3px solid #b7c0ca;color:#46505a} img{max-width:100%;height:auto}
+blockquote{margin:.6em 0;padding:.1em 1em;border-left:3px solid #b7c0ca;color:#46505a}
+img{max-width:100%;height:auto}
 table{border-collapse:collapse;font-size:12.5px;line-height:1.35;display:block;overflow-x:auto;max-width:100%;margin:.8em 0}
-th,td{padding:3px 9px;border-bottom:1px solid #e4e8ec;text-align:left;vertical-align:top} th{background:#f4f6f8} tr:nth-child(even) td{background:#fafbfc}
-pre,code{font:12px/1.45 ui-monospace,"DejaVu Sans Mono",monospace} pre{overflow-x:auto;background:#f8f9fa;padding:8px 10px;margin:4px 0;white-space:pre-wrap}
-:not(pre)>code{background:#f1f3f5;padding:1px 4px;border-radius:3px} details.code{margin:5px 0;color:#7a8490;font-size:12px}
-details.code summary{cursor:pointer;list-style:none;opacity:.7} details.code summary:before{content:"\\25B8 "} details.code[open] summary:before{content:"\\25BE "}
-.jp-OutputArea-executeResult pre,.output_subarea.output_text pre{background:none;padding:0} a{color:#0061a8} a.elsewhere{color:inherit;text-decoration:none}
-.runs{columns:2;font-size:12px} .math{white-space:nowrap} @media(max-width:900px){nav{position:static;width:auto} main{margin:0;padding:16px}}
+th,td{padding:3px 9px;border-bottom:1px solid #e4e8ec;text-align:left;vertical-align:top}
+th{background:#f4f6f8} tr:nth-child(even) td{background:#fafbfc}
+pre,code{font:12px/1.45 ui-monospace,"DejaVu Sans Mono",monospace}
+pre{overflow-x:auto;background:#f8f9fa;padding:8px 10px;margin:4px 0;white-space:pre-wrap}
+:not(pre)>code{background:#f1f3f5;padding:1px 4px;border-radius:3px}
+details.code{margin:5px 0;color:#7a8490;font-size:12px}
+details.code summary{cursor:pointer;list-style:none;opacity:.7}
+details.code summary:before{content:"\\25B8 "} details.code[open] summary:before{content:"\\25BE "}
+.output_subarea.output_text pre{background:none;padding:0} a{color:#0061a8} a.elsewhere{color:inherit;text-decoration:none}
+.runs{columns:2;font-size:12px} .math{white-space:nowrap}
+@media(max-width:900px){nav{position:static;width:auto} main{margin:0;padding:16px}}
 @media print{nav,details.code{display:none} main{margin:0}}'''
 
 
@@ -127,7 +141,7 @@ def executed(
     names = sorted((p.stem for p in papers.glob('*.ipynb')), key=lambda n: (ORDER.index(n) if n in ORDER else len(ORDER), n))
     with warm_kernel() as km:
         for name in names:
-            out[name] = runs_home() / 'notebooks' / f'{profile}-{seed}-report-{name}.ipynb'; source = papers / f'{name}.ipynb'
+            out[name], source = runs_home() / 'notebooks' / f'{profile}-{seed}-report-{name}.ipynb', papers / f'{name}.ipynb'
             if out[name].exists() and out[name].stat().st_mtime > max(since, source.stat().st_mtime): continue
             told = dict(profile=profile, seed=seed, figures_dir=str(runs_home() / 'report-figures' / profile))
             execute(source, out[name], told, progress=False, km=km)
@@ -156,12 +170,15 @@ def page(
     facts = provenance(); where = f'at commit <code>{facts["commit"][:12]}</code>' if facts['commit'] else 'outside a checkout'
     where += ', with changes that are not committed' * bool(facts['commit'] and facts['dirty'])
     listed = ''.join(f'<div><code>{html.escape(r)}</code> {", ".join(files)}</div>' for r, files in runs.items())
-    about = (f'<h1>Safe RLHF, reproduced: profile {html.escape(profile)}</h1><p>Made from the executed notebooks of <code>nbs/paper</code> {where}. '
-             f'Every number is read from <code>data/results/{html.escape(profile)}</code>, which {len(runs)} runs made; they are listed at the end. Code is folded.</p>'
+    about = (f'<h1>Safe RLHF, reproduced: profile {html.escape(profile)}</h1>'
+             f'<p>Made from the executed notebooks of <code>nbs/paper</code> {where}. Every number is read from '
+             f'<code>data/results/{html.escape(profile)}</code>, which {len(runs)} runs made (listed at the end). Code is folded.</p>'
              '<blockquote><b>Warning.</b> The prompts ask for harmful things. Only mild answers are shown.</blockquote>')
-    return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Safe RLHF: {html.escape(profile)}</title>'
-            f'<style>{_STYLE}</style></head><body><nav><b>Safe RLHF · {html.escape(profile)}</b>{"".join(contents)}<a href="#runs">Runs</a></nav><main>{about}{"".join(sections)}'
-            f'<section><h2 id="runs">Runs</h2><p>Each with the results that hold its rows.</p><div class="runs">{listed}</div></section></main></body></html>')
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Safe RLHF: {html.escape(profile)}</title>'
+    nav = f'<nav><b>Safe RLHF · {html.escape(profile)}</b>{"".join(contents)}<a href="#runs">Runs</a></nav>'
+    end = f'<section><h2 id="runs">Runs</h2><p>Each with the results that hold its rows.</p><div class="runs">{listed}</div></section>'
+    return (f'<!doctype html><html lang="en"><head>{head}<style>{_STYLE}</style></head><body>{nav}<main>{about}{"".join(sections)}{end}'
+            '</main></body></html>')
 
 
 def report(

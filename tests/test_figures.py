@@ -103,7 +103,8 @@ def test_missing_things_are_said_and_the_paper_is_shown():
     assert any('not run' in t for t in texts(figures.harmful_ratio(f['models'], 'red-team')))
     assert any('not run: prevalence' in t for t in texts(diagnostics.calibration(f['calibration'])))
     ratio = texts(figures.harmful_ratio(f['models']))
-    assert any('somebody' in t for t in ratio) and any('53.08 % and 2.45 %' in t for t in texts(figures.harmful_ratio(with_last(f['models']))))
+    whole = texts(figures.harmful_ratio(with_last(f['models'])))
+    assert any('somebody' in t for t in ratio) and any('53.08 % and 2.45 %' in t for t in whole)
     safe = figures.harmful_ratio(f['models'].assign(prompt_kind='safe'), 'safe')
     assert any('53.08' in t for t in ratio) and not any('53.08' in t for t in texts(safe))     # the paper's number is of unsafe prompts
     assert any('+245 helpfulness, +268 harmlessness' in t for t in texts(figures.elo(f['elo'])))
@@ -123,8 +124,9 @@ def over_seeds_frames():
         'curves': pd.DataFrame(curve), 'models': pd.DataFrame(models),
         'zero': pd.DataFrame(dict(model='cost-1', label_source='gold', cost=[-1., 1.], observed=[.2, .6], low=[.1, .5], high=[.3, .7])),
         'kinds': pd.DataFrame(dict(category=['a_b,c', 'd'], policy='initial', seed=0, harmful=[.2, .1])),
-        'probes': pd.DataFrame([dict(arm=a, round='1', seed=s, step=i, kl=i, proxy_reward=i, proxy_cost=-i, gold_reward=min(i, 2) - .5*(i > 2),
-                                     gold_cost=-i/2) for a in ('ppo-lag', 'shaped-1') for s in (0, 1) for i in range(4)])}
+        'probes': pd.DataFrame([dict(arm=a, round='1', seed=s, step=i, kl=i, proxy_reward=i, proxy_cost=-i,
+                                     gold_reward=min(i, 2) - .5*(i > 2), gold_cost=-i/2)
+                                for a in ('ppo-lag', 'shaped-1') for s in (0, 1) for i in range(4)])}
 
 
 def beyond_figures(f):
@@ -149,7 +151,8 @@ def test_spread_over_seeds_is_that_of_the_frame():
     assert (mean, round(high - mean, 4)) == (.5, round(4.30265*.1/3**.5, 4)) and np.isclose(mean - low, high - mean)
     t = beyond.seeds_table(f['models'], ['policy', 'judge', 'prompt_kind', 'decoding'], ['harmful'])
     assert len(t) == 3*2*2*2 and (t.seeds == 3).all() and np.allclose(t.harmful, .5) and np.allclose(t.harmful_high, high)
-    drawn = [c for c in figs['seeds'].axes[0].collections if len(c.get_segments()) and np.allclose(c.get_segments()[0][:, 1], [100*low, 100*high])]
+    lines = [c.get_segments()[0][:, 1] for c in figs['seeds'].axes[0].collections if len(c.get_segments())]
+    drawn = [y for y in lines if np.allclose(y, [100*low, 100*high])]
     assert len(drawn) == len(POLICIES)                                          # in per cent, one for each policy
     assert any('threshold sweep' in t for t in texts(beyond.violation(f['curves'])))
     assert any('arms.csv' in t for t in texts(beyond.form(f['models'].query('judge == "gold"'))))
@@ -167,7 +170,7 @@ def test_what_beyond_computes():
 
 
 def test_stages_stand_in_the_order_of_a_run():
-    names = ['cost-1', 'shaped-1', 'evaluate', 'policy-1', 'base_lm', 'collect-2', 'reward-0', 'collect-1', 'reward-1', 'sft', 'policy-2-no-red']
+    names = 'cost-1 shaped-1 evaluate policy-1 base_lm collect-2 reward-0 collect-1 reward-1 sft policy-2-no-red'.split()
     assert sorted(names, key=diagnostics.stage_order) == ['base_lm', 'sft', 'collect-1', 'reward-1', 'cost-1', 'policy-1', 'collect-2',
                                                           'reward-0', 'evaluate', 'policy-2-no-red', 'shaped-1']
 
@@ -252,4 +255,5 @@ def test_paper_notebooks_have_parameters_and_type_no_paths(path):
     nb = nbformat.read(path, 4)
     tagged = [c for c in nb.cells if 'parameters' in c.metadata.get('tags', [])]
     assert len(tagged) == 1 and "profile = 'cpu'" in tagged[0].source and 'seed = 0' in tagged[0].source
-    assert nb.cells[0].source.startswith('# ') and f"'nbs/paper/{path.name}'" in ''.join(c.source for c in nb.cells)
+    text = ''.join(c.source for c in nb.cells)
+    assert nb.cells[0].source.startswith('# ') and ('results.save(' not in text or f"'nbs/paper/{path.name}'" in text)

@@ -117,7 +117,8 @@ def test_report_runs_what_is_stale_and_names_what_is_missing(tmp_path, monkeypat
     home, papers = tmp_path/'home', tmp_path/'papers'; (home/'data/results/cpu').mkdir(parents=True); papers.mkdir()
     monkeypatch.setenv('SAFERLHF_HOME', str(home)); monkeypatch.setenv('SAFERLHF_RUNS', str(tmp_path/'runs'))
     literals = "profile = 'cpu'\nseed = 0\nresults_dir = ''\nfigures_dir = ''"
-    v4 = nbformat.v4; cells = [v4.new_markdown_cell('# One'), v4.new_code_cell(literals, metadata=dict(tags=['parameters'])), v4.new_code_cell('40 + 2')]
+    v4 = nbformat.v4; told = v4.new_code_cell(literals, metadata=dict(tags=['parameters']))
+    cells = [v4.new_markdown_cell('# One'), told, v4.new_code_cell('40 + 2')]
     nbformat.write(v4.new_notebook(cells=cells), papers/'one.ipynb')
     with pytest.raises(FileNotFoundError, match='make reproduce PROFILE=cpu'): report('cpu', 0, papers)
     (home/'data/results/cpu/times.csv').write_text('stage,seconds,seed,run_id\nsft,1,0,sft/a\n')

@@ -18,7 +18,8 @@ LIBRARY = [m for m in ORDER if (PACKAGE/f'{m}.py').exists()]
 PURE = ('losses', 'advantages', 'objectives')
 ONLY_IN = {'deepspeed': {'engine'}, 'papermill': {'runs'}, 'matplotlib': {'figures', 'diagnostics'}}     # the last two draw
 PROVIDED = {'triton': 'torch',
-            'PIL': 'matplotlib', 'sklearn': 'scikit-learn', 'jupyter_client': 'ipykernel', 'jupyter_core': 'ipykernel', 'nbclient': 'papermill'}
+            'PIL': 'matplotlib', 'sklearn': 'scikit-learn',
+            'jupyter_client': 'ipykernel', 'jupyter_core': 'ipykernel', 'nbclient': 'papermill'}
 DEVELOPERS = {'report': {'nbconvert', 'jinja2', 'traitlets'}}     # imported when called; without them it says what to install
 BLOCKED = ('nbdev fastcore execnb papermill jupyter_client jupyter_core jupyterlab ipykernel IPython '
            'nbformat nbclient nbconvert deepspeed').split()
