@@ -63,7 +63,9 @@ def seeds(
         if unit == 100: ax.set_ylim(0, 100)
         if not (df.judge == judge).any(): not_run(ax, judge)
     ends = f'wide grey bar: seed {seed}, 95% over prompts' if any(f'{w}_low' in df for _, w in MEASURES) else ''
-    fig.suptitle(f'{df.seed.nunique()} seeds.  Marks: runs;  black: mean, 95% t interval over seeds;  {ends}', fontsize=9, x=.01, ha='left')
+    n = df.seed.nunique()
+    spread = f'{n} seeds.  Marks: runs;  black: mean, 95% t interval over seeds;' if n > 1 else 'One seed, so no interval over seeds; '
+    fig.suptitle(f'{spread}  {ends}', fontsize=9, x=.01, ha='left')
     return fig
 
 # %% ../nbs/14d_beyond.ipynb #b5c81dbf
