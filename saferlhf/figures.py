@@ -247,6 +247,7 @@ def save(
     "Write NAME.png and NAME.pdf, the same bytes every time, and the figure's entry in index.json."
     use_style(); folder = Path(folder or home() / 'figures'); folder.mkdir(parents=True, exist_ok=True)
     png, index, root = folder / f'{name}.png', folder / 'index.json', folder.resolve().parent
+    if root.name == 'figures': root = root.parent                                # figures/<profile>
     before = png.read_bytes() if png.exists() else b''
     fig.savefig(png, metadata={'Software': None}); _slim(png)
     fig.savefig(png.with_suffix('.pdf'), metadata={'CreationDate': None, 'Creator': None, 'Producer': None})

@@ -194,6 +194,8 @@ def test_save_is_deterministic_and_indexed(tmp_path):
         assert data == (tmp_path / 'b' / f'elo.{kind}').read_bytes() and b'Matplotlib' not in data and b'CreationDate' not in data
     entry = json.loads((tmp_path / 'a' / 'index.json').read_text())['elo']
     assert entry['commit'] == 'earlier' and entry['run_ids'] == ['r1', 'r2'] and list(entry['results']) == ['data/elo.csv']
+    figures.save(DRAW['elo'](f['elo']), 'elo', 'nbs/paper/rounds.ipynb', [csv], ['r1'], tmp_path / 'figures/gpu')
+    assert list(json.loads((tmp_path / 'figures/gpu/index.json').read_text())['elo']['results']) == ['data/elo.csv']      # a profile's own
     figures.save(DRAW['elo'](f['elo'].assign(elo=1001.)), 'elo', 'nbs/paper/rounds.ipynb', [csv], ['r1'], tmp_path / 'a')
     assert json.loads((tmp_path / 'a' / 'index.json').read_text())['elo']['commit'] != 'earlier'
 
