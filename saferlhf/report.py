@@ -71,7 +71,8 @@ def formulas(
 
 # %% ../nbs/15g_report.ipynb #45844978
 _TEMPLATE = '''{%- extends 'basic/index.html.j2' -%}
-{%- block input_group -%}<details class="code"><summary>code</summary>{{ super() }}</details>{%- endblock input_group -%}'''
+{%- block input_group -%}<details class="code"><summary>code</summary>{{ super() }}</details>{%- endblock input_group -%}
+{%- block stream_stderr -%}{%- endblock stream_stderr -%}'''
 
 
 def _exporter():
