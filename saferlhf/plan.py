@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pandas as pd
 
 from .ppo import PPOConfig, make_objective
-from .train import ScoreConfig
+from .train import ScoreConfig, SFTConfig
 
 # %% ../nbs/13c_plan.ipynb #10e03825
 BUCKET, LIVE, SMALL, PORTION = 500_000_000, 1_000_000_000, 100_000, 1_000_000_000   # elements
@@ -42,7 +42,7 @@ def tensors(
     return [(1 + (head and not s.tied), s.V * s.D), (2 * s.L, s.H * s.d * s.D), (2 * s.L, s.K * s.d * s.D), (3 * s.L, s.D * s.F),
             (2 * s.L + 1, s.D)] + ([] if head else [(2, s.D)])     # a score head counts twice: 32 bits
 
-def count(shape, head:bool=True, most:float=math.inf)->int: # see `tensors`; only weights of at most so many elements
+def count(shape, head:bool=True, most:float=math.inf)->int: # only weights of at most so many elements
     "Elements of all weights. As in `tensors`."
     return sum(k * n for k, n in tensors(shape, head) if n <= most)
 
@@ -59,11 +59,9 @@ def pinned(
 def states(
     n:float,            # weights of the model
     trained:bool=True,  # False: frozen
-    gpus:int=1,         # W
-    zero:int|None=None, # ZeRO stage; None: `TorchEngine`
+    gpus:int=1, zero:int|None=None, # W; ZeRO stage, None: `TorchEngine`
     offload:str='',     # '', 'optimizer', 'weights' or 'all'
-    small:float=0,      # weights that stage 3 leaves whole
-    passes:int=2,       # backward passes of an optimizer step
+    small:float=0, passes:int=2, # weights that stage 3 leaves whole; backward passes of an optimizer step
     pin:bool=True,      # host memory is page-locked
 )->dict:                # always, backward, step: part -> bytes on a GPU; host: part -> bytes
     "Memory of one model's states."
@@ -75,10 +73,10 @@ def states(
     always = dict(weights=2 * small if 'weights' in host else shards)
     if not trained: return dict(always=always, backward={}, step={}, host=host)
     bucket, one, away = 2 * BUCKET, passes > 1, offload in ('optimizer', 'all') and stage
-    if stage is None: always |= dict(optimizer=12 * n); backward, step = dict(gradients=4 * n * one), dict(gradients=4 * n)
-    elif stage == 0:
-        always |= dict(optimizer=12 * n); backward, step = dict(gradients=2 * n * one), dict(gradients=6 * n)
-        if gpus > 1: backward |= dict(buckets=min(bucket, 2 * n))
+    if not stage:
+        always |= dict(optimizer=12 * n)
+        backward, step = (dict(gradients=4 * n * one), dict(gradients=4 * n)) if stage is None else \
+                         (dict(gradients=2 * n * one, buckets=min(bucket, 2 * n) * (gpus > 1)), dict(gradients=6 * n))
     elif stage < 3:
         always |= dict(optimizer=0 if away else 12 * own)
         kept = 0 if away else 2 * own * one if stage == 1 else 2 * own * (1 + one)
@@ -145,15 +143,13 @@ def roles_of(
 def predict(
     shapes,                 # of all models, as for `sizes`, or role -> shape
     config,                 # the stage's: PPOConfig, SFTConfig or ScoreConfig
-    gpus:int=1,             # that share a step
-    zero:int=0,             # ZeRO stage
+    gpus:int=1, zero:int=0, # that share a step; ZeRO stage
     offload:dict|None=None, # role -> 'optimizer', 'weights' or 'all': what lies on the host
     precision:str='bf16',   # of the models
-    recompute:bool=False,   # trained models keep their layers' inputs only
-    compile:bool=False,     # the layers are compiled
+    recompute:bool=False, compile:bool=False, # trained models keep their layers' inputs only; layers are compiled
     engine:str='',          # 'torch' or 'deepspeed'; '': torch on one GPU without ZeRO and offload
     fill:float=1.,          # share of the answers' budget in use
-    dense:str='kept',       # at ZeRO 3, the decoder's copy of the weights between rollouts: 'kept' or 'freed'
+    keep:bool=False,        # at ZeRO 3 the decoder's copy of the weights, and its cache, stay between rollouts
 )->pd.DataFrame:            # phase, role, part, gpu (bytes on each), host (bytes for each GPU)
     "Who holds what, in every phase of a step."
     if precision != 'bf16': raise ValueError(f"a GPU's stages run in bf16; no plan for {precision!r}")
@@ -174,11 +170,10 @@ def predict(
     if policy:
         s, t = sizes(shape('actor')), 64 * math.ceil((S + T) / 64)
         stacked = 2 * (n['actor'] if stage == 3 else s.L * s.D * ((s.H + 2 * s.K) * s.d + 2 * s.F))
-        always += [('actor', 'KV cache', 4 * rows * t * s.L * s.K * s.d, 0),
-                   ('all', 'rollout', rows * (24 * (S + T) + 64 * T), 0)]       # ids and masks in 64 bits, a dozen numbers a response token
-        if stage != 3 or dense == 'kept': always.append(('actor', 'decoder', stacked, 0))
-        else: put('rollout', 'actor', {'decoder': stacked})
-        if stage == 3: put('rollout', 'actor', {'gathered weights': 2 * n['actor']})
+        decoder = {'KV cache': 4 * rows * t * s.L * s.K * s.d, 'decoder': stacked}
+        always += [('all', 'rollout', batch * (24 * (S + T) + 64 * T), 0)]      # all ranks' ids and masks, a dozen numbers a response token
+        if stage != 3 or keep: always += [('actor', p, x, 0) for p, x in decoder.items()]
+        else: put('rollout', 'actor', decoder | {'gathered weights': 4 * s.D * s.F})
         put('rollout', 'actor', dict(activations=rows * S * (6 * s.F + 4 * s.D), logits=2 * s.V * rows))
         asked = {role: forward(shape(role), round(rows * (S + fill * T)), round(rows * fill * T) * head) | gathered(role)
                  for role, (head, trained) in roles_of(config).items() if role != 'actor'}
@@ -199,26 +194,24 @@ def peak_of(
     table:pd.DataFrame, # from `predict`
 )->tuple:               # phase, GB (1e9 bytes) on a GPU, GB on the host for each GPU
     "The fullest phase."
-    sums = table.groupby('phase', sort=False)[['gpu', 'host']].sum() / 1e9
-    return sums.gpu.idxmax(), sums.gpu.max(), sums.host.max()
+    gpu, host = {}, {}
+    for phase, g, h in zip(table.phase, table.gpu, table.host, strict=True):
+        gpu[phase], host[phase] = gpu.get(phase, 0) + g / 1e9, host.get(phase, 0) + h / 1e9
+    return max(gpu, key=gpu.get), max(gpu.values()), max(host.values())
 
 # %% ../nbs/13c_plan.ipynb #cccfcd3c
 def predicted_gb(
     shape:dict,           # of all six models, as for `sizes`
     prompts_per_gpu:int,  # rows of a rollout on each GPU
-    prompt_tokens:int,    # S
-    new_tokens:int,       # T
+    prompt_tokens:int, new_tokens:int, # S, T
     gpus:int=1, zero:int=0, offload:dict|None=None, # as in `predict`
     micro_batch:int=16,   # rows in a backward pass
-    recompute:bool=False, # as in `predict`
-    compile:bool=False,   # as in `predict`
-    engine:str='',        # as in `predict`
-    dense:str='kept',     # as in `predict`
+    recompute:bool=False, compile:bool=False, engine:str='', keep:bool=False, # as in `predict`
 )->float:                 # GB (1e9 bytes) on each GPU, as `bench.peak` measures
     "Peak of a step of PPO-Lag with PTX, every sequence full."
     n = prompts_per_gpu * gpus
     config = PPOConfig(prompts=n, samples=1, window=n, max_prompt_tokens=prompt_tokens, max_new_tokens=new_tokens, micro_batch=micro_batch)
-    how = dict(recompute=recompute, compile=compile, engine=engine, dense=dense)
+    how = dict(recompute=recompute, compile=compile, engine=engine, keep=keep)
     return peak_of(predict(shape, config, gpus, zero, offload, **how))[1]
 
 # %% ../nbs/13c_plan.ipynb #08ab5d70
@@ -237,13 +230,11 @@ def offloads(
 def needed(table:pd.DataFrame, gpus:int)->tuple: # from `predict`; all GPUs
     "GB of a GPU and of a node's host that must be there. As in `peak_of`, with what the allocator does not see."
     _, gpu, host = peak_of(table)
-    return gpu * (1 + FRAGMENTS) + CONTEXT / 1e9, host * min(gpus, NODE)
+    return float(gpu) * (1 + FRAGMENTS) + CONTEXT / 1e9, float(host) * min(gpus, NODE)
 
 def fit(
     shapes, config,       # as for `predict`
-    gpus:int,             # that share a step
-    gpu_memory:float,     # GB of each
-    host_memory:float,    # GB of a node
+    gpus:int, gpu_memory:float, host_memory:float, # that share a step; GB of each; GB of a node
     zero:int|None=None,   # only this stage; None: the lowest that fits
     compile:bool=False,   # as for `predict`
     advise:bool=True,     # say what to change when nothing fits
@@ -251,50 +242,48 @@ def fit(
     "The simplest way in which a stage fits, or the leanest one and what to change."
     stages = [zero] if zero is not None else range(4)
     ways = [(k, z, again, off) for z in stages for k, off in enumerate(offloads(config, z)) for again in (False, True)]
-    for _, z, again, off in sorted(ways, key=lambda w: (len(w[3]) > 0, w[0], w[1], w[2])):
+    best = None
+    for _, z, again, off in sorted(ways, key=lambda w: (len(w[3]) > 0, *w[:3])):
         table = predict(shapes, config, gpus, z, off, recompute=again, compile=compile)
         gpu, host = needed(table, gpus)
-        found = dict(fits=gpu <= gpu_memory and host <= host_memory, gpu=gpu, host=host, zero=z, offload=off, recompute=again, table=table)
+        found = dict(gpu=gpu, host=host, zero=z, offload=off, recompute=again, table=table, fits=gpu <= gpu_memory and host <= host_memory)
         if found['fits']: return found | dict(advice=[])
-        if host <= host_memory and ('best' not in locals() or gpu < best['gpu']): best = found
+        if best is None or host <= host_memory and gpu < best['gpu']: best = found
     return best | dict(advice=changes(shapes, config, gpus, gpu_memory, host_memory, zero, compile) if advise else [])
 
 def changes(
     shapes, config, gpus:int, gpu_memory:float, host_memory:float, zero:int|None, compile:bool, # as in `fit`
 )->list:                                                                                        # sentences
     "Single changes that make a stage fit. As in `fit`."
-    ok = lambda c, g, G=gpu_memory, H=host_memory: fit(shapes, c, g, G, H, zero, compile, advise=False)['fits']
-    halves = lambda n: [n >> k for k in range(1, 12) if n >> k]
-    size, out = 'prompts' if isinstance(config, PPOConfig) else 'batch_size', []
-    if hasattr(config, 'micro_batch') and (m := next((m for m in halves(config.micro_batch) if ok(replace(config, micro_batch=m), gpus)), 0)):
-        out.append(f'micro_batch={m} instead of {config.micro_batch}')
-    if b := next((b for b in halves(getattr(config, size)) if b >= gpus and ok(replace(config, **{size: b}), gpus)), 0):
-        out.append(f'{size}={b} instead of {getattr(config, size)}')
-    if g := next((g for k in range(1, 8) if ok(config, g := gpus << k)), 0): out.append(f'{g} GPUs instead of {gpus}')
-    if h := next((h for k in range(1, 6) if ok(config, gpus, H=(h := host_memory * 2 ** k))), 0): out.append(f'{h:g} GB on each host')
-    if G := next((G for G in (24, 40, 48, 80, 96, 141, 192) if G > gpu_memory and ok(config, gpus, G)), 0): out.append(f'GPUs of {G} GB')
+    size = 'prompts' if isinstance(config, PPOConfig) else 'batch_size'
+    def least(options, ok): return next(filter(ok, options), None) if options and ok(options[-1]) else None   # each is more than the last
+    def ok(c=config, g=gpus, G=gpu_memory, H=host_memory): return fit(shapes, c, g, G, H, zero, compile, advise=False)['fits']
+    def fewer(field, most): return least([most >> k for k in range(1, 12) if most >> k >= (gpus if field == size else 1)],
+                                         lambda n: ok(replace(config, **{field: n})))
+    had = {f: getattr(config, f) for f in ('micro_batch', size) if hasattr(config, f)}
+    out = [f'{f}={n} instead of {m}' for f, m in had.items() if (n := fewer(f, m))]
+    if g := least([gpus << k for k in range(1, 8)], lambda g: ok(g=g)): out.append(f'{g} GPUs instead of {gpus}')
+    if h := least([host_memory * 2 ** k for k in range(1, 6)], lambda h: ok(H=h)): out.append(f'{h:g} GB on each host')
+    if G := least([G for G in (24, 40, 48, 80, 96, 141, 192) if G > gpu_memory], lambda G: ok(G=G)): out.append(f'GPUs of {G} GB')
     return out or ['no single change is enough: lower the budgets of tokens, or take a smaller model']
 
 # %% ../nbs/13c_plan.ipynb #ac3e0a76
 def report(
-    name:str,             # of the stage
-    found:dict,           # from `fit`
-    gpus:int,             # that share a step
-    gpu_memory:float,     # GB of each
-    host_memory:float,    # GB of a node
+    name:str, found:dict, # of the stage; from `fit`
+    gpus:int, gpu_memory:float, host_memory:float, # as in `fit`
 )->str:                   # lines
     "Who holds what at the fullest moment, the verdict, and what to do."
-    t, (phase, gpu, host) = found['table'], peak_of(found['table'])
+    t, phase = found['table'], peak_of(found['table'])[0]
     t = t[t.phase == phase].assign(gpu=lambda x: x.gpu / 1e9, host=lambda x: x.host / 1e9)
     wide = t.pivot_table(index='role', columns='part', values='gpu', aggfunc='sum', sort=False).fillna(0.)
     wide = wide.loc[:, wide.max() >= .005].assign(GPU=wide.sum(axis=1), host=t.groupby('role').host.sum())
     wide.loc['sum'] = wide.sum()
     away = ', '.join(f'{role}: {what}' for role, what in found['offload'].items()) or 'nothing'
     way = f'ZeRO {found["zero"]}, activations {"recomputed" if found["recompute"] else "kept"}, on the host: {away}'
-    out = [f'{name}: fullest in "{phase}", GB on each of {gpus} GPUs', wide.round(2).to_string(), way,
-           f'needed: {found["gpu"]:.1f} of {gpu_memory:g} GB on a GPU (fragments and context included), '
-           f'{found["host"]:.1f} of {host_memory:g} GB on a host']
-    return '\n'.join([*out, 'it fits' if found['fits'] else 'it does not fit; one of these is enough:', *(f'  {a}' for a in found['advice'])])
+    needs = f'{found["gpu"]:.1f} of {gpu_memory:g} GB on a GPU (fragments, context included), {found["host"]:.1f} of {host_memory:g} on a host'
+    verdict = 'it fits' if found['fits'] else 'it does not fit; one of these is enough:'
+    head = f'{name}: fullest in "{phase}", GB on each of {gpus} GPUs'
+    return '\n'.join([head, wide.round(2).to_string(), way, f'needed: {needs}', verdict, *(f'  {a}' for a in found['advice'])])
 
 def plan(
     shapes, configs:dict, # as for `predict`; stage -> its configuration
@@ -303,8 +292,9 @@ def plan(
     "Print the plan of every stage that trains; stages that need the same are named together. As in `fit`."
     groups, out = {}, {}
     for name, c in configs.items():
-        if not (hasattr(c, 'max_new_tokens') and hasattr(c, 'prompts' if isinstance(c, PPOConfig) else 'lr')): continue
-        if isinstance(c, PPOConfig) and c.prompts % gpus: raise ValueError(f'{name}: {c.prompts} prompts do not divide among {gpus} GPUs')
+        if not isinstance(c, PPOConfig | SFTConfig | ScoreConfig): continue
+        if isinstance(c, PPOConfig) and c.prompts % gpus:
+            raise ValueError(f'{name}: {c.prompts} prompts do not divide among {gpus} GPUs')
         found = fit(shapes, c, gpus, gpu_memory, host_memory, zero)
         groups.setdefault(report('', found, gpus, gpu_memory, host_memory), []).append(name); out[name] = found
     for text, names in sorted(groups.items(), key=lambda g: -max(out[n]['gpu'] for n in g[1])): print(', '.join(names) + text, end='\n\n')
