@@ -89,7 +89,7 @@ def states(
         if away: host |= dict(optimizer=8 * own + lock(own, 4), gradients=lock(own, 4) + lock(own, 2))
     return dict(always=always, backward=backward, step=step, host=host)
 
-# %% ../nbs/13c_plan.ipynb #e8127303
+# %% ../nbs/13c_plan.ipynb #e6281d15
 def kept(
     shape,              # as for `sizes`
     compile:bool=False, # the layers are compiled
@@ -131,7 +131,7 @@ def forward(
                logits=2 * s.V * answers + 12 * min(CHUNK, s.V * answers))
     return max(end, dict(activations=tokens * (6 * s.F + 4 * s.D), logits=0), key=lambda p: sum(p.values()))
 
-# %% ../nbs/13c_plan.ipynb #e44b7efa
+# %% ../nbs/13c_plan.ipynb #a7a5a9a2
 def roles_of(
     config, # a stage's: PPOConfig, SFTConfig or ScoreConfig
 )->dict:    # role -> (whether it has a language model's head, whether it is trained)
@@ -199,7 +199,7 @@ def peak_of(
         gpu[phase], host[phase] = gpu.get(phase, 0) + g / 1e9, host.get(phase, 0) + h / 1e9
     return max(gpu, key=gpu.get), max(gpu.values()), max(host.values())
 
-# %% ../nbs/13c_plan.ipynb #cccfcd3c
+# %% ../nbs/13c_plan.ipynb #76c22370
 def predicted_gb(
     shape:dict,           # of all six models, as for `sizes`
     prompts_per_gpu:int,  # rows of a rollout on each GPU
@@ -214,7 +214,7 @@ def predicted_gb(
     how = dict(recompute=recompute, compile=compile, engine=engine, keep=keep)
     return peak_of(predict(shape, config, gpus, zero, offload, **how))[1]
 
-# %% ../nbs/13c_plan.ipynb #08ab5d70
+# %% ../nbs/13c_plan.ipynb #be870a5d
 def offloads(
     config,   # the stage's
     zero:int, # stage 0 moves nothing, stages 1 and 2 no weights
@@ -267,7 +267,7 @@ def changes(
     if G := least([G for G in (24, 40, 48, 80, 96, 141, 192) if G > gpu_memory], lambda G: ok(G=G)): out.append(f'GPUs of {G} GB')
     return out or ['no single change is enough: lower the budgets of tokens, or take a smaller model']
 
-# %% ../nbs/13c_plan.ipynb #ac3e0a76
+# %% ../nbs/13c_plan.ipynb #a78ed665
 def report(
     name:str, found:dict, # of the stage; from `fit`
     gpus:int, gpu_memory:float, host_memory:float, # as in `fit`
@@ -280,7 +280,7 @@ def report(
     wide.loc['sum'] = wide.sum()
     away = ', '.join(f'{role}: {what}' for role, what in found['offload'].items()) or 'nothing'
     way = f'ZeRO {found["zero"]}, activations {"recomputed" if found["recompute"] else "kept"}, on the host: {away}'
-    needs = f'{found["gpu"]:.1f} of {gpu_memory:g} GB on a GPU (fragments, context included), {found["host"]:.1f} of {host_memory:g} on a host'
+    needs = f'{found["gpu"]:.1f} of {gpu_memory:g} GB on a GPU (context included), {found["host"]:.1f} of {host_memory:g} on a host'
     verdict = 'it fits' if found['fits'] else 'it does not fit; one of these is enough:'
     head = f'{name}: fullest in "{phase}", GB on each of {gpus} GPUs'
     return '\n'.join([head, wide.round(2).to_string(), way, f'needed: {needs}', verdict, *(f'  {a}' for a in found['advice'])])
