@@ -11,6 +11,7 @@ __all__ = ['log', 'PARTITIONS', 'reward_pairs', 'cost_pairs', 'label_pairs', 'bu
 
 # %% ../nbs/01_data.ipynb #b7c48c52
 import gzip
+import lzma
 import hashlib
 import json
 import logging
@@ -77,7 +78,7 @@ def label_pairs(
 PARTITIONS = {'test': range(10, 20), 'gold': range(20, 40), 'judge': range(40, 55), 'rounds': range(55, 100)}
 
 @lru_cache(maxsize=4)
-def _test_keys(home): return frozenset(gzip.open(data_path('test_prompts.txt.gz'), 'rt').read().split())
+def _test_keys(home): return frozenset(lzma.open(data_path('test_prompts.txt.xz'), 'rt').read().split())
 
 def bucket(
     prompt, # text, a dialogue as text, or a list of turns
@@ -141,11 +142,11 @@ def read_rows(
     if not isinstance(source, (str, os.PathLike)): return as_dicts(source)
     path = Path(source)
     files = [path] if path.is_file() else [p for p in path.rglob('*') if p.suffix] if path.is_dir() else []
-    if odd := [p.name for p in files if not re.search(r'\.(jsonl?(\.gz)?|parquet|md)$', p.name)]:
-        raise ValueError(f'{source}: rows are read from .json, .jsonl, either with .gz, and .parquet; convert {odd[:3]} first')
+    if odd := [p.name for p in files if not re.search(r'\.(jsonl?(\.(gz|xz))?|parquet|md)$', p.name)]:
+        raise ValueError(f'{source}: rows are read from .json, .jsonl, also with .gz or .xz, and .parquet; convert {odd[:3]} first')
     if not path.is_file(): return load_dataset(str(source), split=split, data_dir=data_dir, revision=revision).to_list()
     if path.suffix == '.parquet': return Dataset.from_parquet(str(path), keep_in_memory=True).to_list()
-    with (gzip.open if path.suffix == '.gz' else open)(path, 'rt', encoding='utf-8', errors='replace') as f: text = f.read()
+    with {'.gz': gzip.open, '.xz': lzma.open}.get(path.suffix, open)(path, 'rt', encoding='utf-8', errors='replace') as f: text = f.read()
     if text.lstrip()[:1] == '[' and isinstance(rows := _json_line(text), list): return rows
     return [_json_line(line) for line in text.split('\n') if line.strip()]
 
@@ -239,7 +240,7 @@ def shipped(
     loaders = dict(decoupled=load_preferences, safety=load_preferences, helpfulness=load_preferences, labels=load_labels,
                    sft=load_sft, prompts=load_prompts, eval_prompts=load_prompts)
     if name not in loaders: raise ValueError(f'no shipped file {name!r}; there are {list(loaders)}')
-    path = data_path(f'{name}.jsonl.gz')
+    path = data_path(f'{name}.jsonl.xz')
     if sha256(path) not in {s['sha256'] for s in sources() if s['file'] == path.name}:
         raise ValueError(f'{path} is not the file that data/sources.json describes: restore it (git checkout data/) or update its sha256')
     table = loaders[name](path, policy='raise')

@@ -42,23 +42,22 @@ def graph(
 )->list:         # stages, parents before children
     "All stages of a reproduction."
     out, base, gold = _roots(profile)
-    fixed = 0 if profile in ('smoke', 'gpu') else None
-    out.append(Stage('sft', 'sft', base, seed=fixed))
+    out.append(Stage('sft', 'sft', base, seed=0))
     def score(kind, r, parents, end=''):
-        return Stage(f'{kind}-{r}{end}', 'score_model', base | {'sft': 'sft'} | parents, r, dict(kind=kind), fixed if r == 1 else None)
+        return Stage(f'{kind}-{r}{end}', 'score_model', base | {'sft': 'sft'} | parents, r, dict(kind=kind), 0 if r == 1 else None)
     def chain(r, end='', **o): # one round
         at = lambda stage, i: f'{stage}-{i}{end if i > 1 else ""}'
         earlier, so_far = {f'policy-{i}': at('policy', i) for i in range(1, r)}, {f'collect-{i}': at('collect', i) for i in range(1, r + 1)}
         models = {'sft': 'sft', 'reward': at('reward', r), 'cost': at('cost', r), 'collect': at('collect', r)} | gold
         before = {f'policy-{r - 1}': at('policy', r - 1)} if r > 1 else {}
-        yield Stage(at('collect', r), 'collect', gold | {'sft': 'sft'} | earlier, r, o, fixed if r == 1 else None)
+        yield Stage(at('collect', r), 'collect', gold | {'sft': 'sft'} | earlier, r, o, 0 if r == 1 else None)
         yield from (score(kind, r, so_far, end if r > 1 else '') for kind in ('reward', 'cost'))
         yield Stage(at('policy', r), 'policy', models | before, r)
         if r == 1: yield Stage('reward-only', 'policy', models, r, dict(objective='ppo'))
     for r in (1, 2, 3): out += chain(r)
     so_far = {f'collect-{i}': f'collect-{i}' for i in (1, 2, 3)}
     out += [score('reward', 0, so_far), score('cost', 0, so_far)]
-    out += [Stage('judge', 'score_model', base | {'sft': 'sft'}, 1, dict(judge=True, kind='cost'), fixed)]
+    out += [Stage('judge', 'score_model', base | {'sft': 'sft'}, 1, dict(judge=True, kind='cost'), 0)]
     others = {s.name: s.name for s in out if s.template not in ('base_lm', 'gold') and s.name != 'collect-1'}
     out.append(Stage('evaluate', 'evaluate', base | gold | others))
     if profile == 'gpu':

@@ -117,7 +117,7 @@ def _work(name, profile, seed): return run_stage(find(name, profile), profile, s
 
 def side_by_side(
     todo:list,       # (Stage, seed), parents before children, see `with_parents`; earlier ones go first
-    profile:str,
+    profile:str,     # of the graph
     jobs:int,        # stages at a time, each in a kernel of its own
     minutes:float=0, # start no stage after this time; 0: no limit
 )->list:             # (name, seed) of what is done

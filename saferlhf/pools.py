@@ -30,7 +30,7 @@ def data_hashes(
     *roles:str,   # of shipped models that the stage reads
 )->dict:          # file -> sha256
     "Hashes of the shipped data and of the shipped models in use."
-    hashes = {s['file']: s['sha256'] for s in sources() if s['file'].endswith('.gz')}
+    hashes = {s['file']: s['sha256'] for s in sources() if s['file'].endswith('.xz')}
     return hashes | {r: sha256(model_path(parents, r) / 'model.safetensors') for r in roles if r not in parents}
 
 # %% ../nbs/14c_pools.ipynb #b19f6cbe

@@ -49,7 +49,10 @@ def publish_all(
     for stage in [s for s in ('evaluate-no-red', 'evaluate') if s in runs]:
         ev = runs[stage]
         for name, keys in tables.items():
-            if ev.path(f'{name}.jsonl').exists(): put(name, read_jsonl(ev.path(f'{name}.jsonl')), stage, keys)
+            if not ev.path(f'{name}.jsonl').exists(): continue
+            rows = read_jsonl(ev.path(f'{name}.jsonl'))
+            if name == 'answers': rows = [r for r in rows if r['decoding'] == 'greedy'] or rows         # Fig. 5 shows greedy answers
+            put(name, rows, stage, keys)
         drops = [dict(policy=p, what=k, difference=v[0], low=v[1], high=v[2]) for p, d in ev.summary['drops'].items() for k, v in d.items()]
         put('differences', drops, stage, ['policy', 'what'])
     if 'cost-1' in runs and 'cost_minus_tfidf' in runs['cost-1'].summary:

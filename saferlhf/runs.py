@@ -232,7 +232,7 @@ PROFILES = {
         cost=dict(pairs=3600, epochs=1., batch_size=32, lr=1e-3, max_prompt_tokens=48, max_new_tokens=48),
         judge=dict(pairs=2000, epochs=1., batch_size=32, lr=1e-3, max_prompt_tokens=48, max_new_tokens=48),
         collect=dict(related=320, unrelated=60, candidates=600, max_prompt_tokens=48, max_new_tokens=48),
-        policy=dict(steps=36, prompts=32, micro_batch=32, window=64, max_prompt_tokens=48, max_new_tokens=48,
+        policy=dict(steps=36, prompts=32, micro_batch=32, window=64, probes=3, max_prompt_tokens=48, max_new_tokens=48,
                     actor_lr=3e-4, critic_lr=5e-4, lambda_lr=0.8, override=dict(ptx_coef=0.1, clip_ratio=0.2)),
         evaluate=dict(unsafe=512, safe=128, samples=1, max_prompt_tokens=48, max_new_tokens=48)),
 }

@@ -2,6 +2,7 @@
 import gzip
 import json
 import logging
+import lzma
 import random
 import shutil
 from pathlib import Path
@@ -231,23 +232,23 @@ def test_partition_of_rows_and_tables(tables):
 def test_hashes_rows_and_sizes(tables):
     entries = sources()
     files = {s['file'] for s in entries}
-    assert {f'{n}.jsonl.gz' for n in FILES} < files
+    assert {f'{n}.jsonl.xz' for n in FILES} < files
     for s in entries:
         assert sha256(data_path(s['file'])) == s['sha256'] and s['licence'] and s['revision'] and s['source'], s['name']
     for name in FILES:
-        assert sum(sum(s['rows'].values()) for s in entries if s['file'] == f'{name}.jsonl.gz') == len(tables[name])
-        assert {s['name'] for s in entries if s['file'] == f'{name}.jsonl.gz'} == set(tables[name]['source'])
+        assert sum(sum(s['rows'].values()) for s in entries if s['file'] == f'{name}.jsonl.xz') == len(tables[name])
+        assert {s['name'] for s in entries if s['file'] == f'{name}.jsonl.xz'} == set(tables[name]['source'])
     assert sum(data_path(f).stat().st_size for f in files) < 25e6          # data and models together
 
 def test_a_changed_file_is_refused(tmp_path, monkeypatch):
     (tmp_path/'data').mkdir()
-    for f in ('sources.json', 'eval_prompts.jsonl.gz', 'test_prompts.txt.gz'): shutil.copy(data_path(f), tmp_path/'data'/f)
+    for f in ('sources.json', 'eval_prompts.jsonl.xz', 'test_prompts.txt.xz'): shutil.copy(data_path(f), tmp_path/'data'/f)
     monkeypatch.setenv('SAFERLHF_HOME', str(tmp_path))
     assert len(shipped('eval_prompts')) > 2000
-    text = gzip.decompress((tmp_path/'data'/'eval_prompts.jsonl.gz').read_bytes()).replace(b'a', b'b', 1)
-    (tmp_path/'data'/'eval_prompts.jsonl.gz').write_bytes(gzip.compress(text))
+    text = lzma.decompress((tmp_path/'data'/'eval_prompts.jsonl.xz').read_bytes()).replace(b'a', b'b', 1)
+    (tmp_path/'data'/'eval_prompts.jsonl.xz').write_bytes(lzma.compress(text))
     with pytest.raises(ValueError, match='sha256'): shipped('eval_prompts')
-    assert data_path('sft.jsonl.gz').parent != tmp_path/'data' and data_path() == tmp_path/'data'   # else the shipped one
+    assert data_path('sft.jsonl.xz').parent != tmp_path/'data' and data_path() == tmp_path/'data'   # else the shipped one
     with pytest.raises(FileNotFoundError, match='nothing.json.*SAFERLHF_HOME'): data_path('nothing.json')
     with pytest.raises(ValueError, match='eval_prompts'): shipped('nothing')
 
@@ -313,9 +314,11 @@ def test_local_files_give_the_same_rows(tmp_path):
     want = load_preferences(rows).to_list()
     (tmp_path/'a.jsonl').write_text('\n'.join(map(json.dumps, rows)))
     (tmp_path/'a.json').write_text(json.dumps(rows))
-    with gzip.open(tmp_path/'a.jsonl.gz', 'wt') as f: f.write('\n'.join(map(json.dumps, rows)) + '\n')
+    for end, module in (('gz', gzip), ('xz', lzma)):
+        with module.open(tmp_path/f'a.jsonl.{end}', 'wt') as f: f.write('\n'.join(map(json.dumps, rows)) + '\n')
     Dataset.from_list(rows).to_parquet(str(tmp_path/'a.parquet'))
-    for name in ('a.jsonl', 'a.json', 'a.jsonl.gz', 'a.parquet'): assert load_preferences(str(tmp_path/name)).to_list() == want, name
+    for name in ('a.jsonl', 'a.json', 'a.jsonl.gz', 'a.jsonl.xz', 'a.parquet'):
+        assert load_preferences(str(tmp_path/name)).to_list() == want, name
     assert list(load_preferences(rows).features) == list(data.SCHEMA['preference'])
 
 def test_pku_saferlhf_layout():

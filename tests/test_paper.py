@@ -107,7 +107,8 @@ def test_smoke_is_built_and_what_does_not_fit_is_named(capsys, monkeypatch):
     assert [line.split()[0] for line in lines[:len(graph('smoke'))]] == [s.name for s in graph('smoke')]
     c, stages = configs('smoke'), {s.name: s for s in graph('smoke')}
     world = dryrun.World(*dryrun.shape_of('smoke', c), 1, c)
-    for name, wrong, why in (('policy-2', dict(window=4), 'window'), ('policy-2', dict(steps=900), 'pool holds'),
+    for name, wrong, why in (('policy-2', dict(window=4), 'window'),
+                             ('policy-2', dict(steps=3, prompt_epochs=2), 'no whole number of passes'),
                              ('collect-2', dict(candidates=9000), 'pool holds'), ('policy-3', dict(objective='pqo'), 'objective')):
         config = replace(c[name], **wrong)
         with pytest.raises(RuntimeError, match=f'{name} cannot be built.*{why}'): dryrun.rehearse(stages[name], config, world)
