@@ -92,8 +92,7 @@ def states(
 # %% ../nbs/13c_plan.ipynb #e6281d15
 def kept(
     shape,              # as for `sizes`
-    compile:bool=False, # the layers are compiled
-    wide:bool=False,    # attention in 32 bits, as on a CPU
+    compile:bool=False, wide:bool=False, # the layers are compiled; attention in 32 bits, as on a CPU
 )->int:                 # bytes
     "What one layer keeps of one token."
     s = sizes(shape)
@@ -104,9 +103,7 @@ def saved(
     shape,                # as for `sizes`
     tokens:int,           # that go through the model together
     answers:int=0,        # those of them whose log-probability is wanted; 0: a score model
-    compile:bool=False,   # as for `kept`
-    recompute:bool=False, # layers keep their inputs only
-    wide:bool=False,      # as for `kept`
+    compile:bool=False, recompute:bool=False, wide:bool=False, # as for `kept`; layers keep their inputs only
 )->dict:                  # layers, end (norm and head's input), logits: bytes
     "What a forward pass keeps for the backward pass."
     s = sizes(shape)
