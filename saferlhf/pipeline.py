@@ -191,6 +191,8 @@ def main(
     p = argparse.ArgumentParser(prog='saferlhf', description='Safe RLHF: run it, resume it, draw it.')
     p.add_argument('command', choices=list(COMMANDS))
     p.add_argument('stage', nargs='*', default=[], help='one stage for `run`, groups of arms for `arms`, a profile for `plan`')
+    p.add_argument('--gpu-memory', type=float, default=80., help='GB (1e9 bytes) of each GPU, for `plan`')
+    p.add_argument('--host-memory', type=float, default=256., help='GB of each machine, for `plan`')
     p.add_argument('--profile', default='', help="'smoke', 'cpu', 'gpu'; by default what the machine has")
     p.add_argument('--seed', type=int, default=0)
     p.add_argument('--seeds', type=int, nargs='*', default=[], help='several seeds, for `reproduce`')
@@ -198,9 +200,7 @@ def main(
     p.add_argument('--minutes', type=float, default=0, help='start no stage after so many minutes')
     p.add_argument('--set', nargs='*', default=[], metavar='FIELD=VALUE', help='overrides of one stage, for `run`')
     p.add_argument('--gpus', type=int, default=1, help='that share a step, for `plan`')
-    p.add_argument('--gpu-memory', type=float, default=80., help='GB (1e9 bytes) of each')
-    p.add_argument('--host-memory', type=float, default=256., help='GB of each node')
-    p.add_argument('--zero', type=int, choices=range(4), help='only this ZeRO stage')
+    p.add_argument('--zero', type=int, default=0, help='ZeRO stage, for `plan`; 0: the lowest that fits')
     a = p.parse_args(argv)
     profile = a.profile or default_profile()
     if profile not in PROFILES: p.error(f'no profile {profile!r}; there are {sorted(PROFILES)}')
@@ -235,7 +235,7 @@ def _plan(a, profile):
     if a.stage and a.stage[0] not in PROFILES: raise ValueError(f'no profile {a.stage[0]!r}; there are {sorted(PROFILES)}')
     profile = a.stage[0] if a.stage else profile
     configs = {s.name: config_of(s, profile) for s in graph(profile)}
-    plan(shape_of(profile, configs)[0], configs, a.gpus, a.gpu_memory, a.host_memory, a.zero)
+    plan(shape_of(profile, configs)[0], configs, a.gpus * getattr(a, 'nodes', 1), a.gpu_memory, a.host_memory, a.zero or None)
 
 COMMANDS = {'list': _list, 'run': _run, 'status': _status, 'figures': lambda a, profile: draw(profile, a.seed), 'dry-run': _dry_run,
             'plan': _plan, 'reproduce': _reproduce, 'arms': lambda a, p: campaign(arm_stages(p, *a.stage), p, a.jobs, a.minutes)}

@@ -146,10 +146,11 @@ def predict(
     recompute:bool=False, compile:bool=False, # trained models keep their layers' inputs only; layers are compiled
     engine:str='',          # 'torch' or 'deepspeed'; '': torch on one GPU without ZeRO and offload
     fill:float=1.,          # share of the answers' budget in use
-    keep:bool=False,        # at ZeRO 3 the decoder's copy of the weights, and its cache, stay between rollouts
+    dense:str='freed',      # or 'kept': at ZeRO 3, the decoder's copy of the weights, and its cache, between rollouts
 )->pd.DataFrame:            # phase, role, part, gpu (bytes on each), host (bytes for each GPU)
     "Who holds what, in every phase of a step."
     if precision != 'bf16': raise ValueError(f"a GPU's stages run in bf16; no plan for {precision!r}")
+    if dense not in ('freed', 'kept'): raise ValueError(f"dense is 'freed' or 'kept', not {dense!r}")
     offload = offload or {}
     if odd := set(offload) - set(roles_of(config)): raise ValueError(f'no roles {sorted(odd)} in this stage: {list(roles_of(config))}')
     engine = engine or ('torch' if gpus == 1 and not zero and not offload else 'deepspeed')
@@ -169,7 +170,7 @@ def predict(
         stacked = 2 * (n['actor'] if stage == 3 else s.L * s.D * ((s.H + 2 * s.K) * s.d + 2 * s.F))
         decoder = {'KV cache': 4 * rows * t * s.L * s.K * s.d, 'decoder': stacked}
         always += [('all', 'rollout', batch * (24 * (S + T) + 64 * T), 0)]      # all ranks' ids and masks, a dozen numbers a response token
-        if stage != 3 or keep: always += [('actor', p, x, 0) for p, x in decoder.items()]
+        if stage != 3 or dense == 'kept': always += [('actor', p, x, 0) for p, x in decoder.items()]
         else: put('rollout', 'actor', decoder | {'gathered weights': 4 * s.D * s.F})
         put('rollout', 'actor', dict(activations=rows * S * (6 * s.F + 4 * s.D), logits=2 * s.V * rows))
         asked = {role: forward(shape(role), round(rows * (S + fill * T)), round(rows * fill * T) * head) | gathered(role)
@@ -203,12 +204,12 @@ def predicted_gb(
     prompt_tokens:int, new_tokens:int, # S, T
     gpus:int=1, zero:int=0, offload:dict|None=None, # as in `predict`
     micro_batch:int=16,   # rows in a backward pass
-    recompute:bool=False, compile:bool=False, engine:str='', keep:bool=False, # as in `predict`
+    recompute:bool=False, compile:bool=False, engine:str='', dense:str='freed', # as in `predict`
 )->float:                 # GB (1e9 bytes) on each GPU, as `bench.peak` measures
     "Peak of a step of PPO-Lag with PTX, every sequence full."
     n = prompts_per_gpu * gpus
     config = PPOConfig(prompts=n, samples=1, window=n, max_prompt_tokens=prompt_tokens, max_new_tokens=new_tokens, micro_batch=micro_batch)
-    how = dict(recompute=recompute, compile=compile, engine=engine, keep=keep)
+    how = dict(recompute=recompute, compile=compile, engine=engine, dense=dense)
     return peak_of(predict(shape, config, gpus, zero, offload, **how))[1]
 
 # %% ../nbs/13c_plan.ipynb #be870a5d

@@ -171,7 +171,7 @@ def test_less_memory_for_fewer_rows_recomputation_and_more_gpus():
     for leaner in (dict(micro_batch=4), dict(recompute=True), dict(gpus=64), dict(new_tokens=64), dict(prompts_per_gpu=4),
                    dict(offload=dict.fromkeys(('critic-reward', 'critic-cost'), 'optimizer'))):
         assert gb(**leaner) < whole, leaner
-    assert gb(zero=2) > whole and gb(keep=True) > whole
+    assert gb(zero=2) > whole and gb(dense='kept') > whole
 
 
 def test_cost_models_are_scored_on_one_token_more_and_language_models_have_logits():
@@ -209,6 +209,7 @@ def test_advice_is_enough_when_followed():
 def test_what_cannot_be_planned_is_refused():
     with pytest.raises(ValueError, match='critic'): plan.predict(LLAMA_7B, PAPER, 8, 3, dict(critics='optimizer'))
     with pytest.raises(ValueError, match='bf16'): plan.predict(LLAMA_7B, PAPER, precision='fp32')
+    with pytest.raises(ValueError, match='kept'): plan.predict(LLAMA_7B, PAPER, dense=True)
     with pytest.raises(ValueError, match='gpt2'): plan.sizes(AutoConfig.for_model('gpt2'))
 
 
