@@ -22,10 +22,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from .dryrun import dry_run
+from .dryrun import dry_run, shape_of
 from .graphs import (CLASSES, ROUNDS, Stage, arm_stages, config_of, find, graph, policy_stage, reads, score_stage,
                              with_parents)
 from .ledgers import folder_of, key_of, ledger, note, parents_of
+from .plan import plan
 from .publishing import publish_all, publish_arms
 from .report import report
 from .runs import PROFILES, Run, default_profile, execute, results_home, runs_home, templates_home, warm_kernel
@@ -190,7 +191,9 @@ def main(
     "The command line `saferlhf`."
     p = argparse.ArgumentParser(prog='saferlhf', description='Safe RLHF: run it, resume it, draw it.')
     p.add_argument('command', choices=list(COMMANDS))
-    p.add_argument('stage', nargs='*', default=[], help='one stage for `run`, groups of arms for `arms`')
+    p.add_argument('stage', nargs='*', default=[], help='one stage for `run`, groups of arms for `arms`, a profile for `plan`')
+    p.add_argument('--gpu-memory', type=float, default=80., help='GB (1e9 bytes) of each GPU, for `plan`')
+    p.add_argument('--host-memory', type=float, default=256., help='GB of each machine, for `plan`')
     p.add_argument('--profile', default='', help="'smoke', 'cpu', 'gpu'; by default what the machine has")
     p.add_argument('--seed', type=int, default=0)
     p.add_argument('--seeds', type=int, nargs='*', default=[], help='several seeds, for `reproduce`')
@@ -198,6 +201,8 @@ def main(
     p.add_argument('--out', default='', help='the file, for `report`')
     p.add_argument('--minutes', type=float, default=0, help='start no stage after so many minutes')
     p.add_argument('--set', nargs='*', default=[], metavar='FIELD=VALUE', help='overrides of one stage, for `run`')
+    p.add_argument('--gpus', type=int, default=1, help='that share a step, for `plan`')
+    p.add_argument('--zero', type=int, default=0, help='ZeRO stage, for `plan`; 0: the lowest that fits')
     a = p.parse_args(argv)
     profile = a.profile or default_profile()
     if profile not in PROFILES: p.error(f'no profile {profile!r}; there are {sorted(PROFILES)}')
@@ -230,6 +235,11 @@ def _dry_run(a, profile): dry_run(profile, stages := graph(profile), {s.name: co
 
 def _report(a, profile): print(f'report: {report(profile, a.seed, papers_home(), a.out)}')
 
-COMMANDS = {'report': _report,
-            'list': _list, 'run': _run, 'status': _status, 'figures': lambda a, profile: draw(profile, a.seed), 'dry-run': _dry_run,
-            'reproduce': _reproduce, 'arms': lambda a, p: campaign(arm_stages(p, *a.stage), p, a.jobs, a.minutes)}
+def _plan(a, profile):
+    if a.stage and a.stage[0] not in PROFILES: raise ValueError(f'no profile {a.stage[0]!r}; there are {sorted(PROFILES)}')
+    profile = a.stage[0] if a.stage else profile
+    configs = {s.name: config_of(s, profile) for s in graph(profile)}
+    plan(shape_of(profile, configs)[0], configs, a.gpus * getattr(a, 'nodes', 1), a.gpu_memory, a.host_memory, a.zero or None)
+
+COMMANDS = {'list': _list, 'run': _run, 'status': _status, 'figures': lambda a, profile: draw(profile, a.seed), 'dry-run': _dry_run,
+            'plan': _plan, 'report': _report, 'reproduce': _reproduce, 'arms': lambda a, p: campaign(arm_stages(p, *a.stage), p, a.jobs, a.minutes)}
