@@ -6,6 +6,7 @@
 __all__ = ['ACTS', 'why_not', 'Block', 'Decoder']
 
 # %% ../nbs/07c_decoder.ipynb #32e91348
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -40,14 +41,15 @@ class Decoder:
         model,          # a causal LM for which `why_not` is ''
         slots:int,      # sequences at a time
         tokens:int,     # prompt and response
-        moves:bool=False, # the model's weights change their address between rollouts: copy all of them
+        device=None,    # where to decode; None: where its weights are
+        whole=None,     # of an engine with sharded weights: parameters -> a context in which they are whole; then all are copied
     ):
         c, body = model.config, model.base_model
         w = body.layers[0].self_attn.k_proj.weight
         D = getattr(c, 'head_dim', None) or c.hidden_size // c.num_attention_heads
-        self.slots, self.tokens, self.device, self.dtype = slots, tokens, w.device, w.dtype
+        self.slots, self.tokens, self.device, self.dtype = slots, tokens, device or w.device, w.dtype
         self.eps, self.act = c.rms_norm_eps, ACTS[getattr(c, 'hidden_activation', None) or c.hidden_act]
-        self.scale, self.moves, self.copies, gemma = D ** -.5, moves, [], c.model_type == 'gemma'
+        self.scale, self.whole, self.copies, gemma = D ** -.5, whole, [], c.model_type == 'gemma'
         self.embed_scale = torch.tensor(c.hidden_size ** .5, dtype=self.dtype).item() if gemma else 1.
         norm = lambda m: self._own([m.weight], 1. if gemma else 0.)
         def linear(*ms): return self._own([m.weight for m in ms]), None if ms[0].bias is None else self._own([m.bias for m in ms])
@@ -59,27 +61,28 @@ class Decoder:
         self.norm, self.embed, self.head = norm(body.norm), self._own([body.embed_tokens.weight]), self._own([model.lm_head.weight])
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False   # products of few rows are summed in pieces: in 32 bits
         at = torch.arange(tokens, device=self.device)
-        self.cos, self.sin = (x[0].contiguous() for x in body.rotary_emb(w, at[None]))               # (tokens, D)
+        self.cos, self.sin = (x[0].contiguous() for x in body.rotary_emb(at.to(w.dtype), at[None]))  # (tokens, D)
         size = (2, len(self.blocks), slots, c.num_key_value_heads, tokens, D)
-        self.keys, self.values = torch.zeros(size, device=self.device, dtype=self.dtype if w.is_cuda else torch.float32) # as a CPU attends
+        self.keys, self.values = torch.zeros(size, device=self.device, dtype=self.dtype if at.is_cuda else torch.float32) # as a CPU attends
 
     def _own(self, parts, plus=0.): # stacked, shifted and moving weights are copied by `refresh`, others used where they are
-        if len(parts) == 1 and not plus and not self.moves: return parts[0].detach()
-        to = torch.empty(sum(len(p) for p in parts), *parts[0].shape[1:], device=self.device, dtype=self.dtype)
+        if len(parts) == 1 and not plus and not self.whole: return parts[0].detach()
+        shapes = [getattr(p, 'ds_shape', p.shape) for p in parts]                 # of the whole parameter, sharded or not
+        to = torch.empty(sum(x[0] for x in shapes), *shapes[0][1:], device=self.device, dtype=self.dtype)
         self.copies.append((to, parts, plus))
         return to
 
     def fits(self, model, slots, tokens)->bool: # may this object decode that model, for so many sequences, so long?
         "Whether it was made for this model and is large enough."
         first = model.base_model.layers[0].self_attn.o_proj.weight
-        here = self.moves or first.data_ptr() == self.blocks[0].o[0].data_ptr()
-        return here and slots <= self.slots and tokens <= self.tokens and first.dtype == self.dtype
+        here = self.whole or first.data_ptr() == self.blocks[0].o[0].data_ptr()
+        return bool(here) and slots <= self.slots and tokens <= self.tokens and first.dtype == self.dtype
 
     @torch.no_grad()
     def refresh(self):
         "Take over the model's new weights, in place."
         for to, parts, plus in self.copies:
-            torch.cat([p.detach() for p in parts], out=to)
+            with self.whole(parts) if self.whole else nullcontext(): torch.cat([p.detach() for p in parts], out=to)
             if plus: to.add_(plus)
 
     def forward(self,

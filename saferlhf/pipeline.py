@@ -29,6 +29,7 @@ from .ledgers import folder_of, key_of, ledger, note, parents_of
 from .plan import plan
 from .publishing import publish_all, publish_arms
 from .report import report
+from .spread import Spread
 from .runs import PROFILES, Run, default_profile, execute, results_home, runs_home, templates_home, warm_kernel
 
 _all_ = ['CLASSES', 'ROUNDS', 'Stage', 'config_of', 'find', 'folder_of', 'graph', 'ledger', 'parents_of', 'policy_stage', 'score_stage']
@@ -201,13 +202,27 @@ def main(
     p.add_argument('--out', default='', help='the file, for `report`')
     p.add_argument('--minutes', type=float, default=0, help='start no stage after so many minutes')
     p.add_argument('--set', nargs='*', default=[], metavar='FIELD=VALUE', help='overrides of one stage, for `run`')
-    p.add_argument('--gpus', type=int, default=1, help='that share a step, for `plan`')
-    p.add_argument('--zero', type=int, default=0, help='ZeRO stage, for `plan`; 0: the lowest that fits')
+    p.add_argument('--gpus', type=int, default=1, help='ranks on each machine')
+    p.add_argument('--nodes', type=int, default=1, help='machines; with --hostfile, or in a SLURM job')
+    p.add_argument('--hostfile', default='', help="of DeepSpeed's launcher")
+    p.add_argument('--zero', type=int, default=0, help='ZeRO stage 0 to 3; for `plan` 0 is the lowest that fits')
+    p.add_argument('--offload', nargs='*', default=[], metavar='ROLE=WHAT', help="'optimizer', 'weights' or 'all' into the host's memory")
+    p.add_argument('--recompute', action='store_true', help='activation checkpointing')
+    p.add_argument('--micro-batch', type=int, default=0, help='rows per backward pass in SFT and score models')
+    p.add_argument('--keep', action='store_true', help="under ZeRO-3, keep the sampler's weights between rollouts")
     a = p.parse_args(argv)
     profile = a.profile or default_profile()
     if profile not in PROFILES: p.error(f'no profile {profile!r}; there are {sorted(PROFILES)}')
-    try: return COMMANDS[a.command](a, profile) or 0
+    try:
+        if spread := _spread(a): os.environ['SAFERLHF_SPREAD'] = json.dumps(Spread.of(spread).plain())
+        return COMMANDS[a.command](a, profile) or 0
     except (ValueError, FileNotFoundError, RuntimeError) as e: print(f'saferlhf: {e}', file=sys.stderr); return 1
+
+def _spread(a): # what was asked for, defaults left out
+    if odd := [x for x in a.offload if '=' not in x]: raise ValueError(f'write --offload ROLE=WHAT, e.g. reference=weights, not {odd}')
+    told = {k: getattr(a, k) for k in ('gpus', 'nodes', 'hostfile', 'zero', 'recompute', 'micro_batch', 'keep')}
+    told['offload'] = dict(x.split('=', 1) for x in a.offload)
+    return {k: v for k, v in told.items() if v != Spread.__dataclass_fields__[k].default and v != {}}
 
 def _list(a, profile):
     for s in graph(profile): print(f'{s.name:12} {s.template:12} reads {", ".join(dict.fromkeys(s.parents.values())) or "shipped data"}')
@@ -239,7 +254,8 @@ def _plan(a, profile):
     if a.stage and a.stage[0] not in PROFILES: raise ValueError(f'no profile {a.stage[0]!r}; there are {sorted(PROFILES)}')
     profile = a.stage[0] if a.stage else profile
     configs = {s.name: config_of(s, profile) for s in graph(profile)}
-    plan(shape_of(profile, configs)[0], configs, a.gpus * getattr(a, 'nodes', 1), a.gpu_memory, a.host_memory, a.zero or None)
+    plan(shape_of(profile, configs)[0], configs, a.gpus * a.nodes, a.gpu_memory, a.host_memory, a.zero or None)
 
 COMMANDS = {'list': _list, 'run': _run, 'status': _status, 'figures': lambda a, profile: draw(profile, a.seed), 'dry-run': _dry_run,
-            'plan': _plan, 'report': _report, 'reproduce': _reproduce, 'arms': lambda a, p: campaign(arm_stages(p, *a.stage), p, a.jobs, a.minutes)}
+            'plan': _plan, 'report': _report, 'reproduce': _reproduce,
+            'arms': lambda a, p: campaign(arm_stages(p, *a.stage), p, a.jobs, a.minutes)}

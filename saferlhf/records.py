@@ -26,7 +26,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from .checkpoint import atomic_write, cut_lines, flush, inside, lock, newest, read_lines
-from .resume import Saver, piece, polite
+from .resume import Saver, piece, polite, rank
 
 # %% ../nbs/12c_records.ipynb #489a7f7e
 PACKAGE = Path(__file__).resolve().parent if '__file__' in globals() else Path.cwd().resolve().parent/'saferlhf'
@@ -200,6 +200,10 @@ class Journal(Record):
         seen = sorted({*self.manifest['buckets'], *map(int, buckets)})
         self._note({'buckets': seen, 'data': self.manifest['data'] | (hashes or {})})
 
+    def tell(self, **facts): # what JSON keeps: the `spread`, the `round`
+        "Note in the manifest what ranks have to know; it is no part of the hash. A finished run is left alone."
+        if not self.done: self._note(facts)
+
     def resume_step(self, step:int): # the checkpoint holds the steps up to and including this one; -1: none
         "Cut metrics.jsonl and samples.jsonl to a checkpoint's step; the clock goes on from there."
         for name in ('metrics.jsonl', 'samples.jsonl'): cut_lines(self.folder/name, step)
@@ -209,11 +213,13 @@ class Journal(Record):
     def _seconds(self): return self._before + time.time() - self._began
 
     def _append(self, name, rows):
+        if rank(): return                                                        # the first rank writes
         if self.done: raise RuntimeError(f'{self.folder} is finished: ask run.done before computing, or delete the folder to run it again')
         with open(self.folder/name, 'a') as f: f.writelines(json.dumps(_values(r)) + '\n' for r in rows)
 
     def _note(self, facts):
-        self.manifest.update(facts); atomic_write(self.folder/'manifest.json', json.dumps(self.manifest, indent=1))
+        known = json.loads((self.folder/'manifest.json').read_text())           # ranks of the run write here too
+        self.manifest.update(known | facts); atomic_write(self.folder/'manifest.json', json.dumps(self.manifest, indent=1))
 
 def _values(row): return {k: (v.tolist() if hasattr(v, 'tolist') else v) for k, v in row.items()}
 
@@ -245,6 +251,13 @@ class Run(Journal):
             if not run.done: stack.enter_context(polite(run._again))
             run._stack = stack.pop_all()
         _OPEN[str(folder)] = run; run._open(config)
+        return run
+
+    @classmethod
+    def join(cls, folder:str|Path)->'Run': # of a run that was started by this process, or by the one that started this rank
+        "The run that this process holds, or its folder as a rank sees it: the lock stays with who started the ranks."
+        if (own := _OPEN.get(str(folder))): return own
+        run = cls(folder); run._stack, run._began, run._before = ExitStack(), time.time(), 0.
         return run
 
     def finish(self, summary:dict): # small: numbers and short texts

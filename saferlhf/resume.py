@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['write_state', 'read_state', 'seed_all', 'random_state', 'set_random_state', 'Interrupted', 'stopping', 'polite',
-           'rank', 'agree', 'Saver', 'piece']
+           'agree', 'Saver', 'piece', 'rank']
 
 # %% ../nbs/07b_resume.ipynb #48e5b112
 import json
@@ -22,7 +22,9 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from .checkpoint import newest, save_checkpoint, sha256_file
-from .engine import device, ranks
+from .engine import device, rank, ranks
+
+_all_ = ['rank']
 
 # %% ../nbs/07b_resume.ipynb #324606d4
 def _encode(x, tensors, seen):
@@ -126,10 +128,6 @@ def polite(
         if here and signal.getsignal(signal.SIGTERM) is leave: signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 # %% ../nbs/07b_resume.ipynb #2025838f
-def rank()->int:
-    "This process's number."
-    return dist.get_rank() if dist.is_initialized() else 0
-
 def agree(
     *flags:bool, # this rank's
 )->list:         # True where any rank's is

@@ -20,6 +20,7 @@ from .kernels import choose, plain_choose
 from .models import gather_logps, positions, token_logps
 from .packing import check_window, host, layout, with_host
 from .sampling import Slots, nucleus, uniforms
+from .spread import gather, ranks, widest
 
 # %% ../nbs/08_rollout.ipynb #37eaf1b5
 def _cat(a, b): # masks side by side, in both places
@@ -72,6 +73,14 @@ class Rollout:
         return Rollout(cut(self.prompt_ids), cut(self.prompts, P), cut(self.prompt_mask, P), cut(self.responses, R), cut(self.mask, R),
                        cut(self.logp, R), cut(self.truncated), self.eos, cut(self.policy_logp, R))
 
+    def everyones(self):
+        "The rows of all ranks, in prompt order, on every rank: small beside any model."
+        if ranks() == 1: return self
+        rows = lambda x: None if x is None else gather(widest(x) if x.ndim > 1 else x)
+        there = lambda x: with_host(rows(x).cpu(), x.device)
+        return Rollout(rows(self.prompt_ids), rows(self.prompts), there(self.prompt_mask), rows(self.responses), there(self.mask),
+                       rows(self.logp), there(self.truncated), self.eos, rows(self.policy_logp))
+
     def texts(self,
         tokenizer, # that of the sampled model
     ):
@@ -92,6 +101,7 @@ class Sampler:
     seed:int=0             # with prompt id, sample and token it decides every random number
     top_p:float=1.         # in (0, 1]
     slots:int|None=None    # answers decoded at a time; None: all
+    keep:bool=False        # of sharded weights: the whole copy, and its graphs, stay between rollouts
 
     def __post_init__(self):
         if not (self.temperature > 0 and 0 < self.top_p <= 1):
@@ -106,11 +116,18 @@ class Sampler:
     )->Rollout:        # B * samples rows
         "Sample until every row has ended."
         if not hasattr(self.model, 'dense_weights'): return self._generate(self.model, batch, samples, first)
+        if self._sharded and not why_not(self.model.model):                       # gathered layer by layer into the decoder's copy
+            out = self._generate(self.model.model, batch, samples, first)
+            if not self.keep: self._graphs = self._state = self._decoder = None
+            return out
         with self.model.dense_weights() as model: return self._generate(model, batch, samples, first)
 
+    _sharded = property(lambda self: getattr(self.model, 'zero', 0) == 3)
+
     def _generate(self, model, batch, samples, first):
-        mask = with_host(host(batch['attention_mask']).repeat_interleave(samples, 0), model.device)
-        ids, keys = (batch[k].to(model.device).repeat_interleave(samples, 0) for k in ('input_ids', 'prompt_ids'))
+        device = self.model.device                                               # the engine's: shards may lie elsewhere
+        mask = with_host(host(batch['attention_mask']).repeat_interleave(samples, 0), device)
+        ids, keys = (batch[k].to(device).repeat_interleave(samples, 0) for k in ('input_ids', 'prompt_ids'))
         number = torch.arange(first, first + samples, device=ids.device).repeat(len(ids) // samples)
         u = uniforms(self.seed, keys[:, None], number[:, None], torch.arange(self.max_new_tokens + 1, device=ids.device))
         check_window(model.config, ids.shape[1] + self.max_new_tokens)
@@ -168,8 +185,9 @@ class Sampler:
     def _ready(self, model, n, tokens): # make room, or take over new weights
         if self._decoder is None or not self._decoder.fits(model, n, tokens) or self._state.T != self.max_new_tokens:
             self._graphs = self._state = self._decoder = None                     # free the old cache first
-            self._decoder, self._graphs = Decoder(model, n, -(-tokens // 64) * 64, moves=getattr(self.model, 'zero', 0) == 3), {}
-            self._state = Slots(n, self.max_new_tokens, model.device)
+            whole = self.model.whole if self._sharded else None
+            self._decoder, self._graphs = Decoder(model, n, -(-tokens // 64) * 64, self.model.device, whole), {}
+            self._state = Slots(n, self.max_new_tokens, self.model.device)
         self._decoder.refresh()
 
     def _fill(self, slots, rows, packed, lay, spans, mask, u):

@@ -21,6 +21,7 @@ from .engine import reduce_mean
 from .losses import cost_loss, lm_loss, lm_loss_from_logp, reward_loss
 from .models import gather_logps, token_logps
 from .packing import with_host
+from .spread import gather, parts, rank, ranks, total
 
 # %% ../nbs/09_train.ipynb #3c8533d6
 def setting(
@@ -138,7 +139,8 @@ def loop(
 )->dict:                # metrics of the last step
     "Run steps `start` to `steps - 1`. A step with a number that is not finite is refused before weights move: FloatingPointError."
     metrics, start = {}, save.restore() if save else start
-    with save or nullcontext(), tqdm(range(start, steps), initial=start, total=steps, mininterval=5, ascii=True, ncols=100) as bar:
+    with save or nullcontext(), tqdm(range(start, steps), initial=start, total=steps, mininterval=5, ascii=True, ncols=100,
+                                      disable=rank() > 0) as bar:
         for i in bar:
             try: check_metrics(metrics := reduce_mean(step(i)), i)
             except FloatingPointError as e:
@@ -177,11 +179,19 @@ def sft_loss(
     b = on(engine.device, batch)
     return lm_loss_from_logp(token_logps(engine, b['input_ids'], b['attention_mask'], b['mask'].shape[1]), b['mask'], denominator)
 
-def sft_step(engine, batch)->dict: # metrics
+def sft_step(
+    engine,          # of a causal LM
+    batch:dict,      # as from `text_batch`, of all ranks
+    micro_batch:int=0, # rows per backward pass on a rank; 0: all
+)->dict:             # metrics
     "One optimizer step of supervised fine-tuning."
-    loss = sft_loss(engine, batch)
-    engine.backward(loss)
-    return dict(loss=loss.detach(), grad_norm=engine.step())
+    n = max(1, int(batch['mask'].any(1).sum())) / ranks()
+    mine, out = parts(len(batch['mask']), micro_batch), 0.
+    for k, (rows, real) in enumerate(mine):
+        loss = real * sft_loss(engine, {name: x[rows] for name, x in batch.items()}, n)
+        engine.backward(loss, last=k == len(mine) - 1)
+        out = out + loss.detach()
+    return dict(loss=total(out) / ranks(), grad_norm=engine.step())
 
 def lm_step(
     engine,     # of a causal LM
@@ -220,26 +230,35 @@ def score_loss(
     end_scores:Tensor,        # (2B,) the high responses first
     batch:dict,               # high_sign, low_sign, paired (B,)
     regularization:float=0.,  # weight of the mean squared score
+    denominator=None,         # pairs of the whole batch, when this is a part of it
 )->Tensor:                    # ()
     "Eq. E2 or E3 on a batch of pairs."
     high, low = end_scores.chunk(2)
-    if kind == 'reward': return reward_loss(high, low, regularization)
-    if kind == 'cost': return cost_loss(high, low, batch['high_sign'], batch['low_sign'], regularization, pairwise=batch['paired'])
+    if kind == 'reward': return reward_loss(high, low, regularization, denominator)
+    signs = batch['high_sign'], batch['low_sign']
+    if kind == 'cost': return cost_loss(high, low, *signs, regularization, pairwise=batch['paired'], denominator=denominator)
     raise ValueError(f"kind is 'reward' or 'cost', not {kind!r}")
 
 def score_step(
     engine,                   # of a ScoreModel
-    batch:dict,               # as from `pair_batch`
+    batch:dict,               # as from `pair_batch`, of all ranks
     kind:str,                 # 'reward' or 'cost'
     regularization:float=0.,  # weight of the mean squared score
+    micro_batch:int=0,        # pairs per backward pass on a rank; 0: all
 )->dict:                      # metrics
     "One optimizer step of a reward or cost model."
-    b = on(engine.device, batch)
-    s = engine(b['input_ids'], b['attention_mask']).end_scores
-    loss = score_loss(kind, s, b, regularization)
-    engine.backward(loss)
-    metrics = dict(loss=loss.detach(), grad_norm=engine.step(), score_sd=s.detach().std())
-    high, low = s.detach().chunk(2)
+    n, high, low, out = len(batch['paired']), [], [], 0.
+    mine = parts(n, micro_batch)
+    for k, (rows, real) in enumerate(mine):
+        b = on(engine.device, {name: x[torch.cat([rows, rows + n]) if len(x) > n else rows] for name, x in batch.items()})
+        s = engine(b['input_ids'], b['attention_mask']).end_scores
+        loss = real * score_loss(kind, s, b, regularization, n / ranks())
+        engine.backward(loss, last=k == len(mine) - 1)
+        out = out + loss.detach()
+        for to, x in zip((high, low), s.detach().chunk(2), strict=True): to.append(x[:len(x) * int(real)])
+    high, low = (gather(torch.cat(x), n) for x in (high, low))               # of all ranks, in the order of the batch
+    s, b = torch.cat([high, low]), on(engine.device, {k: batch[k] for k in ('high_sign', 'low_sign', 'paired')})
+    metrics = dict(loss=total(out) / ranks(), grad_norm=engine.step(), score_sd=s.std())
     paired = b['paired'] > 0
     if paired.any(): metrics['rank_accuracy'] = (high > low)[paired].float().mean()
     sign = torch.cat([b['high_sign'], b['low_sign']])

@@ -41,6 +41,16 @@ MUTATIONS = { # name -> (module, what stands there, what is put in its place, te
     'kernels: temperature left out': ('kernels', '(x if temperature == 1 else x / temperature).exp()', 'x.exp()', 'rollout'),
     'engine: masters not used': ('engine', 'torch._foreach_copy_(self.params, self.masters)', 'pass', 'engine'),
     'engine: gradients of parts lost': ('engine', 'else: master.grad.add_(p.grad)', 'else: pass', 'engine'),
+    'ranks: each has a rollout of its own': ('ppo', '= everyones(roll, ', '= (roll, ', 'ranks'),
+    'ranks: mean of the ranks\' means': ('ppo', 'total(torch.stack([x.double() for x in sums.values()]))', 'sums.values()', 'ranks'),
+    'ranks: largest of the own rows': ('ppo', 'far = largest(', 'far = (', 'ranks'),
+    'ranks: loss over the own rows': ('train', "int(batch['mask'].any(1).sum())) / ranks()", "int(batch['mask'].any(1).sum()))", 'ranks'),
+    'ranks: an empty part counts': ('train', 'loss = real * sft_loss', 'loss = sft_loss', 'ranks'),
+    'ranks: scores in another order': ('spread', 'return torch.cat(out)', 'return torch.cat(out[::-1])', 'ranks'),
+    'ranks: prompts not shared out': ('ppo', 'sampler.generate(share(prompts)', 'sampler.generate((prompts)', 'ranks'),
+    'engine: the first step is the second': ('engine', 'if optim and precision == \'bf16\' and zero == 0:', 'if False:', 'engine'),
+    'engine: offload forgotten': ('engine', "if offload in ('weights', 'all'): sharding", "if not offload: sharding", 'engine'),
+    'engine: sharded ever after': ('engine', 'finally: unset_hf_deepspeed_config()', 'finally: pass', 'ranks'),
     'engine: dropout left on': ('engine', 'self.model = model.to(self.device).eval()', 'self.model = model.to(self.device)', 'engine'),
 }
 

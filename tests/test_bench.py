@@ -23,6 +23,19 @@ def test_a_benchmark_runs_in_miniature(name, tmp_path):
         assert kinds(t) == kinds(committed[committed.device == GPU])
 
 
+def test_scale_runs_in_miniature_and_goes_on(tmp_path, capsys):
+    from saferlhf.scale import COLUMNS, efficiency, measure
+    told = dict(results_dir=str(tmp_path), overrides=dict(zeros=[3], steps=1, run_id='mini'))
+    execute(ROOT/'nbs/bench/scale.ipynb', tmp_path/'out.ipynb', told, progress=False)
+    t = pd.read_csv(tmp_path/'scale.csv')
+    assert list(t.columns) == COLUMNS and t.gpus.tolist() == [1, 2] and set(t.run_id) == {'mini'} and set(t.offload) == {'none'}
+    assert (t[['step_s', 'rollout_s', 'update_s', 'tokens_per_s']] > 0).all(axis=None) and (t.step_s > t.rollout_s + t.update_s).all()
+    assert t.allreduce_gbs.notna().tolist() == [False, True] and efficiency(t).efficiency[0] == 1
+    spread = dict(gpus=2, zero=3)                                              # what stands there under this name is not measured again
+    assert measure(dict(size='tiny', prompts_per_gpu=4, spread=spread), str(tmp_path), 'mini') is None
+    assert 'measured before' in capsys.readouterr().out
+
+
 def test_sizes_are_checked():
     assert chosen(dict(size='1.1B'), size='tiny', pairs=2) == dict(size='1.1B', pairs=2)
     with pytest.raises(ValueError, match=r"\['sise'\] cannot be overridden"): chosen(dict(sise='1.1B'), size='tiny')

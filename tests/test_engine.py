@@ -35,7 +35,19 @@ def all_stages(path): # in a process of its own: ZeRO-3 changes how models are m
     import logging
     from saferlhf.engine import deepspeed
     deepspeed(); logging.disable(logging.WARNING)
-    return {zero: trajectory(path, 'deepspeed', zero) | dict(resumed=resumed(path, zero), refused=refused(path, zero)) for zero in range(4)}
+    more = dict(resumed=resumed, refused=refused, narrow=narrow)
+    return {zero: trajectory(path, 'deepspeed', zero) | {k: f(path, zero) for k, f in more.items()} for zero in range(4)}
+
+
+def narrow(path, zero): # losses in 16 bits, of a policy and a score model
+    out, b = [], prompt_rows(5, seed=0)
+    policy = load(lambda: load_lm(path/'lm'), OPTIM, 3, engine='deepspeed', zero=zero, precision='bf16')
+    critic = load(lambda: ScoreModel.from_pretrained(path/'score'), OPTIM, 3, engine='deepspeed', zero=zero, precision='bf16')
+    for _ in range(3):
+        s = critic(b['input_ids'], b['attention_mask']).end_scores
+        for e, loss in ((policy, -token_logps(policy, b['input_ids'], b['attention_mask'], 3).mean()), (critic, (s - 1).square().mean())):
+            e.backward(loss); e.step(); out.append(loss.item())
+    return out + [float(s.dtype == torch.float32)]
 
 
 def step(engine, i, value=None): # one step of a policy; its loss or its gradient times a value
@@ -102,6 +114,12 @@ def test_deepspeed_resumes_bit_for_bit_and_refuses_bad_numbers(stages, zero):
     assert stages[zero]['resumed'] and stages[zero]['refused'] == [True] * 3
 
 
+@pytest.mark.parametrize('zero', range(4))
+def test_sixteen_bits_are_the_same_at_every_stage(stages, zero): # DeepSpeed's first step at stage 0 was a second one
+    close(stages[zero]['narrow'], stages[1]['narrow'], 2e-3)
+    assert stages[zero]['narrow'][-1] == 1. and stages[zero]['narrow'][0] - stages[zero]['narrow'][4] > .01
+
+
 def test_unknown_engine():
     with pytest.raises(ValueError, match='deepspeed'): load(tiny_model, engine='jax')
 
@@ -110,6 +128,10 @@ def test_zero_config():
     config = zero_config(OPTIM, 2, 'bf16')
     assert config['zero_optimization']['stage'] == 2 and config['bf16']['enabled'] and config['gradient_clipping'] == .05
     assert zero_config(None)['gradient_clipping'] == 0
+    both = zero_config(OPTIM, 3, offload='all')['zero_optimization']
+    assert both['offload_optimizer']['device'] == both['offload_param']['device'] == 'cpu'
+    assert set(zero_config(OPTIM, 1, offload='optimizer')['zero_optimization']) == {'stage', 'offload_optimizer'}
+    assert set(zero_config(None, 3, offload='weights')['zero_optimization']) == {'stage', 'offload_param'}
     assert [zero_config(None, z)['zero_optimization']['stage'] for z in range(4)] == [0, 0, 0, 3]   # frozen: nothing to shard but weights
 
 

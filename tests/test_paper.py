@@ -1,8 +1,6 @@
 "The profile paper: every number explained, every stage built without weights, and a base of one's own."
-import ast
 import re
-import shlex
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from types import SimpleNamespace as Node
 
@@ -126,16 +124,11 @@ def test_a_pass_uses_every_weight_and_no_memory():
         assert all((p.grad is not None) == trained and p.device.type == 'meta' for p in m.parameters()), role
 
 
-def test_commands_name_the_fields_that_there_are():
-    @dataclass(frozen=True)
-    class Placed:
-        ranks:int=1
-        engine:str='torch'
-        zero:int=3
-    said = shlex.split(dryrun.command(Node(name='policy-1'), Placed(), 'paper', 0))
-    told = dict(x.split('=') for x in said[said.index('--set') + 1:])
-    assert {k: ast.literal_eval(v) for k, v in told.items()} == dict(ranks=8, engine='deepspeed')
-    assert '--set' not in dryrun.command(Node(name='policy-1'), Placed(), 'gpu', 0)
+def test_commands_share_out_what_trains():
+    said = dryrun.command(Node(name='policy-1', template='policy'), 'paper', 0)
+    assert said == 'saferlhf run policy-1 --profile paper --seed 0 --gpus 8 --zero 3 --recompute'
+    for node, profile in ((Node(name='collect-1', template='collect'), 'paper'), (Node(name='policy-1', template='policy'), 'gpu')):
+        assert '--gpus' not in dryrun.command(node, profile, 0)
 
 # the base
 

@@ -166,6 +166,23 @@ def test_an_interrupted_stage_goes_on_bit_for_bit(smoke, monkeypatch, tmp_path, 
     assert f'goes on after step {at - 1}' in said or said.count('done before the interruption') == at
 
 
+def test_two_ranks_make_the_same_run(smoke, monkeypatch, tmp_path):
+    "The template of a policy, with its models in shards on two ranks: same name, same numbers, read back by the same cells."
+    from faults.drive import execute
+    from saferlhf.precision import fast_precision
+    monkeypatch.setenv('SAFERLHF_RUNS', str(tmp_path)); monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('SAFERLHF_HOME', str(smoke.home)); monkeypatch.setenv('SAFERLHF_SPREAD', '{"gpus": 2, "zero": 3}')
+    whole = smoke.folders()['policy-1']
+    parents = json.loads((whole/'manifest.json').read_text())['parent_folders']
+    run = execute('policy', dict(profile='smoke', seed=0, round=1, parents=parents, overrides=STAGES['policy-1'].overrides))
+    assert run.folder.name == whole.name and run.done and run.manifest['spread']['gpus'] == 2
+    assert (run.folder/'model/tokenizer.json').exists()
+    one, two = (pd.read_json(f/'metrics.jsonl', lines=True).drop(columns='seconds') for f in (whole, run.folder))
+    assert list(one.columns) == list(two.columns) and len(one) == len(two)
+    far = (one - two).abs() / (1 + one.abs())
+    assert far.max(axis=None) < (1e-4 if fast_precision() == 'fp32' else .05), far.max()
+
+
 def test_a_sample_of_the_fault_suite(smoke, tmp_path):
     "A kill inside a save, and a bit turned in the newest checkpoint: `make faults` has all of them."
     from faults.suite import Lab, Table, damage_one, kill_one

@@ -117,9 +117,9 @@ def arrange(fault):
 
 def deep(zero):
     "Every engine with an optimizer is DeepSpeed's."
-    inner = engine.load
-    more = dict(engine='deepspeed', zero=zero)
-    def load(make, optim=None, steps=1, **k): return inner(make, optim, steps, **k, **(more if optim else {}))
+    inner, more = engine.load, dict(engine='deepspeed', zero=zero)
+    os.environ['SAFERLHF_SPREAD'] = json.dumps(more)                                # stages that can be spread
+    def load(make, optim=None, steps=1, **k): return inner(make, optim, steps, **(more if optim else {}) | k)
     engine.load = load
 
 
