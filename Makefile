@@ -2,13 +2,17 @@
 PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 SHELL := bash
-.PHONY: reproduce figures test bench drift lint notebooks pytest faults audit lab docs
+.PHONY: reproduce figures report test bench drift lint notebooks pytest faults audit lab docs
 
 reproduce: .venv/.installed
 	@$(BIN)/saferlhf reproduce $(if $(PROFILE),--profile $(PROFILE))
 
 figures: .venv/.installed
 	@$(BIN)/saferlhf figures $(if $(PROFILE),--profile $(PROFILE))
+
+# One HTML file with every table and figure, in runs/.
+report: .venv/.installed
+	@$(BIN)/saferlhf report $(if $(PROFILE),--profile $(PROFILE)) $(if $(OUT),--out $(OUT))
 
 bench: .venv/.installed
 	@$(BIN)/python -c 'from saferlhf.bench import main; main()'

@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+from PIL import Image
 
 # %% ../nbs/14_figures.ipynb #8547db86
 PAPER = {'harmful': {'initial': .5308, 'round-3': .0245},
@@ -204,11 +205,10 @@ def harmful_ratio(
                xlabel='policy', ylabel='answers (%)', title=title)
         ax.grid(axis='x', visible=False); end_labels(ax, ends)
         if not ends: not_run(ax, f'{prompt_kind}, {decoding}')
-    for p, v in PAPER['harmful'].items():
-        if p in at:
-            axes[0, 0].plot(at[p], 100*v, '*', color=GREY, mec='white', mew=.6, ms=12, zorder=5)
-            axes[0, 0].annotate(f'paper {100*v:.2f} %', (at[p], 100*v), xytext=(5, 26) if v > .1 else (9, -2),
-                                textcoords='offset points', fontsize=8, color=GREY)
+    stars = {p: v for p, v in PAPER['harmful'].items() if p in at and prompt_kind == 'unsafe'}     # of its evaluation prompts
+    for p, v in stars.items(): axes[0, 0].plot(at[p], 100*v, '*', color=GREY, mec='white', mew=.6, ms=12, zorder=5)
+    said = '★ paper ' + ' and '.join(f'{100*v:.2f} %' for v in stars.values())
+    if stars: axes[0, 0].text(.98, .97, said, transform=axes[0, 0].transAxes, ha='right', va='top', fontsize=8, color=GREY)
     return fig
 
 # %% ../nbs/14_figures.ipynb #0a938926
@@ -223,6 +223,12 @@ def _commit(root):
     "The short hash of HEAD, or 'unknown' outside a checkout."
     run = subprocess.run(['git', 'rev-parse', '--short=12', 'HEAD'], cwd=root, capture_output=True, text=True)
     return run.stdout.strip() if run.returncode == 0 else 'unknown'
+
+
+def _slim(png):
+    "A picture of few colours in a third of the bytes."
+    with Image.open(png) as im: small = im.convert('RGB').quantize(256, dither=Image.Dither.NONE)
+    small.save(png, optimize=True)
 
 
 def _shown(path, root):
@@ -241,8 +247,9 @@ def save(
     "Write NAME.png and NAME.pdf, the same bytes every time, and the figure's entry in index.json."
     use_style(); folder = Path(folder or home() / 'figures'); folder.mkdir(parents=True, exist_ok=True)
     png, index, root = folder / f'{name}.png', folder / 'index.json', folder.resolve().parent
+    if root.name == 'figures': root = root.parent                                # figures/<profile>
     before = png.read_bytes() if png.exists() else b''
-    fig.savefig(png, metadata={'Software': None})
+    fig.savefig(png, metadata={'Software': None}); _slim(png)
     fig.savefig(png.with_suffix('.pdf'), metadata={'CreationDate': None, 'Creator': None, 'Producer': None})
     entries = json.loads(index.read_text()) if index.exists() else {}; old = entries.get(name, {})
     files = {_shown(Path(p), root): hashlib.sha256(Path(p).read_bytes()).hexdigest() for p in results}

@@ -22,11 +22,13 @@ from pathlib import Path
 
 import pandas as pd
 
-from .dryrun import dry_run
+from .dryrun import dry_run, shape_of
 from .graphs import (CLASSES, ROUNDS, Stage, arm_stages, config_of, find, graph, policy_stage, reads, score_stage,
                              with_parents)
 from .ledgers import folder_of, key_of, ledger, note, parents_of
+from .plan import plan
 from .publishing import publish_all, publish_arms
+from .report import report
 from .spread import Spread
 from .runs import PROFILES, Run, default_profile, execute, results_home, runs_home, templates_home, warm_kernel
 
@@ -190,17 +192,20 @@ def main(
     "The command line `saferlhf`."
     p = argparse.ArgumentParser(prog='saferlhf', description='Safe RLHF: run it, resume it, draw it.')
     p.add_argument('command', choices=list(COMMANDS))
-    p.add_argument('stage', nargs='*', default=[], help='one stage for `run`, groups of arms for `arms`')
+    p.add_argument('stage', nargs='*', default=[], help='one stage for `run`, groups of arms for `arms`, a profile for `plan`')
+    p.add_argument('--gpu-memory', type=float, default=80., help='GB (1e9 bytes) of each GPU, for `plan`')
+    p.add_argument('--host-memory', type=float, default=256., help='GB of each machine, for `plan`')
     p.add_argument('--profile', default='', help="'smoke', 'cpu', 'gpu'; by default what the machine has")
     p.add_argument('--seed', type=int, default=0)
     p.add_argument('--seeds', type=int, nargs='*', default=[], help='several seeds, for `reproduce`')
     p.add_argument('--jobs', type=int, default=1, help='stages side by side')
+    p.add_argument('--out', default='', help='the file, for `report`')
     p.add_argument('--minutes', type=float, default=0, help='start no stage after so many minutes')
     p.add_argument('--set', nargs='*', default=[], metavar='FIELD=VALUE', help='overrides of one stage, for `run`')
-    p.add_argument('--gpus', type=int, default=1, help='ranks on each machine, for stages that train')
+    p.add_argument('--gpus', type=int, default=1, help='ranks on each machine')
     p.add_argument('--nodes', type=int, default=1, help='machines; with --hostfile, or in a SLURM job')
     p.add_argument('--hostfile', default='', help="of DeepSpeed's launcher")
-    p.add_argument('--zero', type=int, default=0, help='ZeRO stage 0 to 3')
+    p.add_argument('--zero', type=int, default=0, help='ZeRO stage 0 to 3; for `plan` 0 is the lowest that fits')
     p.add_argument('--offload', nargs='*', default=[], metavar='ROLE=WHAT', help="'optimizer', 'weights' or 'all' into the host's memory")
     p.add_argument('--recompute', action='store_true', help='activation checkpointing')
     p.add_argument('--micro-batch', type=int, default=0, help='rows per backward pass in SFT and score models')
@@ -243,5 +248,14 @@ def _status(a, profile):
 
 def _dry_run(a, profile): dry_run(profile, stages := graph(profile), {s.name: config_of(s, profile) for s in stages}, a.seed)
 
+def _report(a, profile): print(f'report: {report(profile, a.seed, papers_home(), a.out)}')
+
+def _plan(a, profile):
+    if a.stage and a.stage[0] not in PROFILES: raise ValueError(f'no profile {a.stage[0]!r}; there are {sorted(PROFILES)}')
+    profile = a.stage[0] if a.stage else profile
+    configs = {s.name: config_of(s, profile) for s in graph(profile)}
+    plan(shape_of(profile, configs)[0], configs, a.gpus * a.nodes, a.gpu_memory, a.host_memory, a.zero or None)
+
 COMMANDS = {'list': _list, 'run': _run, 'status': _status, 'figures': lambda a, profile: draw(profile, a.seed), 'dry-run': _dry_run,
-            'reproduce': _reproduce, 'arms': lambda a, p: campaign(arm_stages(p, *a.stage), p, a.jobs, a.minutes)}
+            'plan': _plan, 'report': _report, 'reproduce': _reproduce,
+            'arms': lambda a, p: campaign(arm_stages(p, *a.stage), p, a.jobs, a.minutes)}

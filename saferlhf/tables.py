@@ -40,15 +40,23 @@ class Results:
         if len(df): return df.reset_index(drop=True)
         print(f'not run: make reproduce PROFILE={self.profile}   (writes {name}.csv; asked for seed {self.seed})')
 
+    def every(self,
+        name:str,              # file name without .csv
+    ) -> pd.DataFrame | None:  # rows of all seeds; None, without a word, when there is no such file
+        "Read one results file, whatever the seed."
+        path = self.path(name); df = pd.read_csv(path, dtype={'round': str}) if path.exists() else pd.DataFrame()
+        return df if len(df) else None
+
     def save(self,
         fig:Figure, name:str,  # a figure and its file name without ending
         notebook:str,          # the notebook that draws it, as a path in the project
         *files:str,            # names of the results it was drawn from
+        every:bool = False,    # whether it shows all seeds
     ) -> str:                  # the name of the PNG
         "Write the figure, with the checksums of these files and the runs in them."
         folder = self.figures or home() / 'figures' / ('' if self.profile == 'cpu' else self.profile)
         paths = [self.path(f) for f in files]
-        return save(fig, name, notebook, paths, run_ids(*(self.read(f) for f in files)), folder)
+        return save(fig, name, notebook, paths, run_ids(*((self.every if every else self.read)(f) for f in files)), folder)
 
 # %% ../nbs/14b_tables.ipynb #81a2e26b
 def run_ids(

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from saferlhf import diagnostics, figures, tables
+from saferlhf import beyond, diagnostics, figures, tables
 
 ROOT = Path(__file__).resolve().parent.parent
 POLICIES = ['initial', 'round-1', 'reward-only']
@@ -46,6 +46,11 @@ def frames():
         'two_token_world': pd.DataFrame([dict(kl_coef=.5, objective='ppo', seed=0, lambda_theory=np.nan, lambda_found=np.nan,
                                               cost_theory=6., cost_found=6.1, reward_theory=13., reward_found=13.)]),
     }
+
+
+def with_last(models):
+    "The same with a round 3."
+    return pd.concat([models, models[models.policy == 'round-1'].assign(policy='round-3')])
 
 
 DRAW = {'rounds': diagnostics.prompts_and_pairs, 'scores': diagnostics.scores_by_label, 'answers': figures.reward_cost_grid,
@@ -98,11 +103,76 @@ def test_missing_things_are_said_and_the_paper_is_shown():
     assert any('not run' in t for t in texts(figures.harmful_ratio(f['models'], 'red-team')))
     assert any('not run: prevalence' in t for t in texts(diagnostics.calibration(f['calibration'])))
     ratio = texts(figures.harmful_ratio(f['models']))
-    assert any('somebody' in t for t in ratio) and 'paper 53.08 %' in ratio
+    whole = texts(figures.harmful_ratio(with_last(f['models'])))
+    assert any('somebody' in t for t in ratio) and any('53.08 % and 2.45 %' in t for t in whole)
+    safe = figures.harmful_ratio(f['models'].assign(prompt_kind='safe'), 'safe')
+    assert any('53.08' in t for t in ratio) and not any('53.08' in t for t in texts(safe))     # the paper's number is of unsafe prompts
     assert any('+245 helpfulness, +268 harmlessness' in t for t in texts(figures.elo(f['elo'])))
     assert all(any(v in t for t in texts(diagnostics.agreement(f['annotation']))) for v in ('69.00', '66.53', '61.65'))
     one_axis = f['elo'][f['elo'].axis == 'helpfulness']
     assert any('not run' in t for t in texts(figures.elo(one_axis)))
+
+
+def over_seeds_frames():
+    "What the figures of `beyond` read: several seeds, rounds and policies missing."
+    curve = [dict(round=r, seed=s, step=i, lam=1/(i + 1), cost=-.1*i, window_cost=-.1*i, threshold=0., harmful=.5 - .02*i, reward=.1, kl=i,
+                  kl_weight=.1, cost_slope=.5) for r in ('1', '3') for s in (0, 1) for i in range(8)]
+    models = [dict(policy=p, judge=j, prompt_kind=k, decoding=d, seed=s, harmful=.4 + .1*s, harmful_low=.3, harmful_high=.5,
+                   coherent_harmless=.3, reward=s, cost=.1, length=50 + s)
+              for p in POLICIES for j in ('gold', 'judge') for k in ('unsafe', 'safe') for d in ('sampled', 'greedy') for s in (0, 1, 2)]
+    return {
+        'curves': pd.DataFrame(curve), 'models': pd.DataFrame(models),
+        'zero': pd.DataFrame(dict(model='cost-1', label_source='gold', cost=[-1., 1.], observed=[.2, .6], low=[.1, .5], high=[.3, .7])),
+        'kinds': pd.DataFrame(dict(category=['a_b,c', 'd'], policy='initial', seed=0, harmful=[.2, .1])),
+        'probes': pd.DataFrame([dict(arm=a, round='1', seed=s, step=i, kl=i, proxy_reward=i, proxy_cost=-i,
+                                     gold_reward=min(i, 2) - .5*(i > 2), gold_cost=-i/2)
+                                for a in ('ppo-lag', 'shaped-1') for s in (0, 1) for i in range(4)])}
+
+
+def beyond_figures(f):
+    gold, zero = f['models'][f['models'].judge == 'gold'], f['zero']
+    sampled, unsafe = gold[gold.decoding == 'sampled'], gold[gold.prompt_kind == 'unsafe']
+    arms = pd.DataFrame(dict(arm=['ppo-lag', 'ppo-lag'], decoding='sampled', seed=[0, 1], distinct=[.8, .7]))
+    return dict(seeds=beyond.seeds(f['models'].query('prompt_kind == "unsafe" and decoding == "sampled"')), zero=beyond.cost_zero(zero),
+                violation=beyond.violation(f['curves'], f['curves'].assign(arm='threshold-0')), multiplier=beyond.multiplier(f['curves']),
+                over_refusal=beyond.over_refusal(sampled), form=beyond.form(unsafe, arms), kinds=beyond.harm_kinds(f['kinds']),
+                gap=beyond.over_optimisation(f['probes']), lagrange=diagnostics.lagrange(f['curves'].query('seed == 0'), f['curves']))
+
+
+def test_figures_over_seeds_draw_with_labelled_axes():
+    for name, fig in beyond_figures(over_seeds_frames()).items():
+        fig.canvas.draw()
+        for ax in fig.axes: assert labelled(ax, fig.axes, 'x') and labelled(ax, fig.axes, 'y'), (name, ax)
+
+
+def test_spread_over_seeds_is_that_of_the_frame():
+    f = over_seeds_frames(); figs = beyond_figures(f)
+    mean, low, high = beyond.over_seeds([.4, .5, .6])
+    assert (mean, round(high - mean, 4)) == (.5, round(4.30265*.1/3**.5, 4)) and np.isclose(mean - low, high - mean)
+    t = beyond.seeds_table(f['models'], ['policy', 'judge', 'prompt_kind', 'decoding'], ['harmful'])
+    assert len(t) == 3*2*2*2 and (t.seeds == 3).all() and np.allclose(t.harmful, .5) and np.allclose(t.harmful_high, high)
+    lines = [c.get_segments()[0][:, 1] for c in figs['seeds'].axes[0].collections if len(c.get_segments())]
+    drawn = [y for y in lines if np.allclose(y, [100*low, 100*high])]
+    assert len(drawn) == len(POLICIES)                                          # in per cent, one for each policy
+    assert any('threshold sweep' in t for t in texts(beyond.violation(f['curves'])))
+    assert any('arms.csv' in t for t in texts(beyond.form(f['models'].query('judge == "gold"'))))
+
+
+def test_what_beyond_computes():
+    f = over_seeds_frames(); zero, own = f['zero'], f['probes'].query('arm == "ppo-lag"')
+    assert np.isclose(beyond.zero_crossing(zero), .5) and np.isnan(beyond.zero_crossing(zero.assign(observed=.1)))
+    assert beyond.zero_crossing(zero.assign(cost=[-2., 0.])) == -.5
+    reward, cost = beyond.proxy_gap(own), beyond.proxy_gap(own, 'cost')
+    assert (reward['proxy'], reward['gold'], reward['turned'], reward['seeds']) == (3., 1.5, 2, 2)      # both seeds fall back from 2 to 1.5
+    assert (cost['proxy'], cost['gold'], cost['turned'], cost['kept']) == (3., 1.5, 0, .5)             # a lower cost is a gain
+    ends = beyond.tails(f['curves'])
+    assert len(ends) == 4 and np.allclose(ends.cost, -.65) and np.allclose(ends.harmful, .37)            # steps 6 and 7 of 0 to 7
+
+
+def test_stages_stand_in_the_order_of_a_run():
+    names = 'cost-1 shaped-1 evaluate policy-1 base_lm collect-2 reward-0 collect-1 reward-1 sft policy-2-no-red'.split()
+    assert sorted(names, key=diagnostics.stage_order) == ['base_lm', 'sft', 'collect-1', 'reward-1', 'cost-1', 'policy-1', 'collect-2',
+                                                          'reward-0', 'evaluate', 'policy-2-no-red', 'shaped-1']
 
 
 def test_end_labels_do_not_overlap():
@@ -124,6 +194,8 @@ def test_save_is_deterministic_and_indexed(tmp_path):
         assert data == (tmp_path / 'b' / f'elo.{kind}').read_bytes() and b'Matplotlib' not in data and b'CreationDate' not in data
     entry = json.loads((tmp_path / 'a' / 'index.json').read_text())['elo']
     assert entry['commit'] == 'earlier' and entry['run_ids'] == ['r1', 'r2'] and list(entry['results']) == ['data/elo.csv']
+    figures.save(DRAW['elo'](f['elo']), 'elo', 'nbs/paper/rounds.ipynb', [csv], ['r1'], tmp_path / 'figures/gpu')
+    assert list(json.loads((tmp_path / 'figures/gpu/index.json').read_text())['elo']['results']) == ['data/elo.csv']      # a profile's own
     figures.save(DRAW['elo'](f['elo'].assign(elo=1001.)), 'elo', 'nbs/paper/rounds.ipynb', [csv], ['r1'], tmp_path / 'a')
     assert json.loads((tmp_path / 'a' / 'index.json').read_text())['elo']['commit'] != 'earlier'
 
@@ -156,6 +228,9 @@ def test_results_filter_the_seed_and_name_the_command(tmp_path, capsys):
     r = tables.Results('cpu', 1, str(tmp_path), str(tmp_path / 'out'))
     assert r.read('times').seconds.tolist() == [2] and len(r.read('world')) == 2       # a shared file shows every seed
     assert r.read('models') is None and 'make reproduce PROFILE=cpu' in capsys.readouterr().out
+    assert r.every('times').seconds.tolist() == [1, 2] and r.every('models') is None and not capsys.readouterr().out
+    r.save(diagnostics.stage_times(r.every('times')), 'all', 'nb', 'times', every=True)
+    assert json.loads((tmp_path / 'out' / 'index.json').read_text())['all']['run_ids'] == ['a', 'b']
     r.save(diagnostics.stage_times(r.read('times')), 'times', 'nb', 'times')
     assert json.loads((tmp_path / 'out' / 'index.json').read_text())['times']['run_ids'] == ['b']
 
@@ -182,4 +257,5 @@ def test_paper_notebooks_have_parameters_and_type_no_paths(path):
     nb = nbformat.read(path, 4)
     tagged = [c for c in nb.cells if 'parameters' in c.metadata.get('tags', [])]
     assert len(tagged) == 1 and "profile = 'cpu'" in tagged[0].source and 'seed = 0' in tagged[0].source
-    assert nb.cells[0].source.startswith('# ') and f"'nbs/paper/{path.name}'" in ''.join(c.source for c in nb.cells)
+    text = ''.join(c.source for c in nb.cells)
+    assert nb.cells[0].source.startswith('# ') and ('results.save(' not in text or f"'nbs/paper/{path.name}'" in text)

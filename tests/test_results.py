@@ -1,7 +1,10 @@
 "The committed results, and the figures and the README that are made from them."
 import hashlib
 import json
+import os
+import re
 import subprocess
+import sys
 
 import nbformat
 import pandas as pd
@@ -10,6 +13,8 @@ from nbclient import NotebookClient
 from project import COLUMNS, ROOT, notebooks
 from readme import INDEX, readme
 
+from saferlhf.pipeline import main
+from saferlhf.report import made_by, page, report
 from saferlhf.runs import execute, warm_kernel
 
 RESULTS, FIGURES = ROOT/'data/results', ROOT/'figures'
@@ -45,24 +50,85 @@ def test_one_reproduction_made_them_all():
 def entries(path): return {k: {f: v[f] for f in ('notebook', 'results', 'run_ids')} for k, v in json.loads(path.read_text()).items()}
 
 
-def test_figures_are_drawn_from_the_committed_results():
-    for name, entry in entries(FIGURES/'index.json').items():
-        assert all((FIGURES/f'{name}.{end}').exists() for end in ('png', 'pdf')) and (ROOT/entry['notebook']).exists()
+@pytest.mark.parametrize('folder, ends', [(FIGURES, ('png', 'pdf')), (FIGURES/'gpu', ('png',))], ids=['cpu', 'gpu'])
+def test_figures_are_drawn_from_the_committed_results(folder, ends):
+    for name, entry in entries(folder/'index.json').items():
+        assert all((folder/f'{name}.{end}').exists() for end in ends) and (ROOT/entry['notebook']).exists()
         for file, sha in entry['results'].items():
             assert hashlib.sha256((ROOT/file).read_bytes()).hexdigest() == sha, f'{name}: draw it again with saferlhf figures'
-    assert {p.stem for p in FIGURES.glob('*.png')} == set(entries(FIGURES/'index.json'))
+    assert {p.stem for p in folder.glob('*.png')} == set(entries(folder/'index.json'))
+    assert sum(p.stat().st_size for p in folder.glob('*.png')) < 2e6
 
 
-def test_figures_rebuild(tmp_path, monkeypatch):
-    monkeypatch.setenv('SAFERLHF_RUNS', str(tmp_path/'runs'))
-    with warm_kernel() as km:
-        for path in notebooks('paper'):
-            execute(path, tmp_path/path.name, dict(profile='cpu', seed=0, figures_dir=str(tmp_path/'figures')), progress=False, km=km)
-    made, committed = entries(tmp_path/'figures/index.json'), entries(FIGURES/'index.json')
-    assert set(made) == set(committed)
+@pytest.fixture(scope='module')
+def drawn(tmp_path_factory):
+    "All paper notebooks on the results of the profile cpu, and those that need what only the profile gpu has: executed, and their figures."
+    folder = tmp_path_factory.mktemp('drawn')
+    before = os.environ.get('SAFERLHF_RUNS'); os.environ['SAFERLHF_RUNS'] = str(folder/'runs')
+    try:
+        with warm_kernel() as km:
+            for profile, some in {'cpu': None, 'gpu': ('beyond', 'overview')}.items():
+                for path in [p for p in notebooks('paper') if some is None or p.stem in some]:
+                    told = dict(profile=profile, seed=0, figures_dir=str(folder/profile/'figures'))
+                    execute(path, folder/profile/path.name, told, progress=False, km=km)
+    finally:
+        if before is None: del os.environ['SAFERLHF_RUNS']
+        else: os.environ['SAFERLHF_RUNS'] = before
+    return folder
+
+
+@pytest.mark.parametrize('profile, committed', [('cpu', FIGURES), ('gpu', FIGURES/'gpu')])
+def test_figures_rebuild(drawn, profile, committed):
+    made, committed = entries(drawn/profile/'figures/index.json'), entries(committed/'index.json')
+    ran = {f'nbs/paper/{p.name}' for p in (drawn/profile).glob('*.ipynb')}
+    assert set(made) == {k for k, v in committed.items() if v['notebook'] in ran}
     for name, entry in made.items():
         assert entry['run_ids'] == committed[name]['run_ids']
         assert list(entry['results'].values()) == list(committed[name]['results'].values())
+
+
+def said(path):
+    "Everything that an executed notebook shows as text."
+    outputs = [o for c in nbformat.read(path, 4).cells if c.cell_type == 'code' for o in c.outputs]
+    return '\n'.join(o.get('text') or o.get('data', {}).get('text/markdown', '') for o in outputs)
+
+
+def test_what_has_no_data_says_so(drawn):
+    cpu, gpu = (said(drawn/p/'beyond.ipynb') for p in ('cpu', 'gpu'))
+    for what in ('the threshold sweep', 'calibration of the cost models', 'gold against proxy'): assert f'**Not run: {what}.**' in cpu
+    assert gpu.count('**Verdict.**') >= 8 and 'nan' not in gpu.lower().replace('financial', '')
+    table = [line for line in said(drawn/'gpu/overview.ipynb').splitlines() if line.startswith('| ')]
+    for item in ('Table 1', 'Table 4', *(f'Fig. {i}' for i in range(1, 6)), 'Fig. 6(b)', 'Fig. 6(c)', 'Elo', 'harmful ratio'):
+        assert any(line.startswith(f'| {item} |') for line in table), item
+    for line in table: assert 'not run' not in line.split(' | ')[3] or 'not run' in line.split(' | ')[-1], f'no reason: {line}'
+
+
+def test_report_holds_everything(drawn):
+    parts = {p.stem: drawn/'cpu'/p.name for p in notebooks('paper')}
+    text = page(parts, 'cpu', made_by('cpu'))
+    assert len(text) < 8e6 and not re.search('(?:src|href)="(?!data:|#)', text), 'it must stand alone'
+    for name in parts: assert f'id="{name}"' in text and f'href="#{name}"' in text
+    assert text.count('data:image/png') >= len(entries(FIGURES/'index.json')) and '<details class="code">' in text
+    for run in pd.read_csv(RESULTS/'cpu/times.csv').run_id: assert run in text
+    assert not re.search(r'(?<![\w.])/(?:home|root|work|tmp)/', re.sub('data:image/png[^"]*', '', text)), 'a path of one machine'
+
+
+def test_report_runs_what_is_stale_and_names_what_is_missing(tmp_path, monkeypatch, capsys):
+    home, papers = tmp_path/'home', tmp_path/'papers'; (home/'data/results/cpu').mkdir(parents=True); papers.mkdir()
+    monkeypatch.setenv('SAFERLHF_HOME', str(home)); monkeypatch.setenv('SAFERLHF_RUNS', str(tmp_path/'runs'))
+    literals = "profile = 'cpu'\nseed = 0\nresults_dir = ''\nfigures_dir = ''"
+    v4 = nbformat.v4; told = v4.new_code_cell(literals, metadata=dict(tags=['parameters']))
+    cells = [v4.new_markdown_cell('# One'), told, v4.new_code_cell('40 + 2')]
+    kernel = dict(kernelspec=dict(name='python3', display_name='python3', language='python'))
+    nbformat.write(v4.new_notebook(cells=cells, metadata=kernel), papers/'one.ipynb')
+    with pytest.raises(FileNotFoundError, match='make reproduce PROFILE=cpu'): report('cpu', 0, papers)
+    (home/'data/results/cpu/times.csv').write_text('stage,seconds,seed,run_id\nsft,1,0,sft/a\n')
+    out = report('cpu', 0, papers); first = next((tmp_path/'runs/notebooks').glob('*.ipynb')).stat().st_mtime_ns
+    assert out == tmp_path/'runs/report-cpu.html' and '42' in out.read_text() and 'sft/a' in out.read_text()
+    report('cpu', 0, papers, tmp_path/'elsewhere/r.html')
+    assert next((tmp_path/'runs/notebooks').glob('*.ipynb')).stat().st_mtime_ns == first and (tmp_path/'elsewhere/r.html').exists()
+    monkeypatch.setitem(sys.modules, 'nbconvert', None)
+    assert main(['report', '--profile', 'cpu']) == 1 and 'nbconvert' in capsys.readouterr().err
 
 
 def test_readme_shows_the_committed_results(tmp_path):
