@@ -27,7 +27,7 @@ def models(folder): # the same files for all
 
 def rows(n, T=6): # supervised rows of unequal length; one says nothing at all, one only EOS
     b = prompt_rows(n, VOCAB, seed=7)
-    lengths = torch.tensor([0, 1, T, 3, 2, 5, 4][:n])
+    lengths = torch.tensor([3, 0, T, 1, 2, 5, 4][:n])
     mask = (torch.arange(T) < lengths[:, None]).long()
     ids = torch.randint(2, VOCAB, (n, T), generator=torch.Generator().manual_seed(1)) * mask
     return dict(input_ids=torch.cat([b['input_ids'], ids], 1), attention_mask=torch.cat([b['attention_mask'], mask], 1), mask=mask)

@@ -45,7 +45,7 @@ def ranked(folder, plain, processes): # one job of two ranks for everything
 def test_the_rows_are_hard_ones(plain):
     for lengths in plain['ppo']['lengths']: assert len(set(lengths)) > 3
     assert any(1 in lengths for lengths in plain['ppo']['lengths'])                # an answer that is EOS alone
-    assert not stages.rows(7)['mask'][0].any()                                     # and a supervised row without a token
+    assert not stages.rows(7)['mask'][1].any()                                     # and a supervised row without a token
 
 
 @pytest.mark.parametrize('case', CASES)
