@@ -51,7 +51,7 @@ def publish_all(
         for name, keys in tables.items():
             if not ev.path(f'{name}.jsonl').exists(): continue
             rows = read_jsonl(ev.path(f'{name}.jsonl'))
-            if name == 'answers': rows = [r for r in rows if r['decoding'] == 'greedy'] or rows         # Fig. 5 shows greedy answers
+            if name == 'answers': rows = [r for r in rows if (r['judge'], r['decoding']) == ('unified', 'sampled')]  # Fig. 5
             put(name, rows, stage, keys)
         drops = [dict(policy=p, what=k, difference=v[0], low=v[1], high=v[2]) for p, d in ev.summary['drops'].items() for k, v in d.items()]
         put('differences', drops, stage, ['policy', 'what'])

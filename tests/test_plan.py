@@ -132,6 +132,12 @@ def test_measured_peaks_are_predicted():
         assert gb == pytest.approx(r.ours, rel=.02), 'the formulas are better than the target: what has moved?'
 
 
+def test_more_rows_in_a_rollout_cost_their_cache():
+    rows = pd.read_csv(ROOT/'data/results/bench/ppo_step.csv').query('what == "peak memory, activations kept"').set_index('batch').ours
+    gb = {b: plan.predicted_gb(SIZES['1.1B'], b, 64, 448, compile=True) for b in (16, 64)}
+    assert gb[64] - gb[16] == pytest.approx(rows[64] - rows[16], rel=.05)
+
+
 def test_scale_is_predicted_where_it_was_measured():
     path = ROOT/'data/results/bench/scale.csv'
     if not path.exists(): pytest.skip('no measurements on several GPUs yet')
