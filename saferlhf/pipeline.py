@@ -213,10 +213,12 @@ def main(
     a = p.parse_args(argv)
     profile = a.profile or default_profile()
     if profile not in PROFILES: p.error(f'no profile {profile!r}; there are {sorted(PROFILES)}')
+    before = os.environ.get('SAFERLHF_SPREAD', '')
     try:
-        if spread := _spread(a): os.environ['SAFERLHF_SPREAD'] = json.dumps(Spread.of(spread).plain())
+        if a.command != 'plan' and (spread := _spread(a)): os.environ['SAFERLHF_SPREAD'] = json.dumps(Spread.of(spread).plain())
         return COMMANDS[a.command](a, profile) or 0
     except (ValueError, FileNotFoundError, RuntimeError) as e: print(f'saferlhf: {e}', file=sys.stderr); return 1
+    finally: os.environ['SAFERLHF_SPREAD'] = before      # a later call in this process starts anew
 
 def _spread(a): # what was asked for, defaults left out
     if odd := [x for x in a.offload if '=' not in x]: raise ValueError(f'write --offload ROLE=WHAT, e.g. reference=weights, not {odd}')

@@ -121,7 +121,7 @@ def execute(
     out = Path(out).resolve(); out.parent.mkdir(parents=True, exist_ok=True); note = Path(f'{out}.run'); note.unlink(missing_ok=True)
     env = {k: v for k, v in os.environ.items() if k in ('SAFERLHF_RUNS', 'SAFERLHF_HOME', 'SAFERLHF_SAVE_STEPS', 'SAFERLHF_SAVE_MINUTES',
                                                          'SAFERLHF_SPREAD')}
-    spread = f'SAFERLHF_SPREAD={shlex.quote(env["SAFERLHF_SPREAD"])} ' if 'SAFERLHF_SPREAD' in env else ''
+    spread = f'SAFERLHF_SPREAD={shlex.quote(env["SAFERLHF_SPREAD"])} ' if env.get('SAFERLHF_SPREAD') else ''
     env |= dict(SAFERLHF_NOTEBOOK=str(out), SAFERLHF_COMMAND=spread + command_for(template, out.name, parameters or {}))
     with nullcontext(km) if km else warm_kernel() as kernel:
         _freshen(kernel, env)

@@ -133,13 +133,15 @@ def test_a_spread_says_what_it_cannot_do():
 
 
 def test_the_command_line_asks_for_a_spread(monkeypatch, capsys):
-    from saferlhf.pipeline import main
+    from saferlhf import pipeline
+    asked = []
     monkeypatch.setenv('SAFERLHF_SPREAD', '')                                      # put back afterwards
-    told = '--gpus 2 --zero 3 --offload reference=weights actor=all --recompute'.split()
-    assert main(['list', '--profile', 'smoke', *told]) == 0
-    s = Spread.wanted()
+    monkeypatch.setitem(pipeline.COMMANDS, 'list', lambda a, profile: asked.append(Spread.wanted()))
+    call = lambda *told: pipeline.main(['list', '--profile', 'smoke', *told])
+    assert call(*'--gpus 2 --zero 3 --offload reference=weights actor=all --recompute'.split()) == 0
+    s, = asked
     assert (s.gpus, s.zero, s.engine, s.offload, s.recompute) == (2, 3, 'deepspeed', {'reference': 'weights', 'actor': 'all'}, True)
     for told, why in ((['--offload', 'reference'], 'ROLE=WHAT'), (['--zero', '2', '--offload', 'cost=weights'], 'needs zero=3')):
-        assert main(['list', '--profile', 'smoke', *told]) == 1 and why in capsys.readouterr().err
-    monkeypatch.setenv('SAFERLHF_SPREAD', ''); main(['list', '--profile', 'smoke'])
-    assert Spread.wanted() == Spread()
+        assert call(*told) == 1 and why in capsys.readouterr().err
+    assert Spread.wanted() == Spread()                                             # a later call starts anew
+    call(); assert asked[-1] == Spread()
