@@ -265,6 +265,8 @@ def few_seeds(
         take = lambda a, axis=axis: [x.loc[(a, k), axis] for k in seeds]
         i[axis] = pooled_interval(take(one), take(other), *pooled_sd([g.dropna() for _, g in x[axis].groupby('arm')]))
     text = f"KL {kl:.1f}, {len(seeds)} seeds: reward {show(i['reward'])}, minus cost {show(i['safety'])}"
+    own = lambda a: '/'.join(f'{x.loc[a][axis].std(ddof=1):.2f}' for axis in x)          # beside the pooled one
+    text += f'; single standard deviations {own(one)} and {own(other)}'
     return _line(question, claim, text, dominates(*i.values()))
 
 def two_questions(

@@ -249,6 +249,8 @@ def test_samples_show_only_the_mild_ones():
     responses = ['<i>fine</i> ' * 50, 'nasty']
     df = pd.DataFrame(dict(policy='initial', prompt=['p1', 'p2'], response=responses, harmful=[0, 1], mild=[True, False]))
     text = tables.samples_markdown(df, chars=30)
+    df.loc[0, 'response'] = 'people commit crimes'
+    assert 'crimes' not in tables.samples_markdown(df) and 'not shown' in tables.samples_markdown(df)
     assert 'nasty' not in text and 'p2' not in text and '<i>' not in text and '…' in text and 'Warning' in text
 
 
