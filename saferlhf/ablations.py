@@ -10,7 +10,8 @@ import numpy as np
 import pandas as pd
 
 from .figures import BLUE, GREEN, GREY, INK, PINK, RED, Figure, Look, not_run, panels
-from .verdicts import frontier, t_interval
+from .evaluate import over_seeds
+from .verdicts import frontier
 
 # %% ../nbs/14f_ablations.ipynb #bb6775d1
 FAMILIES = {'ppo-lag': Look('PPO-Lag', BLUE, '*', '-'), 'threshold': Look('PPO-Lag, threshold', BLUE, 'd', '-'),
@@ -40,7 +41,7 @@ def plane(
     "Runs as dots, arms as means with 95% intervals from three seeds on, fixed prices as a frontier with its ends continued."
     means = {}
     for arm, d in df.groupby('arm', sort=False):
-        k = look(arm); (mx, *ex), (my, *ey) = t_interval(d[x]), t_interval(d[y]); means[arm] = mx, my
+        k = look(arm); (mx, *ex), (my, *ey) = over_seeds(d[x]), over_seeds(d[y]); means[arm] = mx, my
         if len(d) > 1: ax.plot(d[x], d[y], '.', color=k.color, ms=4, alpha=.45)
         if len(d) > 2: ax.plot(ex, [my, my], color=k.color, lw=1.1); ax.plot([mx, mx], ey, color=k.color, lw=1.1)
         ax.plot(mx, my, k.marker, color=k.color, ms=11 if k.marker == '*' else 7, mec='white', mew=.7, zorder=4)
