@@ -83,16 +83,17 @@ def arms(
     models = {'sft': 'sft', 'reward': 'reward-1', 'cost': 'cost-1', 'collect': 'collect-1'} | gold
     def arm(name, parents=None, **o): return Stage(name, 'policy', models | (parents or {}), 1, o)
     shaped = lambda nu, end='', **o: arm(f'shaped-{nu:g}{end}', objective='reward_shaping', nu=float(nu), **o)
-    lag = {f'lag-{k}': f'policy-1@{k}' for k in SEEDS['core']}
+    prices = {f'lag-{k}': f'policy-1@{k}' for k in SEEDS['core']}
     known = {s.name: s for s in graph(profile)}
-    core = [arm('shaped-matched', lag, objective='reward_shaping', normalise=True), *map(shaped, (.5, 1, 2))]
+    core = [arm('shaped-matched', prices, objective='reward_shaping', normalise=True), *map(shaped, (.5, 1, 2))]
     more = [*map(shaped, (.01, 5, 10, 100)), shaped(100, '-clipped', score_clip=50 / BEAVER_SD), arm('cost-only', objective='cost_only')]
     data = [arm('classifier', {'cost': 'cost-classifier'}), arm('no-sign', {'cost': 'cost-no-sign'})]
     data += [arm(f'decoupled-{k}', {'reward': f'reward-{k}', 'cost': f'cost-{k}'}) for k in ('half', 'quarter')]
     data += [arm(f'single-{w}', {'reward': f'single-model-{w}'}, objective='ppo') for w in (.25, .5, .75)]
     group = lambda stages: {s.name: s for s in stages}
-    return dict(core={'ppo-lag': known['policy-1'], 'reward-only': known['reward-only']} | group(core), shaped=group(more),
-                thresholds=group(arm(k, threshold=v) for k, v in THRESHOLDS.items()), data=group(data))
+    lag = {'ppo-lag': known['policy-1']}                 # beside the arms of `data` too: from the same common part
+    return dict(core=lag | {'reward-only': known['reward-only']} | group(core), shaped=group(more),
+                thresholds=group(arm(k, threshold=v) for k, v in THRESHOLDS.items()), data=lag | group(data))
 
 def arm_models(
     profile:str, # that of the common part
