@@ -21,8 +21,8 @@ from .stages import read_jsonl
 TABLES = dict(table1=['round', 'model', 'metric', 'label_source'], rounds=['round', 'kind', 'what'], lagrange=['round'],
               policies=['round'], probes=['arm', 'round'], annotation=['protocol'], calibration=['judge'], prevalence=['judge'],
               elo=['policy', 'axis', 'judge'], models=['policy', 'prompt_kind', 'judge', 'decoding'], scores=['round'],
-              samples=['policy'], answers=['policy'],              categories=['policy'], cost_calibration=['model', 'label_source'], differences=['policy', 'what'], times=['stage'],
-              arms=['arm', 'judge', 'prompt_kind', 'decoding'], threshold_curves=['arm'])
+              samples=['policy'], answers=['policy'], categories=['policy'], cost_calibration=['model', 'label_source'], differences=['policy', 'what'],
+              times=['stage'], arms=['arm', 'judge', 'prompt_kind', 'decoding'], threshold_curves=['arm'])
 
 def publish_all(
     profile:str, seed:int, # of the reproduction
