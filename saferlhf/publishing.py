@@ -21,8 +21,8 @@ from .stages import read_jsonl
 TABLES = dict(table1=['round', 'model', 'metric', 'label_source'], rounds=['round', 'kind', 'what'], lagrange=['round'],
               policies=['round'], probes=['arm', 'round'], annotation=['protocol'], calibration=['judge'], prevalence=['judge'],
               elo=['policy', 'axis', 'judge'], models=['policy', 'prompt_kind', 'judge', 'decoding'], scores=['round'],
-              samples=['policy'], answers=['policy'], categories=['policy'], cost_calibration=['model', 'label_source'], differences=['policy', 'what'],
-              times=['stage'], arms=['arm', 'judge', 'prompt_kind', 'decoding'], threshold_curves=['arm'])
+              samples=['policy'], answers=['policy'], categories=['policy'], cost_calibration=['model', 'label_source'],
+              differences=['policy', 'what'], times=['stage'], arms=['arm', 'judge', 'prompt_kind', 'decoding'], threshold_curves=['arm'])
 
 def publish_all(
     profile:str, seed:int, # of the reproduction
@@ -119,7 +119,8 @@ def join(
         keys, theirs, own = ['seed', *TABLES[path.stem]], read(path), home / path.name
         ours = read(own) if own.exists() else theirs[:0]
         there = theirs[keys].apply(tuple, axis=1).isin(set(ours[keys].itertuples(index=False, name=None)))
-        same = theirs.apply(tuple, axis=1).isin(set(ours.reindex(columns=theirs.columns, fill_value='').itertuples(index=False, name=None)))
+        values = [c for c in theirs if c != 'run_id']
+        same = theirs[values].apply(tuple, axis=1).isin(set(ours.reindex(columns=values, fill_value='').itertuples(index=False, name=None)))
         if path.stem in ('table1', 'policies'): both += pairs(ours.merge(theirs, on=keys, suffixes=('', ' again')), path.stem, keys)
         renamed = theirs[there & ~same].assign(arm=lambda d: d.arm + '-again') if 'arm' in keys else theirs[:0]
         for run, rows in pd.concat([theirs[~there], renamed]).groupby('run_id'):
@@ -136,7 +137,7 @@ def pairs(
     "One line a number."
     out = []
     for r in both.to_dict('records'):
-        for what in [c for c in both if f'{c} again' in both and c != 'run_id' and r[c] and r[f'{c} again']]:
+        for what in [c for c in both if f'{c} again' in both and c not in ('run_id', 'paper') and r[c] and r[f'{c} again']]:
             try: first, again = float(r[what]), float(r[f'{what} again'])
             except ValueError: continue
             out.append(dict(table=table, of=' '.join(r[k] for k in keys[1:]), seed=r['seed'], what=what, first=first, again=again))
