@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MEASURES', 'COSTS', 'KINDS_OF_PROMPT', 'seeds_table', 'seeds', 'tails', 'violation', 'zero_crossing', 'cost_zero',
-           'over_refusal', 'form', 'harm_kinds', 'multiplier', 'proxy_gap', 'over_optimisation']
+           'repeated', 'over_refusal', 'form', 'harm_kinds', 'multiplier', 'proxy_gap', 'over_optimisation']
 
 # %% ../nbs/14d_beyond.ipynb #5e0ddf65
 import numpy as np
@@ -77,8 +77,9 @@ def violation(
     "Share of answers with own cost > 0, and the mean cost, against the threshold."
     fig, (axes,) = panels(1, 3, (10.2, 3.5)); rounds = tails(df.assign(round=df['round'].astype(str)))
     looks = {r: Look(f'round {r}', POLICIES[f'round-{r}'].color, POLICIES[f'round-{r}'].marker, '') for r in ('1', '2', '3')}
-    arms = None if sweep is None else tails(sweep, 'arm')
-    for ax, t, by, title in ((axes[0], rounds, 'round', 'Rounds'), (axes[1], arms, 'arm', 'Sweep, round 1')):
+    arms = None if sweep is None else pd.concat([rounds[rounds['round'] == '1'], tails(sweep, 'arm').assign(round='other limits')])
+    looks['other limits'] = Look('other limits', GREY, 'v', '')
+    for ax, t, by, title in ((axes[0], rounds, 'round', 'Rounds'), (axes[1], arms, 'round', 'Sweep, round 1')):
         ax.set(xlabel='threshold (standard deviations)', ylabel='answers with own cost > 0 (%)', title=title, ylim=(0, 60))
         if t is None: not_run(ax, 'threshold sweep'); ax.set(xticks=[]); continue
         for name, k in known(looks, t[by]).items():
@@ -106,7 +107,8 @@ def zero_crossing(
 
 
 COSTS = {'cost-1': Look('round 1', '#6baed6', 's', '--'), 'cost-2': Look('round 2', '#2171b5', 'D', '-.'),
-         'cost-3': Look('round 3', '#08306b', '^', '-'), 'unified': Look('unified', GREEN, 'o', ':')}
+         'cost-3': Look('round 3', '#08306b', '^', '-'), 'unified': Look('unified', GREEN, 'o', ':'),
+         'classifier': Look('round 1, signs alone', PINK, 'v', '--'), 'no-sign': Look('round 1, ranks alone', RED, 'X', '--')}
 
 
 def cost_zero(
@@ -127,6 +129,14 @@ def cost_zero(
     return fig
 
 # %% ../nbs/14d_beyond.ipynb #bbb657fe
+def repeated(
+    df:pd.DataFrame,  # arm, seed
+    n:int = 3,        # seeds
+) -> pd.DataFrame:    # its rows of arms with so many seeds; of those with most where none has
+    "What pictures of arms show: those with an interval."
+    seeds = df.groupby('arm').seed.nunique(); return df[df.arm.isin(seeds[seeds >= min(n, seeds.max())].index)]
+
+
 KINDS_OF_PROMPT = {'unsafe': Look('unsafe', RED, '^', '-'), 'safe': Look('only look unsafe', BLUE, 'o', '--'),
                    'red-team': Look('red-team', PINK, 'D', ':')}
 
@@ -177,6 +187,7 @@ def form(
     axes[2].set(xlabel='arm, round 1', ylabel='distinct trigrams (%)', title='Variety, all answers together')
     if arms is None: not_run(axes[2], 'arms.csv'); axes[2].set(xticks=[])
     else:
+        arms = pd.concat([arms[arms.arm == 'initial'], repeated(arms[arms.arm != 'initial'])])
         order = list(dict.fromkeys(arms.arm)); draw(axes[2], arms, 'arm', order, order, 'distinct', 100)
         axes[2].set_xticklabels(order, rotation=30, ha='right', rotation_mode='anchor', fontsize=7.5); axes[2].set_ylim(0, 105)
     return fig
@@ -237,8 +248,8 @@ def proxy_gap(
 def over_optimisation(
     df:pd.DataFrame,  # rows of probes.csv, all seeds: arm, round, step, seed, kl (nats per answer), proxy_* and gold_* of reward, cost
 ) -> Figure:
-    "Proxy and gold scores over the KL distance: a column per arm, reward above, cost below, a line per seed."
-    df = df.assign(round=df['round'].astype(str)); columns = [(a, '1') for a in dict.fromkeys(df.arm)]
+    "Proxy and gold scores over the KL distance: a column per arm with three seeds, reward above, cost below, a line per seed."
+    df = repeated(df).assign(round=df['round'].astype(str)); columns = [(a, '1') for a in dict.fromkeys(df.arm)]
     columns += [(a, r) for a, r in dict.fromkeys(zip(df.arm, df['round'], strict=True)) if r != '1']
     fig, axes = panels(2, len(columns), (1.55*len(columns) + .9, 4.3), 'xY')
     looks = (('proxy', 'its own models', GREY, '--'), ('gold', 'gold annotators', INK, '-'))

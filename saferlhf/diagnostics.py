@@ -209,7 +209,10 @@ def stage_times(
     df:pd.DataFrame,  # rows of times.csv: stage, seconds
 ) -> Figure:
     "Wall time of each stage, one after the other: three rounds, what surrounds them, comparisons."
-    d = df.groupby('stage', sort=False).seconds.sum() / 60; d = d[sorted(d.index, key=stage_order)]; start = d.cumsum() - d
+    d = df.groupby('stage', sort=False).seconds.sum() / 60; d = d[sorted(d.index, key=stage_order)]; n = len(d)
+    arms = [s for s in d.index if stage_order(s)[0] == 3]
+    if len(arms) > 6: d = pd.concat([d.drop(arms), pd.Series({f'{len(arms)} comparisons': d[arms].sum()})])
+    start = d.cumsum() - d
     fig, axes = panels(1, 1, (7.2, .9 + .26*len(d))); ax = axes[0, 0]
     parts = {1: ('three rounds', BLUE, ''), 0: ('made once', GREY, '..'), 2: ('around them', '#9ecae1', ''),
              3: ('comparisons', '#d7dce1', '//')}
@@ -220,7 +223,7 @@ def stage_times(
     ax.legend(title='minutes', fontsize=8, title_fontsize=8, loc='upper right')
     for i, (t, s) in enumerate(zip(d, start, strict=True)): ax.text(s + t + .01*d.sum(), i, f'{t:.1f}', va='center', fontsize=8)
     ax.set(yticks=range(len(d)), yticklabels=d.index, xlabel='minutes, one stage after the other', ylabel='stage',
-           title=f'{d.sum():.1f} minutes in {len(d)} stages')
+           title=f'{d.sum():.1f} minutes in {n} stages')
     ax.set_ylim(len(d) - .4, -.6); ax.grid(axis='y', visible=False); ax.margins(x=.06)
     return fig
 

@@ -279,9 +279,8 @@ def cost_or_classifier(
     probes:pd.DataFrame, # rows of probes.csv, all seeds
 )->list:                 # lines
     "Question 4: the cost model against a classifier, and against ranking alone."
-    lag = 'ppo-lag-again' if (probes.arm == 'ppo-lag-again').any() else 'ppo-lag'        # of the classifier's own common part
-    return [few_seeds(probes, 4, 'cost model against classifier: better on two axes', lag, 'classifier'),
-            few_seeds(probes, '4, secondary', 'cost model against ranking alone', lag, 'no-sign')]
+    return [few_seeds(probes, 4, 'cost model against classifier: better on two axes', 'ppo-lag', 'classifier'),
+            few_seeds(probes, '4, secondary', 'cost model against ranking alone', 'ppo-lag', 'no-sign')]
 
 def four_questions(
     folder, # of a profile's results, as a path
