@@ -188,8 +188,14 @@ def ranks_command(
     srun = ['srun', f'--nodes={spread.nodes}', '--ntasks-per-node=1', '--kill-on-bad-exit=1']
     return [*srun, *torchrun[:3], *where, f'--rdzv-endpoint={first_node()}:29500', *torchrun[3:], *python]
 
+# lines of DeepSpeed's launcher and of pdsh that say a rank, or the way to a machine, is gone: the other machines are not told
+_GONE = re.compile(r'exits with return code = |^pdsh@\S+: .* exited with exit code')
+
 def _failure(said, n, code): # all output of the ranks -> message with the first failing rank's error on top
-    cause = said.rpartition('Root Cause (first observed failure):')[2].strip()
+    block = re.search(r'Root Cause \(first observed failure\):(.*?)(?:\n=+|\Z)', said, re.S)   # torchrun's words, for its own machine
+    cause = (block[1] if block else said).strip()                                    # pdsh puts a machine's name first
+    if first := re.search(r'^(\S+): (ssh: .*|(?:\w+\.)*\w*(?:Error|Exception|Interrupt): .*)', cause, re.M):
+        return f'{n} ranks stopped; one on {first[1]} first: {first[2]}\nexit status {code}:\n{cause}'
     error = [x.strip() for x in cause.splitlines() if re.match(r' *(?:\w+\.)*\w*(?:Error|Exception|Interrupt|Warning)\b', x)]
     rank = re.search(r'rank +: (\d+)', cause)
     error = error[-1] if error else 'no error was reported (killed, out of memory?)'
@@ -210,10 +216,12 @@ def launch(
     cores = int(os.environ.get('OMP_NUM_THREADS') or os.cpu_count())
     env = os.environ | {'OMP_NUM_THREADS': str(max(1, cores // spread.gpus))}
     process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    tail = deque(maxlen=300)
+    tail, gone = deque(maxlen=300), False
     try:
         with stopping(process.terminate) as asked:
-            for line in process.stdout: print(line, end='', flush=True); tail.append(line)
+            for line in process.stdout:
+                print(line, end='', flush=True); tail.append(line)
+                if spread.hostfile and not gone and _GONE.search(line): gone = True; process.terminate()   # which ends the ranks everywhere
             code = process.wait()
     except BaseException: process.terminate(); process.wait(); raise
     if asked: raise Interrupted(f'stopped by {asked[0]}: the ranks saved what they had; run the same command again')

@@ -11,7 +11,7 @@ from tiny import close
 
 import saferlhf
 from saferlhf.models import ScoreModel, load_lm
-from saferlhf.runs import launch, ranks_command
+from saferlhf.runs import _failure, launch, ranks_command
 from saferlhf.spread import Spread
 
 CASES = [f'{zero}{offload}' for _, zero, offload in stages.CASES]
@@ -114,6 +114,26 @@ def test_the_command_of_several_nodes(monkeypatch, tmp_path):
     monkeypatch.setattr('saferlhf.runs.first_node', lambda: 'a1')
     line = ' '.join(ranks_command(target, Spread.of(dict(gpus=8, nodes=2))))
     assert line.startswith('srun --nodes=2 --ntasks-per-node=1') and '--nproc-per-node=8' in line and '--rdzv-endpoint=a1:29500' in line
+
+
+def test_a_machine_that_breaks_ends_the_others(monkeypatch):
+    "DeepSpeed's launcher waits for the other machines when one is gone; it is told to end them, once."
+    said = ['nodeb: Traceback (most recent call last):', 'nodeb: ValueError: the rows of nodeb are bad',
+            'nodeb: [ERROR] [launch.py:259:sigkill_handler] x exits with return code = 1', 'pdsh@a: nodeb: ssh exited with exit code 1']
+    waits = "trap 'echo ended; exit 3' TERM; printf '%s\\n' \"$@\"; for i in $(seq 600); do sleep .1; done"
+    monkeypatch.setattr('saferlhf.runs.ranks_command', lambda *a: ['bash', '-c', waits, 'bash', *said])
+    start = time.time()
+    with pytest.raises(RuntimeError) as e: launch(['-m', 'x'], Spread.of(dict(nodes=2, hostfile='hosts')))
+    assert str(e.value).splitlines()[0] == '2 ranks stopped; one on nodeb first: ValueError: the rows of nodeb are bad'
+    assert str(e.value).count('ended') == 1 and time.time() - start < 20
+
+
+def test_the_first_machine_to_report_is_the_cause():
+    block = 'Root Cause (first observed failure):\n[0]:\n  rank      : {} (local_rank: 0)\n  {}\n{}\n'
+    ended = 'x.SignalException: Process 7 got signal: 15\n'
+    said = block.format(1, 'ValueError: bad rows', '=' * 60) + ended + block.format(0, 'RuntimeError: later', '=' * 60)
+    assert _failure(said, 2, 1).splitlines()[0] == '2 ranks stopped; rank 1 first: ValueError: bad rows'
+    assert 'no error was reported' in _failure(block.format(0, '', ''), 2, -9)
 
 
 def test_rows_must_divide(monkeypatch):
