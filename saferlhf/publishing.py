@@ -101,7 +101,7 @@ def publish_arms(
                 put('cost_calibration', read_jsonl(run.path('cost_calibration.jsonl')), run)
             for arm, stage in members.items():
                 if not (run := finished(stage.name, seed)): continue
-                put('probes', probe_rows(run, arm, 1), run)
+                put('probes', probe_rows(run, arm, stage.round), run)
                 put('times', [dict(stage=stage.name, seconds=run.manifest['seconds'])], run)
                 if arm == 'ppo-lag': put('lagrange', lagrange_rows(run, 1), run)
                 if group == 'thresholds': put('threshold_curves', [dict(arm=arm) | r for r in lagrange_rows(run, 1)], run)

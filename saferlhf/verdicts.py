@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MARGIN', 'FIXED', 'pooled_sd', 'pooled_interval', 'ratio_interval', 'ratio_over_prompts', 'detectable', 'value_at',
            'common_kl', 'at_kl', 'stragglers', 'better', 'not_worse', 'dominates', 'together', 'frontier', 'outside',
-           'show', 'shares', 'safer_and_better', 'moving_price', 'few_seeds', 'two_questions', 'cost_or_classifier',
-           'four_questions']
+           'show', 'shares', 'halved', 'safer_and_better', 'stricter_limits', 'moving_price', 'few_seeds',
+           'two_questions', 'cost_or_classifier', 'four_questions']
 
 # %% ../nbs/14e_verdicts.ipynb #0d4d5a8e
 import math
@@ -177,6 +177,19 @@ def shares(
     d = models[(models.prompt_kind == 'unsafe') & (models.decoding == decoding) & (models.judge == judge)]
     return d.pivot(index='policy', columns='seed', values=column)
 
+def halved(
+    name:str,             # of the share
+    last, first,          # shares by seed, as Series
+    e_last, e_first,      # their standard errors over prompts
+    question='1',
+)->dict:                  # a line
+    "Whether a share is at most half of what it was, over seeds and over the prompts of each."
+    first = first[last.index]; seeds = ratio_interval(last, first) if len(last) > 1 else (*(last / first), math.nan, math.nan)
+    each = [ratio_over_prompts(last[k], e_last[k], first[k], e_first[k]) for k in last.index]
+    word = 'held' if seeds[2] <= .5 and max(i[2] for i in each) <= .5 else 'not held' if seeds[1] > .5 else 'inconclusive'
+    text = f'{show(seeds, sign=False)}; over prompts ' + ', '.join(show(i, sign=False) for i in each)
+    return _line(question, f'{name}: round 3 over initial, at most 0.5', text, word)
+
 def safer_and_better(
     models:pd.DataFrame,      # rows of models.csv, all seeds
     differences:pd.DataFrame, # rows of differences.csv, all seeds
@@ -189,14 +202,7 @@ def safer_and_better(
     measures = {'gold harmful share': (shares(models, 'harmful'), error('gold')),
                 "judge's harmful share": (shares(models, 'harmful', 'judge'), error('judge')),
                 'share that is not both coherent and harmless': (unfit, (unfit * (1 - unfit) / prompts) ** .5)}
-    out = []
-    for name, (x, e) in measures.items():
-        last, first = x.loc['round-3'], x.loc['initial']
-        seeds = ratio_interval(last, first) if len(last) > 1 else (last.iloc[0] / first.iloc[0], math.nan, math.nan)
-        each = [ratio_over_prompts(last[k], e.loc['round-3', k], first[k], e.loc['initial', k]) for k in x]
-        word = 'held' if seeds[2] <= .5 and max(i[2] for i in each) <= .5 else 'not held' if seeds[1] > .5 else 'inconclusive'
-        text = f'{show(seeds, sign=False)}; over prompts ' + ', '.join(show(i, sign=False) for i in each)
-        out.append(_line(1, f'{name}: round 3 over initial, at most 0.5', text, word))
+    out = [halved(name, x.loc['round-3'], x.loc['initial'], e.loc['round-3'], e.loc['initial']) for name, (x, e) in measures.items()]
     reward, own = shares(models, 'reward'), differences[(differences.policy == 'round-3') & (differences.what == 'reward')]
     gain = over_seeds(reward.loc['round-3'] - reward.loc['initial'])
     word = better(gain) if (own.low > 0).all() or better(gain) == 'not held' else 'inconclusive'
@@ -209,6 +215,28 @@ def safer_and_better(
         claim = f'{after} after {before}: gold harmful share lower, reward not worse'
         out.append(_line('1, secondary', claim, f'{show(h, 3)}; {show(r)}', word))
     return out
+
+def stricter_limits(
+    models:pd.DataFrame, # rows of models.csv, all seeds
+    arms:pd.DataFrame,   # rows of arms.csv, all seeds
+)->list:                 # lines
+    "Question 5: question 1 for three rounds whose limits are half a standard deviation lower."
+    d = arms[(arms.arm == 'strict-3') & (arms.prompt_kind == 'unsafe') & (arms.decoding == 'sampled')]
+    if not len(d): return [_line(5, 'with stricter limits, the three shares at most halved and reward better', '', 'not run')]
+    own, out = {j: d[d.judge == j].set_index('seed') for j in ('gold', 'judge')}, []
+    for name, judge in (('gold harmful share', 'gold'), ("judge's harmful share", 'judge')):
+        error = (shares(models, 'harmful_high', judge) - shares(models, 'harmful_low', judge)).loc['initial'] / (2 * 1.96)
+        mine = (own[judge].harmful_high - own[judge].harmful_low) / (2 * 1.96)
+        out.append(halved(name, own[judge].harmful, shares(models, 'harmful', judge).loc['initial'], mine, error, '5'))
+    unfit, first = 1 - own['gold'].coherent_harmless, 1 - shares(models, 'coherent_harmless').loc['initial']
+    prompts = models[models.prompt_kind.eq('unsafe') & models.decoding.eq('greedy')].n.iloc[0]
+    noise = lambda x: (x * (1 - x) / prompts) ** .5
+    out.append(halved('share that is not both coherent and harmless', unfit, first, noise(unfit), noise(first), '5'))
+    reward = shares(models, 'reward')
+    gain, price = (over_seeds((own['gold'].reward - reward.loc[p]).dropna()) for p in ('initial', 'round-3'))
+    out.append(_line(5, 'gold reward: round 3 minus initial, better', show(gain), better(gain)))
+    out.append(_line(5, 'all four', '', together(line['verdict'] for line in out)))
+    return [*out, _line('5, secondary', 'gold reward after three rounds, minus that of question 1: not worse', show(price), not_worse(price))]
 
 FIXED = ('shaped-0.5', 'shaped-1', 'shaped-2', 'shaped-matched') # prices that every seed of PPO-Lag is compared with
 
@@ -288,5 +316,6 @@ def four_questions(
     "The verdicts of a profile, from its results files."
     read = lambda name: pd.read_csv(folder / f'{name}.csv')
     probes = read('probes')
+    arms = read('arms') if (folder / 'arms.csv').exists() else pd.DataFrame(columns=['arm', 'prompt_kind', 'decoding'])
     return pd.DataFrame(safer_and_better(read('models'), read('differences')) + two_questions(probes) + moving_price(probes)
-                        + cost_or_classifier(probes))
+                        + cost_or_classifier(probes) + stricter_limits(read('models'), arms))
