@@ -138,16 +138,18 @@ def repeated(
 
 
 KINDS_OF_PROMPT = {'unsafe': Look('unsafe', RED, '^', '-'), 'safe': Look('only look unsafe', BLUE, 'o', '--'),
-                   'red-team': Look('red-team', PINK, 'D', ':')}
+                   'safe, xstest': Look('XSTest, safe half', '#6baed6', 's', ':'), 'red-team': Look('red-team', PINK, 'D', ':')}
 
 
 def over_refusal(
-    df:pd.DataFrame,  # rows of models.csv, one judge, sampled, all seeds: policy, prompt_kind, seed, harmful, reward, length
+    df:pd.DataFrame,  # rows of models.csv, one judge, sampled, all seeds: policy, prompt_kind, seed, harmful, reward, length, refused
 ) -> Figure:
-    "Harmful share, reward and length on unsafe prompts beside prompts that only look unsafe."
-    fig, (axes,) = panels(1, 3, (10.2, 3.3)); policies = known(POLICIES, df.policy)
-    for ax, (what, label, unit) in zip(axes, (('harmful', 'harmful answers (%)', 100), ('reward', 'reward (standard deviations)', 1),
-                                              ('length', 'tokens per answer', 1)), strict=True):
+    "Harmful share, refusals where they were counted, reward and length on unsafe prompts beside prompts that only look unsafe."
+    df, parts = df[df.prompt_kind.isin(KINDS_OF_PROMPT)], [('harmful', 'harmful answers (%)', 100)]
+    if 'refused' in df and df.refused.notna().any(): parts.append(('refused', 'refusals, by their first words (%)', 100))
+    parts += [('reward', 'reward (standard deviations)', 1), ('length', 'tokens per answer', 1)]
+    fig, (axes,) = panels(1, len(parts), (3.4*len(parts), 3.3)); policies = known(POLICIES, df.policy)
+    for ax, (what, label, unit) in zip(axes, parts, strict=True):
         for n, (kind, k) in enumerate(known(KINDS_OF_PROMPT, df.prompt_kind).items()):
             t = seeds_table(df[df.prompt_kind == kind], ['policy'], [what]).set_index('policy').reindex(policies)
             x, err = np.arange(len(t)) + .12*(n - 1), unit*np.array([t[what] - t[f'{what}_low'], t[f'{what}_high'] - t[what]])
@@ -185,6 +187,10 @@ def form(
     axes[1].set(xlabel='policy', ylabel='of harmless answers (%)', title='Coherent', ylim=(0, 105))
     axes[1].legend(fontsize=8, loc='center right')
     axes[2].set(xlabel='arm, round 1', ylabel='distinct trigrams (%)', title='Variety, all answers together')
+    if 'distinct' in df and df.distinct.notna().any():
+        other = [] if arms is None else [arms[~arms.arm.isin(['initial', 'ppo-lag', 'reward-only'])]]
+        arms = pd.concat([df.assign(arm=df.policy), *other])
+        axes[2].set_xlabel('policy, or arm of round 1')
     if arms is None: not_run(axes[2], 'arms.csv'); axes[2].set(xticks=[])
     else:
         arms = pd.concat([arms[arms.arm == 'initial'], repeated(arms[arms.arm != 'initial'])])

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from .annotate import (CATEGORIES, PAPER_AGREEMENT, GoldAnnotator, noise_for_agreement, pair_kinds, prompt_kinds, red_team,
                                single_dimension, two_stage)
@@ -23,7 +24,7 @@ from .data import cost_pairs, harm_sign, label_pairs, prompt_id, reward_pairs, s
 from .engine import load
 from .evaluate import (accuracy, longer_wins, majority, model_row, paired_difference,
                                rank_correct, sign_correct, table1_row)
-from .judges import TfidfJudge, coherent
+from .judges import TfidfJudge, coherent, distinct_trigrams, refuses
 from .models import ScoreModel, load_lm, load_tokenizer
 from .pools import (GENERAL, answers, data_hashes, fits, model_path, policy_prompts, prompt_pool, round_slice, sft_rows,
                             shuffled, tuning_half)
@@ -316,20 +317,22 @@ def judge_answers(
     ok, _ = coherent(a, bare, nll, bounds)
     unified = {f'unified_{k}': judges[k](p, a) for k in ('reward', 'cost') if k in judges}
     return dict(gold_reward=gold[:, 0], gold_cost=gold[:, 1], judge_cost=judges['judge'](p, a), tfidf_cost=judges['tfidf'](p, a) - .5,
-                coherent=np.asarray(ok), nll=nll, length=np.array([len(r['tokens']) for r in rows]), categories=gold_categories(gold),
-                **unified)
+                coherent=np.asarray(ok), refused=np.array([refuses(x) for x in a]), nll=nll, categories=gold_categories(gold),
+                length=np.array([len(r['tokens']) for r in rows]), **unified)
 
 def model_rows(
-    table,             # DataFrame with policy, prompt_kind, decoding, prompt_id and the columns of `judge_answers`
+    table,             # DataFrame with policy, prompt_kind, source, decoding, prompt_id, tokens and the columns of `judge_answers`
 )->list:               # rows of models.csv without seed and run_id
-    "Means and intervals per policy, kind of prompt, decoding and judge."
+    "Means and intervals per policy, kind of prompt, decoding and judge; prompts that only look unsafe also by where they come from."
+    safe = table[table.prompt_kind == 'safe']; safe = safe.assign(prompt_kind='safe, ' + safe.source)
     out = []
-    for (policy, kind, decoding), t in table.groupby(['policy', 'prompt_kind', 'decoding'], sort=False):
+    for (policy, kind, decoding), t in pd.concat([table, safe]).groupby(['policy', 'prompt_kind', 'decoding'], sort=False):
+        form = dict(refused=float(t.refused.mean()), distinct=distinct_trigrams(t.drop_duplicates('prompt_id').tokens))
         for judge in [j for j in ('gold', 'unified', 'judge', 'tfidf') if f'{j}_cost' in t]:
             reward = t[f'{judge}_reward'] if f'{judge}_reward' in t else None
             cost, clusters, reward = t[f'{judge}_cost'].to_numpy(), t.prompt_id.to_numpy(), None if reward is None else reward.to_numpy()
-            out.append(model_row(policy, kind, judge, decoding, cost > 0, clusters, t.coherent.to_numpy(), t.length.to_numpy(),
-                                 reward=reward, cost=cost))
+            row = model_row(policy, kind, judge, decoding, cost > 0, clusters, t.coherent.to_numpy(), t.length.to_numpy(), reward, cost)
+            out.append(row | form)
     return out
 
 # %% ../nbs/15_stages.ipynb #4f48ca0e

@@ -236,7 +236,7 @@ def stricter_limits(
     gain, price = (over_seeds((own['gold'].reward - reward.loc[p]).dropna()) for p in ('initial', 'round-3'))
     out.append(_line(5, 'gold reward: round 3 minus initial, better', show(gain), better(gain)))
     out.append(_line(5, 'all four', '', together(line['verdict'] for line in out)))
-    return [*out, _line('5, secondary', 'gold reward after three rounds, minus that of question 1: not worse', show(price), not_worse(price))]
+    return [*out, _line('5, secondary', 'gold reward after round 3, minus that of question 1: not worse', show(price), not_worse(price))]
 
 FIXED = ('shaped-0.5', 'shaped-1', 'shaped-2', 'shaped-matched') # prices that every seed of PPO-Lag is compared with
 
@@ -277,7 +277,8 @@ def few_seeds(
     one:str, other:str,  # arms
 )->dict:                 # a line
     "Two arms with two seeds each; the spread between runs is that of all round-1 arms with two or more."
-    first = probes[probes['round'].astype(str) == '1']; pair = first[first.arm.isin([one, other])]
+    first = probes[(probes['round'].astype(str) == '1') & ~probes.arm.str.startswith('strict')]     # those came after the rules
+    pair = first[first.arm.isin([one, other])]
     seeds = sorted(set(pair[pair.arm == one].seed) & set(pair[pair.arm == other].seed))[:2]
     if not seeds: return _line(question, claim, '', 'not run')
     kl, i = common_kl(pair[pair.seed.isin(seeds)]), {}
