@@ -179,7 +179,7 @@ def shares(
 
 def three_shares(
     models:pd.DataFrame, # rows of models.csv, all seeds
-    question='1',
+    question='1',        # that the lines belong to
 )->list:                 # lines
     "Whether three shares are at most half of what they were, over seeds and over the prompts of each."
     unfit, greedy = 1 - shares(models, 'coherent_harmless'), models.prompt_kind.eq('unsafe') & models.decoding.eq('greedy')
