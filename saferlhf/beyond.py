@@ -148,7 +148,7 @@ def over_refusal(
     df, parts = df[df.prompt_kind.isin(KINDS_OF_PROMPT)], [('harmful', 'harmful answers (%)', 100)]
     if 'refused' in df and df.refused.notna().any(): parts.append(('refused', 'refusals, by their first words (%)', 100))
     parts += [('reward', 'reward (standard deviations)', 1), ('length', 'tokens per answer', 1)]
-    fig, (axes,) = panels(1, len(parts), (3.4*len(parts), 3.3)); policies = known(POLICIES, df.policy)
+    fig, (axes,) = panels(1, len(parts), (3.4*len(parts), 3.6)); policies = known(POLICIES, df.policy)
     for ax, (what, label, unit) in zip(axes, parts, strict=True):
         for n, (kind, k) in enumerate(known(KINDS_OF_PROMPT, df.prompt_kind).items()):
             t = seeds_table(df[df.prompt_kind == kind], ['policy'], [what]).set_index('policy').reindex(policies)
@@ -160,7 +160,7 @@ def over_refusal(
         ax.set(xticks=range(len(policies)), xticklabels=_ticks(policies), xlabel='policy', ylabel=label)
         ax.grid(axis='x', visible=False)
         if what != 'reward': ax.set_ylim(bottom=0)
-    axes[0].legend(fontsize=8, loc='upper right')
+    fig.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc='outside lower center', ncols=4)
     return fig
 
 # %% ../nbs/14d_beyond.ipynb #3784262a
@@ -185,7 +185,7 @@ def form(
     draw(axes[0], df, 'policy', policies, names, 'length', 1); draw(axes[1], df, 'policy', policies, names, 'coherent', 100)
     axes[0].set(xlabel='policy', ylabel='tokens per answer', title='Length')
     axes[1].set(xlabel='policy', ylabel='of harmless answers (%)', title='Coherent', ylim=(0, 105))
-    axes[1].legend(fontsize=8, loc='center right')
+    axes[1].legend(fontsize=8, loc='lower left')
     axes[2].set(xlabel='arm, round 1', ylabel='distinct trigrams (%)', title='Variety, all answers together')
     if 'distinct' in df and df.distinct.notna().any():
         other = [] if arms is None else [arms[~arms.arm.isin(['initial', 'ppo-lag', 'reward-only'])]]
