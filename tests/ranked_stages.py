@@ -66,7 +66,7 @@ def ppo(folder, arch='actor', **how):
     actor.save(folder/f'saved-{end}'); critics['cost'].save(folder/f'critic-{end}')
     lengths, tokens = map(list, zip(*seen, strict=True))
     return dict(log=log, lam=objective.state.state_dict(), lengths=lengths, tokens=tokens, actor=weights(actor),
-                critic=weights(critics['cost']))
+                critic=weights(critics['cost']), pieces=sum(getattr(m, '_z3_leaf', False) for m in actor.model.modules()))
 
 
 def supervised(folder, **how):

@@ -79,6 +79,12 @@ def test_a_model_is_never_whole_on_a_rank_and_the_next_one_may_be(ranked):
         assert not any(r['partitioned']['lm'] + r['partitioned']['score']) and all(r['partitioned']['after'])
 
 
+def test_a_layer_is_one_piece_under_zero_3(ranked):
+    layers = stages.lm(vocab=stages.VOCAB).config.num_hidden_layers
+    assert [ranked[case][0]['ppo']['pieces'] for case in ('2', '3', '3all')] == [0, layers, layers]
+    assert ranked['3'][0]['gpt2']['pieces'] == layers
+
+
 def test_other_families_end_where_they_end(ranked): # no decoder of ours: with the hooks of ZeRO-3 on, ranks would wait for ever
     a, b = (r['gpt2'] for r in ranked['3'])
     assert a['log'] == b['log'] and a['lengths'] != b['lengths']
