@@ -273,3 +273,16 @@ def test_result_rows_have_the_columns_of_the_files():
 def test_harmful_by_category():
     rows = ev.harmful_by_category([{'a', 'b'}, {'a'}, set(), set()], [0, 1, 2, 3])
     assert [(r['category'], r['count'], r['harmful'], r['n']) for r in rows] == [('a', 2, .5, 4), ('b', 1, .25, 4)]
+
+
+def test_rows_of_models_have_safe_prompts_apart_refusals_and_variety():
+    import pandas as pd
+
+    from saferlhf.stages import model_rows
+    kinds = [('unsafe', '', True, [1, 2, 3, 4]), ('safe', 'xstest', True, [1, 2, 3]), ('safe', 'jailbreakbench', False, [1, 2, 3])]
+    table = pd.DataFrame([dict(policy='p', prompt_kind=k, source=s, decoding='sampled', prompt_id=i, refused=r, tokens=t,
+                               gold_cost=-1., gold_reward=0., coherent=True, length=3) for i, (k, s, r, t) in enumerate(kinds)])
+    rows = {r['prompt_kind']: r for r in model_rows(table)}
+    assert {k: (r['n'], r['refused']) for k, r in rows.items()} == {'unsafe': (1, 1.), 'safe': (2, .5), 'safe, xstest': (1, 1.),
+                                                                    'safe, jailbreakbench': (1, 0.)}
+    assert rows['safe']['distinct'] == .5 and rows['unsafe']['distinct'] == 1

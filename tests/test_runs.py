@@ -235,3 +235,18 @@ def test_a_changed_size_is_another_stage(monkeypatch): # a stage that is done wi
     assert key == key_of(stage, dict(profile='cpu', seed=0)) != key_of(stage, dict(profile='cpu', seed=1))
     monkeypatch.setitem(PROFILES['cpu'], 'collect', PROFILES['cpu']['collect'] | dict(candidates=7))
     assert key_of(stage, dict(profile='cpu', seed=0)) != key
+
+
+def test_gpus_are_dealt_out_to_workers(monkeypatch):
+    from contextlib import nullcontext
+    from queue import SimpleQueue
+
+    from saferlhf import pipeline
+    for name, value in dict(CUDA_VISIBLE_DEVICES='3,5', OMP_NUM_THREADS='9').items(): monkeypatch.setenv(name, value)
+    assert pipeline.dealt(3) == ['3', '5', '3']
+    gpus = SimpleQueue(); gpus.put('5'); gpus.put('')
+    monkeypatch.setattr(pipeline, 'warm_kernel', nullcontext)
+    pipeline._open(2, gpus); assert (os.environ['CUDA_VISIBLE_DEVICES'], os.environ['OMP_NUM_THREADS']) == ('5', '2')
+    pipeline._open(2, gpus); assert os.environ['CUDA_VISIBLE_DEVICES'] == '5'                   # no GPU to name: as it was
+    monkeypatch.delenv('CUDA_VISIBLE_DEVICES'); monkeypatch.setattr(pipeline.torch.cuda, 'device_count', lambda: 0)
+    assert pipeline.dealt(2) == ['', '']

@@ -3,7 +3,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from saferlhf.verdicts import FIXED, few_seeds, frontier, moving_price, outside, safer_and_better, stragglers
+from saferlhf.verdicts import FIXED, few_seeds, frontier, moving_price, outside, safer_and_better, stragglers, stricter_limits
 
 SHARES = {'initial': (.5, 0.), 'round-1': (.3, .5), 'round-2': (.2, .6), 'round-3': (.1, 1.)} # policy -> harmful share, reward
 
@@ -66,3 +66,16 @@ def test_few_seeds_borrow_their_spread_and_take_two():
     line = few_seeds(probes, 4, 'x', 'ppo-lag', 'classifier')
     assert line['verdict'] == 'held' and all(x in line['value'] for x in ('KL 5.0, 2 seeds', 'minus cost +1.00', 'single'))
     assert few_seeds(probes, 4, 'x', 'ppo-lag', 'no-sign')['verdict'] == 'not run'
+    later = looks(strict_1=(.1, .3, 6., 3)); later['gold_cost'] *= 1 + later.seed               # arms of question 5 lend no spread
+    assert few_seeds(pd.concat([probes, later]), 4, 'x', 'ppo-lag', 'classifier') == line
+
+
+def test_stricter_limits_are_held_against_the_initial_policy_and_question_1():
+    models, _ = results()
+    last = models[models.policy == 'round-3'].drop(columns='policy').assign(arm='strict-3')
+    def words(share, reward):
+        own = last.assign(harmful=share, harmful_low=share - .01, harmful_high=share + .01, coherent_harmless=1 - share, reward=reward)
+        return [x['verdict'] for x in stricter_limits(models, own)]
+    assert words(.1, 1.2) == ['held'] * 6
+    assert words(.4, 1.2)[:3] == ['not held'] * 3 and words(.1, .5)[3:] == ['held', 'held', 'not held']
+    assert words(.1, -.2)[3:5] == ['not held'] * 2
