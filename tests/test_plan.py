@@ -226,3 +226,10 @@ def test_the_command_prints_a_plan(capsys, monkeypatch):
     assert 'policy-1' in said and 'critic-cost' in said and 'it fits' in said
     assert said.index('policy-1') < said.index('sft'), 'the largest stage first'
     assert main(['plan', 'paper', '--gpus', '3', '--gpu-memory', '80']) == 1 and 'divide' in capsys.readouterr().err
+
+
+def test_the_assumed_defaults_are_deepspeeds():
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    ours = DeepSpeedZeroConfig(stage=3)
+    said = [ours.reduce_bucket_size, ours.max_live_parameters, ours.param_persistence_threshold, ours.sub_group_size]
+    assert said == [plan.BUCKET, plan.LIVE, plan.SMALL, plan.PORTION]
