@@ -20,8 +20,8 @@ from .stages import read_jsonl
 # file -> columns that, with the seed, name the rows of one run
 TABLES = dict(table1=['round', 'model', 'metric', 'label_source'], rounds=['round', 'kind', 'what'], lagrange=['round'],
               policies=['round'], probes=['arm', 'round'], annotation=['protocol'], calibration=['judge'], prevalence=['judge'],
-              elo=['policy', 'axis', 'judge'], models=['policy', 'prompt_kind', 'judge', 'decoding'], scores=['round'],
-              samples=['policy'], answers=['policy'], categories=['policy'], cost_calibration=['model', 'label_source'],
+              elo=['policy', 'axis', 'judge'], models=(who := ['policy', 'prompt_kind', 'judge', 'decoding']), no_red=who,
+              scores=['round'], samples=['policy'], answers=['policy'], categories=['policy'], cost_calibration=['model', 'label_source'],
               differences=['policy', 'what'], times=['stage'], arms=['arm', 'judge', 'prompt_kind', 'decoding'], threshold_curves=['arm'])
 
 def publish_all(
@@ -53,15 +53,17 @@ def publish_all(
         mixtures = [dict(judge='judge', true_share=b['share'], recovered=b['value'], **{k: b[k] for k in ('low', 'high', 'n')})
                     for b in judge['prevalence']]
         put('calibration', bins, 'judge'); put('prevalence', mixtures, 'judge')
-    for stage in [s for s in ('evaluate-no-red', 'evaluate') if s in runs]:
-        ev = runs[stage]
+    if 'evaluate-no-red' in runs:
+        rows = read_jsonl(runs['evaluate-no-red'].path('models.jsonl'))
+        put('no_red', [r for r in rows if r['policy'].startswith('no-red')], 'evaluate-no-red')
+    if ev := runs.get('evaluate'):
         for name in ('models', 'elo', 'scores', 'samples', 'answers', 'categories', 'cost_calibration'):
             if not ev.path(f'{name}.jsonl').exists(): continue
             rows = read_jsonl(ev.path(f'{name}.jsonl'))
             if name == 'answers': rows = [r for r in rows if (r['judge'], r['decoding']) == ('unified', 'sampled')]  # Fig. 5
-            put(name, rows, stage)
+            put(name, rows, 'evaluate')
         drops = [dict(policy=p, what=k, difference=v[0], low=v[1], high=v[2]) for p, d in ev.summary['drops'].items() for k, v in d.items()]
-        put('differences', drops, stage)
+        put('differences', drops, 'evaluate')
     if 'cost-1' in runs and 'cost_minus_tfidf' in runs['cost-1'].summary:
         v = runs['cost-1'].summary['cost_minus_tfidf']
         gap = dict(policy='cost-1', what='sign accuracy minus TF-IDF', difference=v[0], low=v[1], high=v[2])
@@ -104,7 +106,8 @@ def publish_arms(
                 put('probes', probe_rows(run, arm, stage.round), run)
                 put('times', [dict(stage=stage.name, seconds=run.manifest['seconds'])], run)
                 if arm == 'ppo-lag': put('lagrange', lagrange_rows(run, 1), run)
-                if group == 'thresholds': put('threshold_curves', [dict(arm=arm) | r for r in lagrange_rows(run, 1)], run)
+                if group in ('thresholds', 'strict'):
+                    put('threshold_curves', [dict(arm=arm) | r for r in lagrange_rows(run, stage.round)], run)
 
 # %% ../nbs/15e_publish.ipynb #join-code
 def join(
