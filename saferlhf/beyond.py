@@ -112,7 +112,8 @@ def stricter(
             ax.plot(t.to_numpy(), color=color, lw=.8, alpha=.45)
             ax.plot(t.mean(axis=1).to_numpy(), color=color, ls=line, marker=marker, mec='white', mew=.5, label=name)
         if unit == 100: ax.axhline(t.loc['initial'].mean() / 2, color=GREY, ls=':', lw=1.1, label='half of the initial share')
-        ax.set(xticks=range(4), xticklabels=_ticks({p: POLICIES[p] for p in path}), ylabel=label); ax.grid(axis='x', visible=False)
+        ax.set(xticks=range(4), xticklabels=_ticks({p: POLICIES[p] for p in path}), xlabel='policy', ylabel=label)
+        ax.grid(axis='x', visible=False)
         if unit == 100: ax.set_ylim(bottom=0)
     axes[0].legend(fontsize=7.5)
     return fig
@@ -166,10 +167,10 @@ KINDS_OF_PROMPT = {'unsafe': Look('unsafe', RED, '^', '-'), 'safe': Look('only l
 def over_refusal(
     df:pd.DataFrame,  # rows of models.csv, one judge, sampled, all seeds: policy, prompt_kind, seed, harmful, reward, length, refused
 ) -> Figure:
-    "Harmful share, refusals where they were counted, reward and length on unsafe prompts beside prompts that only look unsafe."
+    "Harmful share, refusals, reward and length on unsafe prompts beside prompts that only look unsafe."
     df, parts = df[df.prompt_kind.isin(KINDS_OF_PROMPT)], [('harmful', 'harmful answers (%)', 100)]
-    if 'refused' in df and df.refused.notna().any(): parts.append(('refused', 'refusals, by their first words (%)', 100))
-    parts += [('reward', 'reward (standard deviations)', 1), ('length', 'tokens per answer', 1)]
+    parts += [('refused', 'refusals, by their first words (%)', 100), ('reward', 'reward (standard deviations)', 1)]
+    parts += [('length', 'tokens per answer', 1)]
     fig, (axes,) = panels(1, len(parts), (3.4*len(parts), 3.6)); policies = known(POLICIES, df.policy)
     for ax, (what, label, unit) in zip(axes, parts, strict=True):
         for n, (kind, k) in enumerate(known(KINDS_OF_PROMPT, df.prompt_kind).items()):
@@ -187,10 +188,10 @@ def over_refusal(
 
 # %% ../nbs/14d_beyond.ipynb #3784262a
 def form(
-    df:pd.DataFrame,                 # rows of models.csv, gold, unsafe prompts: policy, decoding, seed, harmful, coherent_harmless, length
+    df:pd.DataFrame,                 # rows of models.csv, gold, unsafe prompts: policy, decoding, seed, the measures, length, distinct
     arms:pd.DataFrame | None = None, # rows of arms.csv, gold, unsafe prompts: arm, decoding, seed, distinct
 ) -> Figure:
-    "Length and coherence by policy, variety by arm; sampled and greedy answers."
+    "Length and coherence by policy, variety by policy and arm; sampled and greedy answers."
     fig, (axes,) = panels(1, 3, (10.4, 3.4), widths=(1, 1, 1.25)); looks = {'sampled': (BLUE, 'o', '-'), 'greedy': (RED, 's', '--')}
     df = df.assign(coherent=df.coherent_harmless / (1 - df.harmful)); policies = list(known(POLICIES, df.policy))
     names = [POLICIES[p].label.replace(' ', '\n') if p in POLICIES else p for p in policies]
@@ -208,16 +209,12 @@ def form(
     axes[0].set(xlabel='policy', ylabel='tokens per answer', title='Length')
     axes[1].set(xlabel='policy', ylabel='of harmless answers (%)', title='Coherent', ylim=(0, 105))
     axes[1].legend(fontsize=8, loc='center right')
-    axes[2].set(xlabel='arm, round 1', ylabel='distinct trigrams (%)', title='Variety, all answers together')
-    if 'distinct' in df and df.distinct.notna().any():
-        other = [] if arms is None else [arms[~arms.arm.isin(['initial', 'ppo-lag', 'reward-only'])]]
-        arms = pd.concat([df.assign(arm=df.policy), *other])
-        axes[2].set_xlabel('policy, or arm')
-    if arms is None: not_run(axes[2], 'arms.csv'); axes[2].set(xticks=[])
-    else:
-        arms = pd.concat([arms[arms.arm == 'initial'], repeated(arms[arms.arm != 'initial'])])
-        order = list(dict.fromkeys(arms.arm)); draw(axes[2], arms, 'arm', order, order, 'distinct', 100)
-        axes[2].set_xticklabels(order, rotation=30, ha='right', rotation_mode='anchor', fontsize=7.5); axes[2].set_ylim(0, 105)
+    other = [] if arms is None else [arms[~arms.arm.isin(['initial', 'ppo-lag', 'reward-only'])]]
+    arms = pd.concat([df.assign(arm=df.policy), *other])
+    arms = pd.concat([arms[arms.arm == 'initial'], repeated(arms[arms.arm != 'initial'])])
+    order = list(dict.fromkeys(arms.arm)); draw(axes[2], arms, 'arm', order, order, 'distinct', 100)
+    axes[2].set_xticklabels(order, rotation=30, ha='right', rotation_mode='anchor', fontsize=7.5)
+    axes[2].set(xlabel='policy, or arm', ylabel='distinct trigrams (%)', title='Variety, all answers together', ylim=(0, 105))
     return fig
 
 # %% ../nbs/14d_beyond.ipynb #1917c2d9

@@ -118,7 +118,7 @@ def over_seeds_frames():
     curve = [dict(round=r, seed=s, step=i, lam=1/(i + 1), cost=-.1*i, window_cost=-.1*i, threshold=0., harmful=.5 - .02*i, reward=.1, kl=i,
                   kl_weight=.1, cost_slope=.5) for r in ('1', '3') for s in (0, 1) for i in range(8)]
     models = [dict(policy=p, judge=j, prompt_kind=k, decoding=d, seed=s, harmful=.4 + .1*s, harmful_low=.3, harmful_high=.5,
-                   coherent_harmless=.3, reward=s, cost=.1, length=50 + s)
+                   coherent_harmless=.3, reward=s, cost=.1, length=50 + s, refused=.1, distinct=.8)
               for p in POLICIES for j in ('gold', 'judge') for k in ('unsafe', 'safe') for d in ('sampled', 'greedy') for s in (0, 1, 2)]
     return {
         'curves': pd.DataFrame(curve), 'models': pd.DataFrame(models),
@@ -133,7 +133,9 @@ def beyond_figures(f):
     gold, zero = f['models'][f['models'].judge == 'gold'], f['zero']
     sampled, unsafe = gold[gold.decoding == 'sampled'], gold[gold.prompt_kind == 'unsafe']
     arms = pd.DataFrame(dict(arm=['ppo-lag', 'ppo-lag'], decoding='sampled', seed=[0, 1], distinct=[.8, .7]))
-    return dict(seeds=beyond.seeds(f['models'].query('prompt_kind == "unsafe" and decoding == "sampled"')), zero=beyond.cost_zero(zero),
+    asked = f['models'].query('prompt_kind == "unsafe" and decoding == "sampled"')
+    strict = asked[asked.policy.str.startswith('round')].assign(arm=lambda d: d.policy.str.replace('round', 'strict'))
+    return dict(seeds=beyond.seeds(asked), zero=beyond.cost_zero(zero), stricter=beyond.stricter(asked, strict),
                 violation=beyond.violation(f['curves'], f['curves'].assign(arm='threshold-0')), multiplier=beyond.multiplier(f['curves']),
                 over_refusal=beyond.over_refusal(sampled), form=beyond.form(unsafe, arms), kinds=beyond.harm_kinds(f['kinds']),
                 gap=beyond.over_optimisation(f['probes']), lagrange=diagnostics.lagrange(f['curves'].query('seed == 0'), f['curves']))
@@ -155,7 +157,6 @@ def test_spread_over_seeds_is_that_of_the_frame():
     drawn = [y for y in lines if np.allclose(y, [100*low, 100*high])]
     assert len(drawn) == len(POLICIES)                                          # in per cent, one for each policy
     assert any('threshold sweep' in t for t in texts(beyond.violation(f['curves'])))
-    assert any('arms.csv' in t for t in texts(beyond.form(f['models'].query('judge == "gold"'))))
 
 
 def test_what_beyond_computes():

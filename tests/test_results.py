@@ -96,7 +96,8 @@ def said(path):
 def test_what_has_no_data_says_so(drawn):
     cpu, gpu = (said(drawn/p/'beyond.ipynb') for p in ('cpu', 'gpu'))
     for what in ('the threshold sweep', 'variety by arm', 'a second machine'): assert f'**Not run: {what}.**' in cpu
-    assert '**Not run: refusals, and XSTest alone.**' in gpu and 'Refusals, XSTest' in cpu
+    for said_by in (cpu, gpu): assert "Refusals, XSTest's safe half" in said_by and 'Variety of the sampled answers' in said_by
+    assert 'The limit binds' in gpu and 'The limit binds' not in cpu
     assert gpu.count('**Verdict.**') >= 8 and 'nan' not in gpu.lower().replace('financial', '')
     table = [line for line in said(drawn/'gpu/overview.ipynb').splitlines() if line.startswith('| ')]
     for item in ('Table 1', 'Table 4', *(f'Fig. {i}' for i in range(1, 6)), 'Fig. 6(b)', 'Fig. 6(c)', 'Elo', 'harmful ratio'):
