@@ -208,7 +208,7 @@ def form(
     draw(axes[0], df, 'policy', policies, names, 'length', 1); draw(axes[1], df, 'policy', policies, names, 'coherent', 100)
     axes[0].set(xlabel='policy', ylabel='tokens per answer', title='Length')
     axes[1].set(xlabel='policy', ylabel='of harmless answers (%)', title='Coherent', ylim=(0, 105))
-    axes[1].legend(fontsize=8, loc='center right')
+    axes[0].legend(fontsize=8, loc='lower right')
     other = [] if arms is None else [arms[~arms.arm.isin(['initial', 'ppo-lag', 'reward-only'])]]
     arms = pd.concat([df.assign(arm=df.policy), *other])
     arms = pd.concat([arms[arms.arm == 'initial'], repeated(arms[arms.arm != 'initial'])])
