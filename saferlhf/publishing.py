@@ -122,9 +122,11 @@ def join(
         keys, theirs, own = ['seed', *TABLES[path.stem]], read(path), home / path.name
         ours = read(own) if own.exists() else theirs[:0]
         there = theirs[keys].apply(tuple, axis=1).isin(set(ours[keys].itertuples(index=False, name=None)))
-        values = [c for c in theirs if c != 'run_id']
-        same = theirs[values].apply(tuple, axis=1).isin(set(ours.reindex(columns=values, fill_value='').itertuples(index=False, name=None)))
+        values = [c for c in theirs if c in ours and c != 'run_id']      # older rows may lack some
+        same = theirs[values].apply(tuple, axis=1).isin(set(ours[values].itertuples(index=False, name=None)))
         if path.stem in ('table1', 'policies'): both += pairs(ours.merge(theirs, on=keys, suffixes=('', ' again')), path.stem, keys)
+        elif path.stem != 'times' and there.any():
+            both.append(dict(table=path.stem, of='', seed='', what='rows', first=there.sum(), again=(there & same).sum()))
         renamed = theirs[there & ~same].assign(arm=lambda d: d.arm + '-again') if 'arm' in keys else theirs[:0]
         for run, rows in pd.concat([theirs[~there], renamed]).groupby('run_id'):
             publish(rows.drop(columns='run_id'), own, run, keys)
