@@ -67,7 +67,7 @@ def drawn(tmp_path_factory):
     before = os.environ.get('SAFERLHF_RUNS'); os.environ['SAFERLHF_RUNS'] = str(folder/'runs')
     try:
         with warm_kernel() as km:
-            for profile, some in {'cpu': None, 'gpu': ('beyond', 'overview')}.items():
+            for profile, some in {'cpu': None, 'gpu': ('beyond', 'overview', 'rounds')}.items():
                 for path in [p for p in notebooks('paper') if some is None or p.stem in some]:
                     told = dict(profile=profile, seed=0, figures_dir=str(folder/profile/'figures'))
                     execute(path, folder/profile/path.name, told, progress=False, km=km)
@@ -98,6 +98,10 @@ def test_what_has_no_data_says_so(drawn):
     for what in ('the threshold sweep', 'variety by arm', 'a second machine'): assert f'**Not run: {what}.**' in cpu
     for said_by in (cpu, gpu): assert "Refusals, XSTest's safe half" in said_by and 'Variety of the sampled answers' in said_by
     assert 'The limit binds' in gpu and 'The limit binds' not in cpu
+    cpu_rounds, gpu_rounds = (said(drawn/p/'rounds.ipynb') for p in ('cpu', 'gpu'))
+    pairs = {'three rounds with stricter limits': '| round 3, stricter |', 'rounds without red-teaming': 'Intervals are apart'}
+    for missing, shown in pairs.items():
+        assert f'**Not run: {missing}.**' in cpu_rounds and shown in gpu_rounds and missing not in gpu_rounds
     assert gpu.count('**Verdict.**') >= 8 and 'nan' not in gpu.lower().replace('financial', '')
     table = [line for line in said(drawn/'gpu/overview.ipynb').splitlines() if line.startswith('| ')]
     for item in ('Table 1', 'Table 4', *(f'Fig. {i}' for i in range(1, 6)), 'Fig. 6(b)', 'Fig. 6(c)', 'Elo', 'harmful ratio'):

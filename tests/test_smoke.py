@@ -193,3 +193,24 @@ def test_a_sample_of_the_fault_suite(smoke, tmp_path):
     damage_one(lab, table, 'sft', 'torch', 'flipped', 0)
     assert [r['outcome'] for r in table.rows] == ['identical', 'reported, identical']
     assert all(r['lost'] == 1 for r in table.rows)
+
+
+def test_arms_run_and_are_published(smoke):
+    "Other limits in one round, and three rounds with stricter ones: `saferlhf arms thresholds strict`, of one seed."
+    one = 'from saferlhf import graphs, pipeline; graphs.SEEDS["strict"] = (0,); '
+    command = one + 'raise SystemExit(pipeline.main(["arms", "thresholds", "strict", "--profile", "smoke", "--jobs", "2"]))'
+    env = os.environ | dict(SAFERLHF_RUNS=str(smoke.runs), SAFERLHF_HOME=str(smoke.home))
+    run = subprocess.run([sys.executable, '-c', command], cwd=smoke.folder, env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
+    wanted = {'threshold-0.5': .5, 'threshold-m0.15': -3 / 20.1, 'threshold-m0.5': -.5, 'threshold-m1': -1.,
+              'strict-1': -.5, 'strict-2': -1., 'strict-3': -1.3}
+    arms, curves = (pd.read_csv(smoke.results(n)) for n in ('arms', 'threshold_curves'))
+    for table in (arms, curves): assert table.groupby('arm').threshold.unique().map(list).to_dict() == {
+        a: [pytest.approx(t, rel=1e-5)] for a, t in wanted.items()}
+    assert {'gold', 'judge', 'tfidf'} <= set(arms.judge) and arms[arms.decoding == 'sampled'].refused.notna().all()
+    again, first = (curves[curves.arm == a].drop(columns=['arm', 'run_id']).reset_index(drop=True) for a in ('strict-1', 'threshold-m0.5'))
+    assert len(first) and again.equals(first)                                               # the same round, run twice
+    folders = smoke.folders(); reads = json.loads((folders['policy-3-strict']/'manifest.json').read_text())['parent_folders']
+    assert {k: Path(v).resolve() for k, v in reads.items()} == {r: folders[s] for r, s in {
+        'gold': 'gold', 'sft': 'sft', 'collect': 'collect-3-strict', 'reward': 'reward-3-strict', 'cost': 'cost-3-strict',
+        'policy-2': 'policy-2-strict'}.items()}
