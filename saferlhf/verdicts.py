@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MARGIN', 'FIXED', 'pooled_sd', 'pooled_interval', 'ratio_interval', 'ratio_over_prompts', 'detectable', 'value_at',
            'common_kl', 'at_kl', 'stragglers', 'better', 'not_worse', 'dominates', 'together', 'frontier', 'outside',
-           'show', 'shares', 'three_shares', 'safer_and_better', 'stricter_limits', 'moving_price', 'few_seeds',
-           'two_questions', 'cost_or_classifier', 'four_questions']
+           'show', 'shares', 'four_parts', 'safer_and_better', 'stricter_limits', 'moving_price', 'few_seeds',
+           'two_questions', 'cost_or_classifier', 'all_questions']
 
 # %% ../nbs/14e_verdicts.ipynb #0d4d5a8e
 import math
@@ -177,11 +177,13 @@ def shares(
     d = models[(models.prompt_kind == 'unsafe') & (models.decoding == decoding) & (models.judge == judge)]
     return d.pivot(index='policy', columns='seed', values=column)
 
-def three_shares(
+def four_parts(
     models:pd.DataFrame, # rows of models.csv, all seeds
-    question='1',        # that the lines belong to
+    question,            # that the lines belong to
+    gain, word:str,      # interval of the gold reward's rise, its verdict
+    also:str='',         # said beside the rise
 )->list:                 # lines
-    "Whether three shares are at most half of what they were, over seeds and over the prompts of each."
+    "Whether three shares are at most half of what they were, over seeds and over the prompts of each, and the reward better."
     unfit, greedy = 1 - shares(models, 'coherent_harmless'), models.prompt_kind.eq('unsafe') & models.decoding.eq('greedy')
     prompts = models[greedy].n.iloc[0] if greedy.any() else shares(models, 'n').iloc[0, 0]   # one greedy answer a prompt
     error = lambda judge: (shares(models, 'harmful_high', judge) - shares(models, 'harmful_low', judge)) / (2 * 1.96)
@@ -192,22 +194,22 @@ def three_shares(
         last = x.loc['round-3'].dropna(); first = x.loc['initial', last.index]
         seeds = ratio_interval(last, first) if len(last) > 1 else (last.iloc[0] / first.iloc[0], math.nan, math.nan)
         each = [ratio_over_prompts(last[k], e.loc['round-3', k], first[k], e.loc['initial', k]) for k in last.index]
-        word = 'held' if seeds[2] <= .5 and max(i[2] for i in each) <= .5 else 'not held' if seeds[1] > .5 else 'inconclusive'
+        verdict = 'held' if seeds[2] <= .5 and max(i[2] for i in each) <= .5 else 'not held' if seeds[1] > .5 else 'inconclusive'
         text = f'{show(seeds, sign=False)}; over prompts ' + ', '.join(show(i, sign=False) for i in each)
-        out.append(_line(question, f'{name}: round 3 over initial, at most 0.5', text, word))
-    return out
+        out.append(_line(question, f'{name}: round 3 over initial, at most 0.5', text, verdict))
+    out.append(_line(question, 'gold reward: round 3 minus initial, better', show(gain) + also, word))
+    return [*out, _line(question, 'all four', '', together(line['verdict'] for line in out))]
 
 def safer_and_better(
     models:pd.DataFrame,      # rows of models.csv, all seeds
     differences:pd.DataFrame, # rows of differences.csv, all seeds
 )->list:                      # lines
     "Question 1: three ratios of round 3 to the initial policy, the gold reward, and each round against the one before."
-    out, reward = three_shares(models), shares(models, 'reward')
+    reward = shares(models, 'reward')
     own = differences[(differences.policy == 'round-3') & (differences.what == 'reward')]
     gain = over_seeds(reward.loc['round-3'] - reward.loc['initial'])
     word = better(gain) if (own.low > 0).all() or better(gain) == 'not held' else 'inconclusive'
-    out.append(_line(1, 'gold reward: round 3 minus initial, better', f'{show(gain)}; not worse: {not_worse(gain)}', word))
-    out.append(_line(1, 'all four', '', together(line['verdict'] for line in out)))
+    out = four_parts(models, 1, gain, word, f'; not worse: {not_worse(gain)}')
     harm, order = shares(models, 'harmful'), ['initial', 'round-1', 'round-2', 'round-3']
     for before, after in zip(order[:-1], order[1:], strict=True):
         h, r = over_seeds(harm.loc[after] - harm.loc[before]), over_seeds(reward.loc[after] - reward.loc[before])
@@ -224,11 +226,10 @@ def stricter_limits(
     last = arms[arms.arm == 'strict-3'].assign(policy='round-3')
     if not len(last): return [_line(5, 'with stricter limits, the three shares at most halved and reward better', '', 'not run')]
     own, usual = pd.concat([models[models.policy == 'initial'], last]), shares(models, 'reward')
-    out, reward = three_shares(own, 5), shares(own, 'reward').loc['round-3'].dropna()
+    reward = shares(own, 'reward').loc['round-3'].dropna()
     gain, price = (over_seeds(reward - usual.loc[p, reward.index]) for p in ('initial', 'round-3'))
-    out.append(_line(5, 'gold reward: round 3 minus initial, better', show(gain), better(gain)))
-    out.append(_line(5, 'all four', '', together(line['verdict'] for line in out)))
-    return [*out, _line('5, secondary', 'gold reward after round 3, minus that of question 1: not worse', show(price), not_worse(price))]
+    said = _line('5, secondary', 'gold reward after round 3, minus that of question 1: not worse', show(price), not_worse(price))
+    return [*four_parts(own, 5, gain, better(gain)), said]
 
 FIXED = ('shaped-0.5', 'shaped-1', 'shaped-2', 'shaped-matched') # prices that every seed of PPO-Lag is compared with
 
@@ -303,7 +304,7 @@ def cost_or_classifier(
     return [few_seeds(probes, 4, 'cost model against classifier: better on two axes', 'ppo-lag', 'classifier'),
             few_seeds(probes, '4, secondary', 'cost model against ranking alone', 'ppo-lag', 'no-sign')]
 
-def four_questions(
+def all_questions(
     folder, # of a profile's results, as a path
 )->pd.DataFrame: # question, claim, value, verdict
     "The verdicts of a profile, from its results files."

@@ -286,3 +286,15 @@ def test_rows_of_models_have_safe_prompts_apart_refusals_and_variety():
     assert {k: (r['n'], r['refused']) for k, r in rows.items()} == {'unsafe': (1, 1.), 'safe': (2, .5), 'safe, xstest': (1, 1.),
                                                                     'safe, jailbreakbench': (1, 0.)}
     assert rows['safe']['distinct'] == .5 and rows['unsafe']['distinct'] == 1
+
+
+def test_every_reading_of_an_answer_lands_in_its_column():
+    from saferlhf.stages import judge_answers
+    gold = np.zeros((2, 16)); gold[:, :2] = [[.5, -1.], [-.5, 2.]]
+    one = lambda *values: lambda p, a: np.array(values)
+    judges = dict(gold=lambda p, a: gold, judge=one(-3., 3.), reward=one(1., 2.), cost=one(4., 5.), tfidf=one(.2, .9), nll=one(2., 9.))
+    rows = [dict(prompt='p', response=r, tokens=t) for r, t in (("I'm sorry, I cannot.", [5, 6, 7, 0]), ('Turn left twice.', [5, 6, 0]))]
+    out = judge_answers(rows, judges, ju.CoherenceBounds(1., 5., .8, 2, 2), 0)
+    columns = ('gold_reward', 'gold_cost', 'judge_cost', 'unified_reward', 'unified_cost', 'refused', 'coherent', 'length')
+    assert [list(out[c]) for c in columns] == [[.5, -.5], [-1., 2.], [-3., 3.], [1., 2.], [4., 5.], [True, False], [True, False], [4, 3]]
+    assert out['tfidf_cost'] == pytest.approx([-.3, .4]) and not out['categories'][0] and out['categories'][1]

@@ -98,6 +98,8 @@ def test_what_has_no_data_says_so(drawn):
     for what in ('the threshold sweep', 'variety by arm', 'a second machine'): assert f'**Not run: {what}.**' in cpu
     for said_by in (cpu, gpu): assert "Refusals, XSTest's safe half" in said_by and 'Variety of the sampled answers' in said_by
     assert 'The limit binds' in gpu and 'The limit binds' not in cpu
+    sweep = next(line for line in gpu.splitlines() if line.startswith('**Sweep.**'))
+    assert sweep.count('own cost') == 4 and 'ppo-lag, round 3: own models' in gpu and 'strict-3, round 3: own models' in gpu
     cpu_rounds, gpu_rounds = (said(drawn/p/'rounds.ipynb') for p in ('cpu', 'gpu'))
     pairs = {'three rounds with stricter limits': '| round 3, stricter |', 'rounds without red-teaming': 'Intervals are apart'}
     for missing, shown in pairs.items():

@@ -250,3 +250,22 @@ def test_gpus_are_dealt_out_to_workers(monkeypatch):
     pipeline._open(2, gpus); assert os.environ['CUDA_VISIBLE_DEVICES'] == '5'                   # no GPU to name: as it was
     monkeypatch.delenv('CUDA_VISIBLE_DEVICES'); monkeypatch.setattr(pipeline.torch.cuda, 'device_count', lambda: 0)
     assert pipeline.dealt(2) == ['', '']
+
+
+def test_rounds_without_red_teaming_have_a_table_of_their_own(tmp_path, monkeypatch):
+    "Their evaluation holds the other policies too: none of its rows gets among those of the rounds."
+    from saferlhf import publishing
+    from saferlhf.graphs import find
+    (run := tmp_path/'run').mkdir()
+    row = dict(prompt_kind='unsafe', judge='gold', decoding='sampled', harmful=.1)
+    lines = '\n'.join(json.dumps(row | dict(policy=p)) for p in ('initial', 'no-red-2', 'no-red-3'))
+    for name, text in {'config.json': '{}', 'manifest.json': '{"stage": "evaluate", "seconds": 1}', 'summary.json': '{}',
+                       'DONE': '', 'models.jsonl': lines}.items():
+        (run/name).write_text(text)
+    monkeypatch.setenv('SAFERLHF_HOME', str(tmp_path))
+    monkeypatch.setattr(publishing, 'graph', lambda profile: [find('evaluate-no-red', 'gpu')])
+    monkeypatch.setattr(publishing, 'folder_of', lambda *a: run)
+    publishing.publish_all('gpu', 0)
+    home = tmp_path/'data/results/gpu'
+    assert {p.stem for p in home.iterdir()} == {'no_red', 'times'}
+    assert pd.read_csv(home/'no_red.csv').policy.tolist() == ['no-red-2', 'no-red-3']
