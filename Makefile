@@ -15,7 +15,7 @@ report: .venv/.installed
 	@$(BIN)/saferlhf report $(if $(PROFILE),--profile $(PROFILE)) $(if $(OUT),--out $(OUT))
 
 bench: .venv/.installed
-	@$(BIN)/python -c 'from saferlhf.bench import main; main()'
+	@$(BIN)/python -c 'from saferlhf.apps.bench import main; main()'
 
 lab: .venv/.installed
 	@$(BIN)/jupyter lab nbs

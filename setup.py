@@ -4,7 +4,7 @@ from pathlib import Path
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
-SHIPPED = {'nbs/experiments': '_templates', 'nbs/paper': '_paper', 'data': '_data'}     # a wheel works outside a checkout
+SHIPPED = {'nbs/templates': '_templates', 'nbs/paper': '_paper', 'data': '_data'}     # a wheel works outside a checkout
 
 class WithData(build_py):
     def run(self):

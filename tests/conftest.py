@@ -9,8 +9,8 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_terminal_summary(terminalreporter):
-    from project import PACKAGE
-    sizes = {p.stem: len(p.read_text().splitlines()) for p in sorted(PACKAGE.glob('*.py')) if p.stem != '_modidx'}
+    from project import PACKAGE, exported
+    sizes = {str(p.relative_to(PACKAGE).with_suffix('')): len(p.read_text().splitlines()) for p in exported()}
     longest = max(sizes, key=sizes.get)
     total = f'{sum(sizes.values())} lines in {len(sizes)} modules'
     terminalreporter.write_line(f'exported: {total}, the longest is {longest} with {sizes[longest]}')

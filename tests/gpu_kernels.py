@@ -1,6 +1,6 @@
 "Every kernel against its plain form: on a GPU as it is, on a CPU with TRITON_INTERPRET=1. Prints the largest error of each."
 import torch
-from saferlhf.kernels import (add_norm, attend_cache, choose, gate, on_gpu, pieces_choose, plain_add_norm, plain_attend_cache,
+from saferlhf.hardware.kernels import (add_norm, attend_cache, choose, gate, on_gpu, pieces_choose, plain_add_norm, plain_attend_cache,
                               plain_choose, plain_gate, plain_rotate_append, rotate_append)
 
 device = 'cuda' if torch.cuda.is_available() else 'cpu'

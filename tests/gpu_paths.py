@@ -5,7 +5,7 @@ import torch
 from saferlhf.engine import Optim, TorchEngine, load
 from saferlhf.models import ScoreModel, token_logps
 from saferlhf.objectives import Multiplier, ppo_lag
-from saferlhf.precision import prepare
+from saferlhf.hardware.precision import prepare
 from saferlhf.ppo import PPOConfig, ppo_step
 from saferlhf.rollout import Sampler
 from transformers import AutoConfig, AutoModelForCausalLM

@@ -16,7 +16,8 @@ COLUMNS = {  # what the paper notebooks and readers of data/results rely on; eac
 def notebooks(*folders:str) -> list[Path]:
     "Notebooks of some folders under nbs/ ('.' is nbs/ itself), in the order of their names; of all without a folder."
     found = [p for f in folders for p in (ROOT/'nbs'/f).glob('*.ipynb')] if folders else (ROOT/'nbs').glob('**/*.ipynb')
-    return sorted(p for p in found if '.ipynb_checkpoints' not in p.parts and not p.name.startswith(('.', '_')))
+    kept = sorted(p for p in found if '.ipynb_checkpoints' not in p.parts and not p.name.startswith(('.', '_')))
+    return sorted(kept, key=lambda p: folders.index(str(p.relative_to(ROOT/'nbs').parent))) if folders else kept
 
 
 @lru_cache
@@ -25,33 +26,51 @@ def cells(path:Path) -> list[dict]:
     return [c | {'source': ''.join(c['source'])} for c in json.loads(path.read_text())['cells']]
 
 
+WINGS = 'hardware', 'method', 'record', 'reproduction', 'apps'      # from the lowest to the highest; method is saferlhf/ itself
+
+
+@lru_cache
 def modules() -> dict[str, Path]:
-    "Module -> the notebook that exports it, from the lowest to the highest: the order is that of the notebooks' names."
+    "Module ('ppo', 'hardware.packing') -> the notebook that exports it: wing by wing, in the order of the notebooks' names."
     out = {}
-    for path in notebooks('.'):
+    for path in notebooks(*WINGS):
         for c in cells(path):
             for line in c['source'].splitlines():
                 if line.startswith('#| default_exp '): out[line.split()[2]] = path
     return out
 
 
+def wing(module:str) -> str:
+    "The wing that a module belongs to."
+    return module.split('.')[0] if '.' in module else 'method'
+
+
+def source(module:str) -> Path:
+    "A module's file."
+    return PACKAGE/f"{module.replace('.', '/')}.py"
+
+
+def exported() -> list[Path]:
+    "Every file of the package that notebooks export."
+    return [p for p in sorted(PACKAGE.rglob('*.py')) if p.stem not in ('__init__', '_modidx')]
+
+
 @lru_cache
 def tree(module:str) -> ast.Module:
     "A module's syntax."
-    return ast.parse((PACKAGE/f'{module}.py').read_text())
+    return ast.parse(source(module).read_text())
 
 
 def imports(module:str) -> set[str]:
-    "Every module that one imports, anywhere in its text: 'torch', 'datasets', and its own kind as '.data'."
-    out = set()
+    "Every module that one imports, anywhere in its text: 'torch', 'datasets', and its own kind as '.data', '.hardware.packing'."
+    own = lambda name: f'.{name}' if name.split('.')[0] in ('hardware', 'record', 'reproduction', 'apps') else f".{name.split('.')[0]}"
+    out, here = set(), ['saferlhf', *module.split('.')[:-1]]
     for node in ast.walk(tree(module)):
-        if isinstance(node, ast.Import):
-            names = [a.name.split('.') for a in node.names]
-            out |= {f'.{n[1]}' if n[0] == 'saferlhf' and n[1:] else n[0] for n in names}
-        elif isinstance(node, ast.ImportFrom):
-            own = node.level or (node.module or '').split('.')[0] == 'saferlhf'
-            name = (node.module or '').removeprefix('saferlhf').lstrip('.').split('.')[0]
-            if not own: out.add(node.module.split('.')[0])
-            elif name: out.add(f'.{name}')
-            else: out |= {f'.{a.name}' for a in node.names}
+        if isinstance(node, ast.Import): names = [a.name for a in node.names]
+        elif not isinstance(node, ast.ImportFrom): continue
+        else:
+            base = '.'.join([*here[:len(here) + 1 - node.level], *filter(None, [node.module])]) if node.level else node.module
+            packages = ('saferlhf', *(f'saferlhf.{w}' for w in WINGS))
+            names = [f'{base}.{a.name}' for a in node.names] if base in packages else [base]
+        out |= {own(n[9:]) if n.startswith('saferlhf.') else n.split('.')[0] for n in names}
     return out

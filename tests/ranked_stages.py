@@ -10,7 +10,7 @@ from saferlhf.engine import Optim, load
 from saferlhf.models import ScoreModel, load_lm
 from saferlhf.ppo import PPOConfig, make_objective, ppo_step
 from saferlhf.rollout import Sampler
-from saferlhf.spread import rank
+from saferlhf.hardware.ranks import rank
 from saferlhf.train import loop, score_step, sft_step
 
 VOCAB, CONFIG = 11, PPOConfig(prompts=8, samples=2, minibatches=2, micro_batch=3, max_new_tokens=9, window=16, ptx_coef=.5, lambda_lr=.3,

@@ -3,8 +3,8 @@ import pandas as pd
 import pytest
 from project import ROOT
 
-from saferlhf.bench import COLUMNS, chosen
-from saferlhf.runs import execute
+from saferlhf.apps.bench import COLUMNS, chosen
+from saferlhf.record.execute import execute
 
 RESULTS = ROOT/'data/results/bench'
 GPU = 'NVIDIA H200'
@@ -24,7 +24,7 @@ def test_a_benchmark_runs_in_miniature(name, tmp_path):
 
 
 def test_scale_runs_in_miniature_and_goes_on(tmp_path, capsys):
-    from saferlhf.scale import COLUMNS, efficiency, measure
+    from saferlhf.apps.scale import COLUMNS, efficiency, measure
     told = dict(results_dir=str(tmp_path), overrides=dict(zeros=[3], steps=1, run_id='mini'))
     execute(ROOT/'nbs/bench/scale.ipynb', tmp_path/'out.ipynb', told, progress=False)
     t = pd.read_csv(tmp_path/'scale.csv')

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
-from saferlhf.checkpoint import atomic_write, cut_lines, damage, inside, keep_last, lock, newest, read_lines, save_checkpoint, sha256_file
+from saferlhf.record.files import atomic_write, cut_lines, damage, inside, keep_last, lock, newest, read_lines, save_checkpoint, sha256_file
 
 
 def save(folder, step, keep=2):
@@ -53,7 +53,7 @@ def test_error_or_kill_during_a_save(tmp_path):
     def full(path): path.write_bytes(b'half'); raise OSError('No space left on device')
     with pytest.raises(OSError): save_checkpoint(tmp_path, 2, {'a': b'whole', 'b': full})
     assert [p.name for p in tmp_path.iterdir()] == [good.name]
-    code = f'''import os, signal; from saferlhf.checkpoint import save_checkpoint
+    code = f'''import os, signal; from saferlhf.record.files import save_checkpoint
 def die(path): path.write_bytes(b'half'); os.kill(os.getpid(), signal.SIGKILL)
 save_checkpoint({str(tmp_path)!r}, 2, {{'a': b'whole', 'b': die}})'''
     assert subprocess.run([sys.executable, '-c', code]).returncode == -signal.SIGKILL
@@ -90,7 +90,7 @@ def test_names_stay_inside_through_links(tmp_path):
 
 
 def test_lock_refuses_another_process(tmp_path):
-    code = f'from saferlhf.checkpoint import lock\nwith lock({str(tmp_path)!r}): print("held", flush=True); input()'
+    code = f'from saferlhf.record.files import lock\nwith lock({str(tmp_path)!r}): print("held", flush=True); input()'
     other = subprocess.Popen([sys.executable, '-c', code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         assert other.stdout.readline() == 'held\n'

@@ -7,7 +7,7 @@ import pytest
 import torch
 from saferlhf.engine import Optim, TorchEngine, adamw, gather, load, reduce_mean, schedule, zero_config
 from saferlhf.models import TINY, ScoreModel, load_lm, tiny_model, token_logps
-from saferlhf.precision import fast_precision, prepare
+from saferlhf.hardware.precision import fast_precision, prepare
 from tiny import close, lm, prompt_rows, scorer
 
 OPTIM = Optim(lr=3e-3, weight_decay=.1, warmup=.3, clip=.05)                   # clipping is active: the norms are larger
@@ -63,7 +63,7 @@ def weights(engine):
 
 
 def resumed(path, zero): # whether three steps, a save and three steps are six steps
-    from saferlhf.resume import Saver
+    from saferlhf.record.resume import Saver
     make = lambda: load(lambda: load_lm(path / 'lm'), OPTIM, 6, engine='deepspeed', zero=zero)
     def run(folder, start, end):
         engine = make()

@@ -278,7 +278,7 @@ def test_harmful_by_category():
 def test_rows_of_models_have_safe_prompts_apart_refusals_and_variety():
     import pandas as pd
 
-    from saferlhf.stages import model_rows
+    from saferlhf.reproduction.stages import model_rows
     kinds = [('unsafe', '', True, [1, 2, 3, 4]), ('safe', 'xstest', True, [1, 2, 3]), ('safe', 'jailbreakbench', False, [1, 2, 3])]
     table = pd.DataFrame([dict(policy='p', prompt_kind=k, source=s, decoding='sampled', prompt_id=i, refused=r, tokens=t,
                                gold_cost=-1., gold_reward=0., coherent=True, length=3) for i, (k, s, r, t) in enumerate(kinds)])
@@ -289,7 +289,7 @@ def test_rows_of_models_have_safe_prompts_apart_refusals_and_variety():
 
 
 def test_every_reading_of_an_answer_lands_in_its_column():
-    from saferlhf.stages import judge_answers
+    from saferlhf.reproduction.stages import judge_answers
     gold = np.zeros((2, 16)); gold[:, :2] = [[.5, -1.], [-.5, 2.]]
     one = lambda *values: lambda p, a: np.array(values)
     judges = dict(gold=lambda p, a: gold, judge=one(-3., 3.), reward=one(1., 2.), cost=one(4., 5.), tfidf=one(.2, .9), nll=one(2., 9.))

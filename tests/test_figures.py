@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from saferlhf import beyond, diagnostics, figures, tables
+from saferlhf.reproduction import beyond, diagnostics, figures, tables
 
 ROOT = Path(__file__).resolve().parent.parent
 POLICIES = ['initial', 'round-1', 'reward-only']

@@ -5,7 +5,7 @@ import importlib
 import json
 import re
 
-from project import ROOT, cells, modules, notebooks
+from project import ROOT, cells, modules, notebooks, source
 
 MAP = ROOT/'nbs/00_map.ipynb'
 ROWS = [line for c in cells(MAP) if c['cell_type'] == 'markdown' for line in c['source'].splitlines() if line.startswith('| ')]
@@ -37,16 +37,18 @@ def test_code_exists():
     named = [n for n in NAMES if re.fullmatch(r'[a-z]+(\.\w+)+', n)]
     assert len(named) > 50
     for name in named:
-        module, *path = name.split('.')
-        assert module in modules(), name
+        module = max((m for m in modules() if name.startswith(f'{m}.')), key=len, default='')
+        path = name.removeprefix(module).lstrip('.').split('.')
+        assert module, name
         loaded = importlib.import_module(f'saferlhf.{module}')
         fields = getattr(getattr(loaded, path[0]), '__dataclass_fields__', {})
         assert path[-1] in fields or functools.reduce(getattr, path, loaded) is not None, name
 
 
 def test_notebooks_and_figures_exist():
-    known = {str(p.relative_to(ROOT/'nbs').with_suffix('')) for p in notebooks()}
-    named = {n for n in NAMES if re.fullmatch(r'\d\d[a-z]?_\w+|(paper|experiments)/\w+', n)}
+    paths = {str(p.relative_to(ROOT/'nbs').with_suffix('')) for p in notebooks()}
+    known = paths | {p.split('/')[-1] for p in paths}
+    named = {n for n in NAMES if re.fullmatch(r'\d\d_\w+|(paper|templates)/\w+', n)}
     assert len(named) > 8 and named <= known, named - known
     drawn = {n for p in notebooks('paper') for c in cells(p) for n in re.findall(r"\bresults\.save\(.*?, '(\w+)', NOTEBOOK", c['source'])}
     figures = {n.removeprefix('figures/') for n in NAMES if n.startswith('figures/')}
@@ -64,7 +66,7 @@ def test_notebooks_and_figures_exist():
 def test_every_docstring_points_into_the_map():
     listed = {c for c in first_cells() if c.startswith('E')}
     for module in modules():
-        tree = ast.parse((ROOT/'saferlhf'/f'{module}.py').read_text())
+        tree = ast.parse(source(module).read_text())
         for node in ast.walk(tree):
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and (doc := ast.get_docstring(node)):
                 assert set(re.findall(r'\bE\d+\b', doc)) <= listed, (module, node.name, doc)

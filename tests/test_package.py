@@ -14,8 +14,8 @@ from project import ROOT, notebooks
 SAY = '''
 import json, saferlhf
 from saferlhf.data import data_path, shipped
-from saferlhf.pipeline import main, papers_home
-from saferlhf.records import results_home, runs_home, templates_home
+from saferlhf.apps.pipeline import main, papers_home
+from saferlhf.record.run import results_home, runs_home, templates_home
 try: results = str(results_home())
 except FileNotFoundError as e: results = f'error: {e}'
 print(json.dumps(dict(package=saferlhf.__file__, data=str(data_path()), templates=str(templates_home()), papers=str(papers_home()),

@@ -7,14 +7,14 @@ from types import SimpleNamespace as Node
 import pytest
 import torch
 
-import saferlhf.dryrun as dryrun
+import saferlhf.reproduction.dryrun as dryrun
 from saferlhf.data import shipped
 from saferlhf.models import tiny_model
-from saferlhf.paper import PAPER_CONFIG, PAPER_ROUNDS, compare, optims, own_base, verdict
-from saferlhf.pipeline import ROUNDS, config_of, folder_of, graph, main, parents_of
-from saferlhf.pools import model_path, policy_prompts
+from saferlhf.reproduction.paper import PAPER_CONFIG, PAPER_ROUNDS, compare, optims, own_base, verdict
+from saferlhf.apps.pipeline import ROUNDS, config_of, folder_of, graph, main, parents_of
+from saferlhf.reproduction.prompts import model_path, policy_prompts
 from saferlhf.ppo import PPOConfig
-from saferlhf.runs import PROFILES
+from saferlhf.record.execute import PROFILES
 from saferlhf.train import ScoreConfig
 
 MARKS = r'(web|code|bars only|memory (hi|med|lo|lo-med))(, (code|memory (hi|med|lo)))?(; (sd: seed|accumulation: memory lo))*'
@@ -68,7 +68,7 @@ def test_a_changed_default_profile_or_template_is_seen(monkeypatch):
     monkeypatch.setitem(PROFILES['paper'], 'policy', dict(samples=2, window=1024))
     assert unexplained(configs()) == {f'policy-{r}.temperature' for r in (1, 2, 3)}
     monkeypatch.undo()
-    monkeypatch.setattr('saferlhf.paper.optims', lambda template, config: [replace(o, warmup=.1) for o in optims(template, config)])
+    monkeypatch.setattr('saferlhf.reproduction.paper.optims', lambda template, config: [replace(o, warmup=.1) for o in optims(template, config)])
     seen = unexplained(configs())
     assert seen == {c.where for c in PAPER_CONFIG if c.where.endswith('.warmup')} and 'policy-1:critic.warmup' in seen
 
@@ -151,7 +151,7 @@ def test_the_base_is_ones_own(tmp_path, monkeypatch, capsys):
 
 
 def test_prompts_come_again_in_whole_passes(monkeypatch):
-    monkeypatch.setattr('saferlhf.pools.prompt_pool', lambda kind, tokenizer, most: [f'{kind} {i}' for i in range(60)])
+    monkeypatch.setattr('saferlhf.reproduction.prompts.prompt_pool', lambda kind, tokenizer, most: [f'{kind} {i}' for i in range(60)])
     config = PPOConfig(steps=6, prompts=4, prompt_epochs=3)
     asked = policy_prompts(None, config, 1, [])
     passes = [asked[i:i + 8] for i in (0, 8, 16)]

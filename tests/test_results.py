@@ -13,9 +13,9 @@ from nbclient import NotebookClient
 from project import COLUMNS, ROOT, notebooks
 from readme import INDEX, readme
 
-from saferlhf.pipeline import main
-from saferlhf.report import made_by, page, report
-from saferlhf.runs import execute, warm_kernel
+from saferlhf.apps.pipeline import main
+from saferlhf.apps.report import made_by, page, report
+from saferlhf.record.execute import execute, warm_kernel
 
 RESULTS, FIGURES = ROOT/'data/results', ROOT/'figures'
 

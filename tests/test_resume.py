@@ -14,14 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import lm, prompt_rows
 
-import saferlhf.resume as resume
-from saferlhf.checkpoint import newest, read_lines
+import saferlhf.record.resume as resume
+from saferlhf.record.files import newest, read_lines
 from saferlhf.engine import Optim, TorchEngine
-from saferlhf.precision import finite
+from saferlhf.hardware.precision import finite
 from saferlhf.models import token_logps
 from saferlhf.objectives import Multiplier
-from saferlhf.records import Run
-from saferlhf.resume import Interrupted, Saver, agree, piece, random_state, read_state, seed_all, set_random_state, stopping, write_state
+from saferlhf.record.run import Run
+from saferlhf.record.resume import Interrupted, Saver, agree, piece, random_state, read_state, seed_all, set_random_state, stopping, write_state
 from saferlhf.train import loop
 
 
@@ -235,7 +235,7 @@ def test_a_second_signal_acts_at_once(monkeypatch):
 
 
 def test_sigterm_between_loops_says_how_to_go_on(tmp_path):
-    code = "from saferlhf.runs import Run; import time; run = Run.start('sft', {}); print('on', flush=True); time.sleep(30)"
+    code = "from saferlhf.record.execute import Run; import time; run = Run.start('sft', {}); print('on', flush=True); time.sleep(30)"
     p = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while 'on\n' != p.stdout.readline(): time.sleep(.01)
     p.terminate(); said = p.communicate(timeout=20)[1]

@@ -4,9 +4,9 @@ import pytest
 import torch
 from saferlhf.engine import Optim, TorchEngine
 from saferlhf.models import token_logps
-from saferlhf.kernels import choose
+from saferlhf.hardware.kernels import choose
 from saferlhf.rollout import Rollout, Sampler, by_length, perplexities, respond, score_texts
-from saferlhf.sampling import mix, nucleus, uniforms
+from saferlhf.hardware.sampler import mix, nucleus, uniforms
 from saferlhf.text import encode_prompt, encode_response, pad, prompt_batch
 from tiny import FAMILIES, close, lm, loud, prompt_rows, scorer, sentences, tiny_model, tokenizer
 

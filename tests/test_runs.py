@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 import pandas as pd
 import pytest
-import saferlhf.records as records
-from saferlhf.checkpoint import save_checkpoint
-from saferlhf.runs import (PROFILES, Run, check_parameters, check_profiles, deviations, execute, latest, launch, parameters,
+import saferlhf.record.run as records
+from saferlhf.record.files import save_checkpoint
+from saferlhf.record.execute import (PROFILES, Run, check_parameters, check_profiles, deviations, execute, latest, launch, parameters,
                            publish, resolve, results_home, templates_home, warm_kernel)
 
 
@@ -29,7 +29,7 @@ def home(tmp_path, monkeypatch):
 
 
 def start(**kw):
-    run = Run.start(**(dict(stage='sft', config=Config(), profile='smoke', sources=('checkpoint',), data={'a': '1'}) | kw))
+    run = Run.start(**(dict(stage='sft', config=Config(), profile='smoke', sources=('record.files',), data={'a': '1'}) | kw))
     run.close()
     return run
 
@@ -104,7 +104,7 @@ def test_run_path_and_parents():
 
 def test_second_process_is_refused():
     run = Run.start('sft', {})
-    code = "from saferlhf.runs import Run; Run.start('sft', {})"
+    code = "from saferlhf.record.execute import Run; Run.start('sft', {})"
     other = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert other.returncode and 'another run holds' in other.stderr
     again = Run.start('sft', {}); assert again.folder == run.folder; again.close()    # the same notebook, all cells run again
@@ -149,8 +149,8 @@ def test_parameters_inside_the_notebook():
 def test_kernels(tmp_path, monkeypatch):
     "One warm kernel: a run with its notebook, a fresh start for the next one, an error, plain papermill's trap, the stored command."
     import papermill
-    monkeypatch.chdir(tmp_path); monkeypatch.setenv('SAFERLHF_HOME', str(tmp_path)); (tmp_path/'nbs/experiments').mkdir(parents=True)
-    t = notebook(tmp_path/'nbs/experiments/sft.ipynb', 'seed = 0', '''import os, sys; from saferlhf.runs import Run, parameters
+    monkeypatch.chdir(tmp_path); monkeypatch.setenv('SAFERLHF_HOME', str(tmp_path)); (tmp_path/'nbs/templates').mkdir(parents=True)
+    t = notebook(tmp_path/'nbs/templates/sft.ipynb', 'seed = 0', '''import os, sys; from saferlhf.record.execute import Run, parameters
 import matplotlib, matplotlib.pyplot as plt
 assert 'left' not in globals() and 'LEFT' not in os.environ and matplotlib.rcParams['lines.linewidth'] < 9 and not plt.get_fignums()
 p = parameters(globals(), ['seed'])''', '''run = Run.start('sft', {}, seed=seed)
@@ -171,7 +171,7 @@ left = 1; os.environ['LEFT'] = '1'; matplotlib.rcParams['lines.linewidth'] = 9; 
         assert 'before' in (tmp_path/'partial.ipynb').read_text()
         with pytest.raises(papermill.PapermillExecutionError, match="no parameter 'sede'"):
             papermill.execute_notebook(t, tmp_path/'plain.ipynb', {'sede': 1}, kernel_name='python3', progress_bar=False, km=km)
-    assert runs[0].manifest['command'] == '''python -c "from saferlhf.runs import execute; execute('sft', '1.ipynb', {'seed': 1})"'''
+    assert runs[0].manifest['command'] == '''python -c "from saferlhf.record.execute import execute; execute('sft', '1.ipynb', {'seed': 1})"'''
 
 
 def test_launch(capfd):
@@ -228,8 +228,8 @@ def test_threads_are_left_alone(monkeypatch):
 
 
 def test_a_changed_size_is_another_stage(monkeypatch): # a stage that is done with other sizes is not done
-    from saferlhf.pipeline import graph, key_of
-    from saferlhf.runs import PROFILES
+    from saferlhf.apps.pipeline import graph, key_of
+    from saferlhf.record.execute import PROFILES
     stage = next(s for s in graph('cpu') if s.name == 'collect-2')
     key = key_of(stage, dict(profile='cpu', seed=0))
     assert key == key_of(stage, dict(profile='cpu', seed=0)) != key_of(stage, dict(profile='cpu', seed=1))
@@ -241,7 +241,7 @@ def test_gpus_are_dealt_out_to_workers(monkeypatch):
     from contextlib import nullcontext
     from queue import SimpleQueue
 
-    from saferlhf import pipeline
+    from saferlhf.apps import pipeline
     for name, value in dict(CUDA_VISIBLE_DEVICES='3,5', OMP_NUM_THREADS='9').items(): monkeypatch.setenv(name, value)
     assert pipeline.dealt(3) == ['3', '5', '3']
     gpus = SimpleQueue(); gpus.put('5'); gpus.put('')
@@ -254,8 +254,8 @@ def test_gpus_are_dealt_out_to_workers(monkeypatch):
 
 def test_rounds_without_red_teaming_have_a_table_of_their_own(tmp_path, monkeypatch):
     "Their evaluation holds the other policies too: none of its rows gets among those of the rounds."
-    from saferlhf import publishing
-    from saferlhf.graphs import find
+    from saferlhf.reproduction import results as publishing
+    from saferlhf.reproduction.graph import find
     (run := tmp_path/'run').mkdir()
     row = dict(prompt_kind='unsafe', judge='gold', decoding='sampled', harmful=.1)
     lines = '\n'.join(json.dumps(row | dict(policy=p)) for p in ('initial', 'no-red-2', 'no-red-3'))

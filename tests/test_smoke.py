@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from project import COLUMNS, ROOT, cells, notebooks
 
-from saferlhf.pipeline import graph
+from saferlhf.apps.pipeline import graph
 
 STAGES = {s.name: s for s in graph('smoke')}
 
@@ -138,8 +138,8 @@ def interrupted(monkeypatch, folder, name, at):
     import io
     import signal
     from faults.drive import execute
-    from saferlhf import records
-    from saferlhf.resume import Interrupted
+    from saferlhf.record import run as records
+    from saferlhf.record.resume import Interrupted
     stage, whole = STAGES[name], json.loads((folder/'manifest.json').read_text())
     told = dict(profile='smoke', seed=0, overrides=stage.overrides)
     if stage.template not in ('base_lm', 'two_token'): told['parents'] = whole['parent_folders']
@@ -171,7 +171,7 @@ def test_an_interrupted_stage_goes_on_bit_for_bit(smoke, monkeypatch, tmp_path, 
 def test_two_ranks_make_the_same_run(smoke, monkeypatch, tmp_path):
     "The template of a policy, with its models in shards on two ranks: same name, same numbers, read back by the same cells."
     from faults.drive import execute
-    from saferlhf.precision import fast_precision
+    from saferlhf.hardware.precision import fast_precision
     monkeypatch.setenv('SAFERLHF_RUNS', str(tmp_path)); monkeypatch.chdir(tmp_path)
     monkeypatch.setenv('SAFERLHF_HOME', str(smoke.home)); monkeypatch.setenv('SAFERLHF_SPREAD', '{"gpus": 2, "zero": 3}')
     whole = smoke.folders()['policy-1']
@@ -197,7 +197,7 @@ def test_a_sample_of_the_fault_suite(smoke, tmp_path):
 
 def test_arms_run_and_are_published(smoke):
     "Other limits in one round, and three rounds with stricter ones: `saferlhf arms thresholds strict`, of one seed."
-    one = 'from saferlhf import graphs, pipeline; graphs.SEEDS["strict"] = (0,); '
+    one = 'from saferlhf.reproduction import graph as graphs; from saferlhf.apps import pipeline; graphs.SEEDS["strict"] = (0,); '
     command = one + 'raise SystemExit(pipeline.main(["arms", "thresholds", "strict", "--profile", "smoke", "--jobs", "2"]))'
     env = os.environ | dict(SAFERLHF_RUNS=str(smoke.runs), SAFERLHF_HOME=str(smoke.home))
     run = subprocess.run([sys.executable, '-c', command], cwd=smoke.folder, env=env, capture_output=True, text=True)

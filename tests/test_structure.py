@@ -11,29 +11,30 @@ from configparser import ConfigParser
 
 import pytest
 from drift import drifted
-from project import PACKAGE, ROOT, cells, imports, modules, notebooks, tree
+from project import PACKAGE, ROOT, WINGS, cells, exported, imports, modules, notebooks, source, tree, wing
 
 ORDER = list(modules())
-LIBRARY = [m for m in ORDER if (PACKAGE/f'{m}.py').exists()]
+LIBRARY = [m for m in ORDER if source(m).exists()]
 PURE = ('losses', 'advantages', 'objectives')
-ONLY_IN = {'deepspeed': {'engine'}, 'papermill': {'runs'}, 'matplotlib': {'figures', 'diagnostics'}}     # the last two draw
+ONLY_IN = {'deepspeed': {'engine'}, 'papermill': {'record.execute'}, 'matplotlib': {'reproduction.figures', 'reproduction.diagnostics'}}
 PROVIDED = {'triton': 'torch',
             'PIL': 'matplotlib', 'sklearn': 'scikit-learn',
             'jupyter_client': 'ipykernel', 'jupyter_core': 'ipykernel', 'nbclient': 'papermill'}
-DEVELOPERS = {'report': {'nbconvert', 'jinja2', 'traitlets'}}     # imported when called; without them it says what to install
+DEVELOPERS = {'apps.report': {'nbconvert', 'jinja2', 'traitlets'}}     # imported when called; without them it says what to install
 BLOCKED = ('nbdev fastcore execnb papermill jupyter_client jupyter_core jupyterlab ipykernel IPython '
            'nbformat nbclient nbconvert deepspeed').split()
 
 
 def test_every_module_has_a_notebook_and_the_other_way_round():
-    exported = {p.stem for p in PACKAGE.glob('*.py')} - {'__init__', '_modidx'}
-    assert exported == set(ORDER)
-    wanted = 'data models losses advantages objectives engine checkpoint rollout train ppo annotate evaluate runs figures pipeline'.split()
-    assert [m for m in ORDER if m in wanted] == wanted
+    assert {str(p.relative_to(PACKAGE).with_suffix('')).replace('/', '.') for p in exported()} == set(ORDER)
+    wanted = 'text data models losses advantages objectives engine rollout train ppo annotate evaluate judges'.split()
+    assert [m for m in ORDER if wing(m) == 'method'] == wanted, 'the contract: these names stay flat'
+    for module, path in modules().items(): assert path.parent.name == wing(module), module
 
 
 @pytest.mark.parametrize('module', LIBRARY)
 def test_layers(module):
+    "Imports go down only: from wing to wing, and within one from later notebooks to earlier ones."
     found = imports(module)
     for own in (i[1:] for i in found if i.startswith('.')):
         assert ORDER.index(own) < ORDER.index(module), f'{module} imports {own}, which comes later'
@@ -47,6 +48,9 @@ def test_the_order_is_checked_on_every_kind_of_import(monkeypatch):
     text = 'def f():\n    ' + '\n    '.join(lines)
     monkeypatch.setattr('project.tree', lambda module: ast.parse(text))
     assert imports('any') == {'.a', '.b', '.c', '.d', 'torch', 'saferlhf'}
+    deeper = 'from ..a import x', 'from .own import y', 'from saferlhf.record import files', 'from .. import b', 'import saferlhf.apps.plan as p'
+    monkeypatch.setattr('project.tree', lambda module: ast.parse('\n'.join(deeper)))
+    assert imports('hardware.any') == {'.a', '.hardware.own', '.record.files', '.b', '.apps.plan'}
 
 
 def test_what_is_imported_is_required():
@@ -70,7 +74,7 @@ print(sorted(m for m in sys.modules if m.startswith('saferlhf.')))'''
 
 @pytest.mark.parametrize('module', LIBRARY)
 def test_a_module_is_one_concept(module):
-    lines = len((PACKAGE/f'{module}.py').read_text().splitlines())
+    lines = len(source(module).read_text().splitlines())
     assert lines <= 350, f'{module} has {lines} lines: split it by concept'
 
 
@@ -86,7 +90,7 @@ def public(module):
 
 def undocumented(module, node):
     "Parameters, or the fields of a dataclass, that stand on a line without a comment."
-    lines = (PACKAGE/f'{module}.py').read_text().splitlines()
+    lines = source(module).read_text().splitlines()
     if isinstance(node, ast.FunctionDef):
         a = node.args
         rows = [(x.arg, x) for x in [*a.posonlyargs, *a.args, *a.kwonlyargs, a.vararg, a.kwarg] if x and x.arg not in ('self', 'cls')]
@@ -129,34 +133,34 @@ def test_a_notebook_is_fit_to_read(path):
             assert not found, f'cell {i} shows a path of one machine: {found[0]}'
 
 
-@pytest.mark.parametrize('path', notebooks('experiments', 'paper'), ids=lambda p: p.stem)
+@pytest.mark.parametrize('path', notebooks('templates', 'paper'), ids=lambda p: p.stem)
 def test_one_cell_is_tagged_parameters(path):
     tagged = [c for c in cells(path) if 'parameters' in c['metadata'].get('tags', [])]
     assert len(tagged) == 1 and tagged[0]['cell_type'] == 'code'
 
 
 def test_templates_are_left_alone_by_nbdev_test():
-    for folder in ('experiments', 'paper'): assert (ROOT/'nbs'/folder/'.notest').exists() and notebooks(folder)
+    for folder in ('templates', 'paper'): assert (ROOT/'nbs'/folder/'.notest').exists() and notebooks(folder)
     # without this line nbdev-clean deletes the tag, and papermill then runs the defaults, silently
     assert 'allowed_cell_metadata_keys = ["tags"]' in (ROOT/'pyproject.toml').read_text()
 
 
 def small_project(folder):
     "A project of one notebook, exported."
-    (folder/'nbs').mkdir(); (folder/'saferlhf').mkdir()
-    wanted = 'settings.ini', 'pyproject.toml', 'saferlhf/__init__.py', 'saferlhf/advantages.py', 'nbs/04_advantages.ipynb'
+    (folder/'nbs/method').mkdir(parents=True); (folder/'saferlhf').mkdir()
+    wanted = 'settings.ini', 'pyproject.toml', 'saferlhf/__init__.py', 'saferlhf/advantages.py', 'nbs/method/05_advantages.ipynb'
     for name in wanted: (folder/name).write_text((ROOT/name).read_text())
 
 
 def test_drift_is_found(tmp_path):
     small_project(tmp_path)
     assert drifted(tmp_path) == []
-    module, notebook = tmp_path/'saferlhf/advantages.py', tmp_path/'nbs/04_advantages.ipynb'
+    module, notebook = tmp_path/'saferlhf/advantages.py', tmp_path/'nbs/method/05_advantages.ipynb'
     before = module.read_text(); module.write_text(before.replace('lam=0.95', 'lam=0.9')); assert module.read_text() != before
     (tmp_path/'saferlhf/gone.py').write_text('# AUTOGENERATED! DO NOT EDIT! File to edit: ../nbs/99_gone.ipynb.\n')
     nb = json.loads(notebook.read_text()); nb['cells'][1]['metadata']['collapsed'] = True
     notebook.write_text(json.dumps(nb, indent=1) + '\n')
-    assert drifted(tmp_path) == ['nbs/04_advantages.ipynb', 'saferlhf/advantages.py', 'saferlhf/gone.py']
+    assert drifted(tmp_path) == ['nbs/method/05_advantages.ipynb', 'saferlhf/advantages.py', 'saferlhf/gone.py']
 
 # the contract: names, parameters and defaults that scripts rely on
 

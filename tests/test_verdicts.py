@@ -1,9 +1,9 @@
-"The rules of the hypotheses at their edges; what they say on plain cases is in notebook 14e."
+"The rules of the hypotheses at their edges; what they say on plain cases is in notebook 14_verdicts."
 import numpy as np
 import pandas as pd
 import pytest
 
-from saferlhf.verdicts import FIXED, few_seeds, frontier, moving_price, outside, safer_and_better, stragglers, stricter_limits
+from saferlhf.reproduction.verdicts import FIXED, few_seeds, frontier, moving_price, outside, safer_and_better, stragglers, stricter_limits
 
 SHARES = {'initial': (.5, 0.), 'round-1': (.3, .5), 'round-2': (.2, .6), 'round-3': (.1, 1.)} # policy -> harmful share, reward
 

@@ -1,4 +1,4 @@
-"""Runs one stage of nbs/experiments in this process, with something that goes wrong on purpose.
+"""Runs one stage of nbs/templates in this process, with something that goes wrong on purpose.
 
     python drive.py TEMPLATE PARAMETERS.json ['{"fault": ..., "at": ..., ...}']
 
@@ -17,7 +17,7 @@ import matplotlib
 import torch
 
 matplotlib.use('Agg')
-from saferlhf import checkpoint, engine, records  # noqa: E402
+from saferlhf.record import files as checkpoint, run as records; from saferlhf import engine  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 PHASES = 'write-start write-half flushed before-rename after-rename before-clean'.split()
@@ -126,7 +126,7 @@ def deep(zero):
 def execute(template, parameters):
     "The notebook's code, cell by cell, in one namespace."
     scope = {'__name__': '__main__', 'display': lambda *_: None}
-    for cell in json.loads((ROOT/'nbs/experiments'/f'{template}.ipynb').read_text())['cells']:
+    for cell in json.loads((ROOT/'nbs/templates'/f'{template}.ipynb').read_text())['cells']:
         if cell['cell_type'] != 'code': continue
         exec(compile(''.join(cell['source']), template, 'exec'), scope)
         if 'parameters' in cell['metadata'].get('tags', []): scope.update(parameters)

@@ -17,7 +17,7 @@ def train(folder, zero, stop, fault, seeded=True):
     import torch
     from saferlhf.engine import Optim, deepspeed, load
     from saferlhf.models import load_lm, token_logps
-    from saferlhf.resume import Saver, rank, ranks, seed_all
+    from saferlhf.record.resume import Saver, rank, ranks, seed_all
     from tiny import prompt_rows
     deepspeed(); logging.disable(logging.WARNING); torch.set_num_threads(1)
     seed_all(0 if seeded else int(os.environ['RANK']))
@@ -40,7 +40,7 @@ def train(folder, zero, stop, fault, seeded=True):
 
 def start(folder, zero, n, env, stop=-1, fault='', seeded=True):
     "One job of n ranks: whether it ended well, and what it said."
-    code = '''import json, sys; from saferlhf.runs import launch; from faults.ranked import train
+    code = '''import json, sys; from saferlhf.record.execute import launch; from faults.ranked import train
 launch(train, int(sys.argv[1]), json.loads(sys.argv[2]))'''
     env = env | {'PYTHONPATH': os.pathsep.join([env['PYTHONPATH'], str(Path(__file__).resolve().parents[1])])}
     Path(folder).mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,7 @@
 
     python tests/faults/suite.py [kill disk damage numbers ranks kernel lock rows]
 
-Every run is a stage of nbs/experiments at smoke size, in a process of its own. After the fault the same command is given again, and the
+Every run is a stage of nbs/templates at smoke size, in a process of its own. After the fault the same command is given again, and the
 end is compared with that of a run that was left alone: weights, tables and metrics (their seconds apart) must have the same bytes.
 Columns: `step` is the number of steps (or pieces, or rows) that were complete, `lost` how many of them had to be made again.
 """
@@ -55,7 +55,7 @@ class Lab:
     def _reproduce(self):
         home = self.folder/'home'; home.mkdir(exist_ok=True)
         print('making the parents: saferlhf reproduce --profile smoke', flush=True)
-        code = 'from saferlhf.pipeline import main; import sys; sys.exit(main(["reproduce", "--profile", "smoke"]))'
+        code = 'from saferlhf.apps.pipeline import main; import sys; sys.exit(main(["reproduce", "--profile", "smoke"]))'
         env = self.env(self.base) | {'SAFERLHF_HOME': str(home)}
         subprocess.run([sys.executable, '-c', code], env=env, check=True, stdout=subprocess.DEVNULL)
 
@@ -65,7 +65,7 @@ class Lab:
 
     def job(self, stage):
         "Where the parameters of a stage are written down."
-        from saferlhf.pipeline import find
+        from saferlhf.apps.pipeline import find
         path = self.folder/f'{stage}.json'
         if not path.exists():
             book, s = json.loads((self.base/'ledger-smoke-0.json').read_text()), find(stage, 'smoke')
@@ -232,7 +232,7 @@ NUMBERS = [(s, w, v, at) for v in ('nan', 'inf') for s, w, at in (
 def same_weights(a, b, but):
     "Whether two stored states hold the same models and optimizers."
     import torch
-    from saferlhf.resume import read_state
+    from saferlhf.record.resume import read_state
     a, b = read_state(a)['objects'], read_state(b)['objects']
     def equal(x, y):
         if torch.is_tensor(x): return torch.equal(x, y)
@@ -273,7 +273,7 @@ def kernel_of(parent):
 def kernel_one(lab, table, stage, who, name, seed):
     "A stage under papermill: its kernel is killed, or the process that waits for it gets a signal."
     runs, told = lab.fresh('kernel'), json.loads(lab.job(stage).read_text())
-    code = f'from saferlhf.runs import execute; execute({STAGE[stage]!r}, {str(lab.folder/"kernel.ipynb")!r}, {told!r}, progress=False)'
+    code = f'from saferlhf.record.execute import execute; execute({STAGE[stage]!r}, {str(lab.folder/"kernel.ipynb")!r}, {told!r}, progress=False)'
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     start = lambda: subprocess.Popen([sys.executable, '-c', code], env=lab.env(runs), **pipes)
     p = start()
