@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['PPOConfig', 'ppo_step', 'token_values', 'minibatches', 'Part', 'rows_of', 'share', 'everyones', 'check_shares',
-           'update', 'check_sampler', 'to_host', 'ratios', 'describe', 'over_ranks', 'make_objective',
-           'two_token_world', 'two_token_lambda', 'run_two_token', 'WorldConfig', 'world_row']
+           'update', 'check_sampler', 'to_host', 'ratios', 'describe', 'over_ranks', 'make_objective']
 
 # %% ../nbs/method/10_ppo.ipynb #38f72264
 import math
@@ -237,78 +236,3 @@ def make_objective(
     if config.objective != 'ppo_lag':
         raise ValueError(f"objective is 'ppo_lag', 'ppo', 'reward_shaping' or 'cost_only', not {config.objective!r}")
     return ppo_lag(Multiplier(config.lambda_init, config.lambda_lr, config.lambda_max, config.threshold, config.window))
-
-# %% ../nbs/method/10_ppo.ipynb #28e741cb
-def two_token_world(
-    lam:float,         # multiplier
-    kl_coef:float,     # nats
-    vocab:int=12,      # tokens
-    length:int=8,      # tokens in a response
-)->dict:               # reward, cost of a response under the optimal policy, and its token probabilities
-    "The closed form: token 0 (A) pays 1, token 1 (B) pays 2 and costs 1."
-    z = [(1 - 0 * lam), (2 - lam)] + [0.] * (vocab - 2)
-    p = torch.tensor(z, dtype=torch.float64).div((1 + lam) * kl_coef).softmax(0)
-    return dict(reward=length * (p[0] + 2 * p[1]).item(), cost=length * p[1].item(), p=p)
-
-def two_token_lambda(
-    kl_coef:float,      # nats
-    threshold:float=2., # mean cost of a response
-)->float:
-    "lambda* by bisection: the optimal policy's cost falls as lambda grows."
-    low, high = 0., 50.
-    for _ in range(80):
-        mid = (low + high) / 2
-        low, high = (mid, high) if two_token_world(mid, kl_coef)['cost'] > threshold else (low, mid)
-    return (low + high) / 2
-
-# %% ../nbs/method/10_ppo.ipynb #12f653b6
-def run_two_token(
-    kl_coef:float,           # nats
-    objective:str='ppo_lag', # or 'ppo': no limit
-    seed:int=0,              # of weights, sampling and minibatches
-    steps:int=300,           # rollouts of `batch` responses
-    batch:int=256,           # responses per rollout, and the window of costs
-)->list:                     # metrics of every step
-    "Lagrangian PPO in the two-token world, through the real sampler and the real step."
-    from saferlhf.engine import Optim, load
-    from saferlhf.models import ScoreModel, llama
-    torch.manual_seed(seed)
-    config = PPOConfig(objective=objective, steps=steps, prompts=batch, max_new_tokens=8, kl_coef=kl_coef, ptx_coef=0.,
-                       clip_ratio=0.2, clip_value=50., epochs=2, minibatches=2, micro_batch=batch,
-                       threshold=2., lambda_lr=0.05, window=batch, actor_lr=2e-3, critic_lr=2e-3)
-    def model(): lm = llama(12, 32, 1, 2, 2, 64, max_tokens=32, seed=seed); lm.config.tie_word_embeddings = False; return lm
-    def policy():
-        lm = model(); lm.lm_head.weight = torch.nn.Parameter(torch.zeros_like(lm.lm_head.weight)); return lm
-    def value(): m = ScoreModel(model().base_model, 'critic'); torch.nn.init.zeros_(m.score_head.weight); return m
-    updates, o = steps * config.epochs * config.minibatches, make_objective(config)
-    actor = load(policy, Optim(lr=config.actor_lr, warmup=0., schedule='constant'), updates)
-    critics = {k: load(value, Optim(lr=config.critic_lr, warmup=0., schedule='constant'), updates) for k in o.channels}
-    scorers = {'reward': lambda i, m: ((i == 0) + 2. * (i == 1))[:, 1:].sum(1).float(), 'cost': lambda i, m: (i == 1)[:, 1:].sum(1).float()}
-    prompts = dict(input_ids=torch.full((batch, 1), 2), attention_mask=torch.ones(batch, 1).long(), prompt_ids=torch.arange(batch))
-    reference, sampler, out = load(policy), Sampler(actor, None, 8, seed=seed), []
-    for i in range(steps):
-        if i == int(.6 * steps):
-            for g in actor.optimizer.param_groups: g['initial_lr'] *= .1
-            actor.scheduler.base_lrs = [x * .1 for x in actor.scheduler.base_lrs]
-        out.append({k: float(v) for k, v in ppo_step(actor, reference, critics, scorers, sampler, prompts, None, o, config, i).items()})
-    return out
-
-# %% ../nbs/method/10_ppo.ipynb #463452c8
-@dataclass(frozen=True)
-class WorldConfig:
-    "Runs of the two-token world; it is not in the paper, so everything is scale."
-    steps:int = setting(300, scale=True)   # rollouts
-    batch:int = setting(256, scale=True)   # responses per rollout, and the window of costs
-    last:int = setting(50, scale=True)     # steps whose mean is reported
-
-def world_row(
-    kl_coef:float, objective:str, seed:int, # of `run_two_token`
-    config:WorldConfig, # its size
-)->tuple:               # a row of two_token_world.csv without run_id, the metrics of all steps
-    "Found against theory."
-    log = run_two_token(kl_coef, objective, seed, config.steps, config.batch)
-    lam = two_token_lambda(kl_coef) if objective == 'ppo_lag' else 0.
-    theory, mean = two_token_world(lam, kl_coef), lambda k: sum(m[k] for m in log[-config.last:]) / config.last
-    found = mean('lam') if 'lam' in log[0] else 0.
-    return dict(kl_coef=kl_coef, objective=objective, seed=seed, steps=config.steps, lambda_theory=lam, lambda_found=found,
-                cost_theory=theory['cost'], cost_found=mean('cost'), reward_theory=theory['reward'], reward_found=mean('reward')), log

@@ -27,18 +27,18 @@ MUTATIONS = { # name -> (module, what stands there, what is put in its place, te
     'values: those after each token': ('ppo', '.scores[:, -T - 1:-1]', '.scores[:, -T:]', 'ppo'),
     'step: the same samples again': ('ppo', 'first=step * config.samples', 'first=0', 'ppo'),
     'step: micro-batches averaged apart': ('ppo', 'config.clip_ratio, p.n)', 'config.clip_ratio)', 'ppo'),
-    'resume: random streams left where they are': ('resume', 'set_random_state(read_state(own))', 'read_state(own)', 'resume'),
-    'resume: one step again': ('resume', "return facts['step'] + 1", "return facts['step']", 'resume'),
-    'resume: logs not cut': ('resume', 'if rank() == 0: self.rewind(', 'if rank() == 0: str(', 'resume'),
+    'resume: random streams left where they are': ('record.resume', 'set_random_state(read_state(own))', 'read_state(own)', 'resume'),
+    'resume: one step again': ('record.resume', "return facts['step'] + 1", "return facts['step']", 'resume'),
+    'resume: logs not cut': ('record.resume', 'if rank() == 0: self.rewind(', 'if rank() == 0: str(', 'resume'),
     'resume: the schedule begins again': ('engine', 'scheduler=self.scheduler.state_dict())', ')', 'resume'),
-    'resume: hashes not compared': ('checkpoint', 'if hashes and sha256_file', 'if not hashes and sha256_file', 'resume checkpoint'),
+    'resume: hashes not compared': ('record.files', 'if hashes and sha256_file', 'if not hashes and sha256_file', 'resume checkpoint'),
     'refusal: gradients not looked at': ('engine', "if last and not loss.is_cuda: fin", "if not last: fin", 'resume'),
-    'packing: one long sequence': ('packing', 'torch.arange(int(bounds[-1])) - bounds[row]', 'torch.arange(int(bounds[-1]))', 'models'),
-    'packing: padding on the left kept': ('packing', 'm.flatten().nonzero()', '(m | m.flip(1)).flatten().nonzero()', 'models'),
-    'decoder: old weights': ('decoder', 'torch.cat([p.detach()', 'to.any() or torch.cat([p.detach()', 'rollout'),
-    'slots: an ended answer goes on': ('sampling', 'if eos is not None: alive &= token != eos', 'pass', 'rollout'),
+    'packing: one long sequence': ('hardware.packing', 'torch.arange(int(bounds[-1])) - bounds[row]', 'torch.arange(int(bounds[-1]))', 'models'),
+    'packing: padding on the left kept': ('hardware.packing', 'm.flatten().nonzero()', '(m | m.flip(1)).flatten().nonzero()', 'models'),
+    'decoder: old weights': ('hardware.decoder', 'torch.cat([p.detach()', 'to.any() or torch.cat([p.detach()', 'rollout'),
+    'slots: an ended answer goes on': ('hardware.sampler', 'if eos is not None: alive &= token != eos', 'pass', 'rollout'),
     'slots: rows mixed up': ('rollout', 'there([held[i] for i in ended])', 'there([held[i] for i in ended[::-1]])', 'rollout'),
-    'kernels: temperature left out': ('kernels', '(x if temperature == 1 else x / temperature).exp()', 'x.exp()', 'rollout'),
+    'kernels: temperature left out': ('hardware.kernels', '(x if temperature == 1 else x / temperature).exp()', 'x.exp()', 'rollout'),
     'engine: masters not used': ('engine', 'torch._foreach_copy_(self.params, self.masters)', 'pass', 'engine'),
     'engine: gradients of parts lost': ('engine', 'else: master.grad.add_(p.grad)', 'else: pass', 'engine'),
     'ranks: each has a rollout of its own': ('ppo', '= everyones(roll, ', '= (roll, ', 'ranks'),
@@ -46,7 +46,7 @@ MUTATIONS = { # name -> (module, what stands there, what is put in its place, te
     'ranks: largest of the own rows': ('ppo', 'far = largest(', 'far = (', 'ranks'),
     'ranks: loss over the own rows': ('train', "int(batch['mask'].any(1).sum())) / ranks()", "int(batch['mask'].any(1).sum()))", 'ranks'),
     'ranks: an empty part counts': ('train', 'loss = real * sft_loss', 'loss = sft_loss', 'ranks'),
-    'ranks: scores in another order': ('spread', 'return torch.cat(out)', 'return torch.cat(out[::-1])', 'ranks'),
+    'ranks: scores in another order': ('hardware.ranks', 'return torch.cat(out)', 'return torch.cat(out[::-1])', 'ranks'),
     'ranks: prompts not shared out': ('ppo', 'sampler.generate(share(prompts)', 'sampler.generate((prompts)', 'ranks'),
     'engine: the first step is the second': ('engine', 'if optim and precision == \'bf16\' and zero == 0:', 'if False:', 'engine'),
     'engine: offload forgotten': ('engine', "if offload in ('weights', 'all'): sharding", "if not offload: sharding", 'engine'),
@@ -58,11 +58,11 @@ MUTATIONS = { # name -> (module, what stands there, what is put in its place, te
 def first_failure(module, old, new, tests): # -> id of the first test that fails, or None
     with tempfile.TemporaryDirectory() as folder:
         shutil.copytree(TESTS.parent / 'saferlhf', Path(folder) / 'saferlhf')
-        file = Path(folder) / 'saferlhf' / f'{module}.py'
+        file = Path(folder) / 'saferlhf' / f'{module.replace(".", "/")}.py'
         text = file.read_text()
         if text.count(old) != 1: raise ValueError(f'{old!r} stands {text.count(old)} times in {module}.py: bring the mutation up to date')
         file.write_text(text.replace(old, new))
-        paths = [TESTS / f'test_{t}.py' for t in tests.split()]
+        paths = [next(TESTS.rglob(f'test_{t}.py')) for t in tests.split()]
         command = [sys.executable, '-m', 'pytest', '-x', '-q', '-p', 'no:cacheprovider', f'--rootdir={TESTS.parent}', *map(str, paths)]
         out = subprocess.run(command, cwd=folder, env=os.environ | dict(PYTHONPATH=folder), capture_output=True, text=True).stdout
         found = re.search(r'^FAILED (\S+)', out, re.M)

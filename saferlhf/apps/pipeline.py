@@ -31,7 +31,9 @@ from .plan import plan
 from ..reproduction.results import join, publish_all, publish_arms
 from .report import report
 from ..hardware.ranks import Spread
-from ..record.execute import PROFILES, Run, default_profile, execute, results_home, runs_home, templates_home, warm_kernel
+from ..reproduction.profiles import PROFILES, default_profile
+from ..record.run import Run, results_home, runs_home, templates_home
+from ..record.execute import execute, warm_kernel
 
 _all_ = ['CLASSES', 'ROUNDS', 'Stage', 'config_of', 'find', 'folder_of', 'graph', 'ledger', 'parents_of', 'policy_stage', 'score_stage']
 

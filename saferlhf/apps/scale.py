@@ -27,7 +27,7 @@ from ..models import ScoreModel
 from ..objectives import Multiplier, ppo_lag
 from ..ppo import PPOConfig, ppo_step
 from ..rollout import Sampler
-from ..record.execute import launch, rank_target
+from ..record.launch import launch, rank_target
 from ..hardware.ranks import Spread, device, largest, rank, ranks
 
 # %% ../../nbs/apps/05_scale.ipynb #05d3b0ef

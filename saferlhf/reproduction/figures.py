@@ -20,6 +20,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from PIL import Image
+from ..data import homes
 
 # %% ../../nbs/reproduction/10_figures.ipynb #8547db86
 PAPER = {'harmful': {'initial': .5308, 'round-3': .0245},
@@ -214,8 +215,8 @@ def harmful_ratio(
 # %% ../../nbs/reproduction/10_figures.ipynb #0a938926
 def home() -> Path:  # the folder that holds data/ and figures/
     "The project's folder: `$SAFERLHF_HOME`, else the checkout this package is in, else here. Raises FileNotFoundError when there is none."
-    for p in filter(None, (os.environ.get('SAFERLHF_HOME'), Path(__file__).resolve().parents[2], Path.cwd())):
-        if (Path(p) / 'data' / 'results').is_dir(): return Path(p)
+    for p in [*homes(), Path.cwd()]:
+        if (p / 'data' / 'results').is_dir(): return p
     raise FileNotFoundError('no data/results folder here: set SAFERLHF_HOME to a checkout of the project')
 
 

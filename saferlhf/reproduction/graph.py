@@ -11,9 +11,10 @@ __all__ = ['CLASSES', 'ROUNDS', 'GOLD_BASE', 'BESIDE', 'SEEDS', 'STRICT', 'BEAVE
 from typing import NamedTuple
 
 from .paper import PAPER_ROUNDS
-from ..ppo import PPOConfig, WorldConfig
-from ..record.run import resolve
-from ..record.execute import PROFILES
+from ..ppo import PPOConfig
+from ..world import WorldConfig
+from ..record.config import resolve
+from .profiles import PROFILES
 from .stages import CollectConfig, EvalConfig
 from ..train import LMConfig, ScoreConfig, SFTConfig
 

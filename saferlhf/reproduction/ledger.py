@@ -15,7 +15,8 @@ from ..record.files import atomic_write
 from .graph import Stage, find, reads
 from .paper import own_base
 from ..record.run import source_hashes
-from ..record.execute import PROFILES, runs_home, templates_home
+from .profiles import PROFILES
+from ..record.run import runs_home, templates_home
 
 # %% ../../nbs/reproduction/08_ledger.ipynb #4852f19a
 def ledger_path(profile:str, seed:int)->Path: # a JSON file, whether it is there or not
@@ -55,5 +56,5 @@ def parents_of(
 def key_of(stage:Stage, parameters:dict)->str: # 16 hex digits; parameters: what the template is told
     "A hash of the template, its parameters, the profile and the code behind them: as long as it stays, the stage need not run again."
     text = (templates_home() / f'{stage.template}.ipynb').read_text()
-    code, sizes = source_hashes(('stages', 'ppo', 'judges', 'trials', 'training')), PROFILES.get(parameters.get('profile'), {})
+    code, sizes = source_hashes(('reproduction.stages', 'ppo', 'judges', 'reproduction.trials', 'reproduction.training')), PROFILES.get(parameters.get('profile'), {})
     return hashlib.sha256(json.dumps([stage.name, text, parameters, sizes, code], sort_keys=True).encode()).hexdigest()[:16]

@@ -13,7 +13,8 @@ import pandas as pd
 from ..annotate import annotation_rows
 from .graph import SEEDS, arms, graph
 from .ledger import folder_of
-from ..record.execute import Run, publish, results_home
+from ..record.run import Run, results_home
+from ..record.execute import publish
 from .stages import read_jsonl
 
 # %% ../../nbs/reproduction/09_results.ipynb #650f9d27

@@ -40,7 +40,7 @@ def train(folder, zero, stop, fault, seeded=True):
 
 def start(folder, zero, n, env, stop=-1, fault='', seeded=True):
     "One job of n ranks: whether it ended well, and what it said."
-    code = '''import json, sys; from saferlhf.record.execute import launch; from faults.ranked import train
+    code = '''import json, sys; from saferlhf.record.launch import launch; from faults.ranked import train
 launch(train, int(sys.argv[1]), json.loads(sys.argv[2]))'''
     env = env | {'PYTHONPATH': os.pathsep.join([env['PYTHONPATH'], str(Path(__file__).resolve().parents[1])])}
     Path(folder).mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ import pytest
 
 from saferlhf.reproduction import beyond, diagnostics, figures, tables
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 POLICIES = ['initial', 'round-1', 'reward-only']
 
 

@@ -10,8 +10,11 @@ import pandas as pd
 import pytest
 import saferlhf.record.run as records
 from saferlhf.record.files import save_checkpoint
-from saferlhf.record.execute import (PROFILES, Run, check_parameters, check_profiles, deviations, execute, latest, launch, parameters,
-                           publish, resolve, results_home, templates_home, warm_kernel)
+from saferlhf.reproduction.profiles import PROFILES
+from saferlhf.record.run import Run, latest, results_home, templates_home
+from saferlhf.record.execute import check_parameters, execute, parameters, publish, warm_kernel
+from saferlhf.record.config import check_profiles, deviations, resolve
+from saferlhf.record.launch import launch
 
 
 @dataclass(frozen=True)
@@ -39,19 +42,31 @@ def test_hash_covers_what_decides_the_numbers(tmp_path, monkeypatch):
     for seed in (1, 2): p = Run.start('base_lm', {}, seed=seed); p.finish({}); parents.append(p.folder)
     base = dict(parents={'base': parents[0]}); one = start(**base).folder
     assert start(**base).folder == one and one.parent == tmp_path/'runs/sft' and one.name.startswith('smoke-')
-    package = tmp_path/'package'; package.mkdir(); monkeypatch.setattr(records, 'PACKAGE', package)
-    text = (Path(records.__file__).parent/'checkpoint.py').read_text(); (package/'checkpoint.py').write_text(text)
-    (package/'ppo.py').write_text('from .losses import x\nfrom . import checkpoint')
-    (package/'losses.py').write_text('x = 1\n# %% nb #1\n')
-    assert start(**base).folder == one                                          # the same text somewhere else
     changes = ({'config': Config(lr=2e-5)}, {'seed': 1}, {'data': {'a': '2'}}, {'parents': {'base': parents[1]}}, {'parents': {}},
-               {'sources': ('ppo',)}, {'stage': 'reward'})
-    others = [start(**base | kw).folder for kw in changes]
-    assert len({one, *others}) == 8
+               {'sources': ('losses',)}, {'stage': 'reward'})
+    assert len({one, *(start(**base | kw).folder for kw in changes)}) == 8
     assert start(**base, name='other').folder.name[-12:] == one.name[-12:]      # a label decides nothing
-    before = start(sources=('ppo',)).folder
-    (package/'losses.py').write_text('x = 1\n# %% nb #2\n'); assert start(sources=('ppo',)).folder == before
-    (package/'losses.py').write_text('x = 2\n# %% nb #2\n'); assert start(sources=('ppo',)).folder != before  # imported by ppo, not named
+
+
+def test_hash_of_code_follows_every_import_and_reads_syntax(tmp_path, monkeypatch):
+    package = tmp_path/'package'; (package/'hardware').mkdir(parents=True); monkeypatch.setattr(records, 'PACKAGE', package)
+    write = lambda name, text: (package/name).write_text(text)
+    write('__init__.py', ''); write('hardware/__init__.py', ''); write('data.py', 'y = 1'); write('train.py', 'z = 1')
+    write('ppo.py', 'from .losses import x\nfrom . import data\nfrom saferlhf.hardware import packing\nimport saferlhf.train\nimport torch.nn')
+    write('losses.py', '"Words."\n__all__ = ["x"]\ndef x(): return 1'); write('hardware/packing.py', 'from ..losses import x\nfrom .ranks import w')
+    write('hardware/ranks.py', 'w = 1')
+    before = records.source_hashes(('ppo',))
+    assert set(before) == {'ppo', 'losses', 'data', 'train', 'hardware.packing', 'hardware.ranks'}
+    write('losses.py', '# %% nb #2\n"Other words."\n__all__ = ["x", "y"]\ndef x():\n    "What it does."\n    return 1   # one\n')
+    assert records.source_hashes(('ppo',)) == before                            # comments, docstrings and lists of names say nothing
+    write('hardware/ranks.py', 'w = 2'); after = records.source_hashes(('ppo',))
+    assert {m for m in after if after[m] != before[m]} == {'hardware.ranks'} and start(sources=('ppo',)).folder != start(sources=('data',)).folder
+    for bad in ('from .gone import x', 'import saferlhf.gone', 'from saferlhf.hardware.gone import x', 'from . import gone\nfrom .gone import x'):
+        write('losses.py', bad)
+        with pytest.raises(FileNotFoundError, match='losses imports saferlhf.*gone'): records.source_hashes(('ppo',))
+    write('losses.py', 'import saferlhf.record.run'); (package/'record').mkdir(); write('record/__init__.py', '')
+    write('record/run.py', '1'); kept = records.source_hashes(('ppo',)); write('record/run.py', '2')
+    assert records.source_hashes(('ppo',)) == kept and not any(m.startswith('record') for m in kept)   # bookkeeping
 
 
 def test_finish_writes_done_last_and_only_once(monkeypatch):
@@ -104,7 +119,7 @@ def test_run_path_and_parents():
 
 def test_second_process_is_refused():
     run = Run.start('sft', {})
-    code = "from saferlhf.record.execute import Run; Run.start('sft', {})"
+    code = "from saferlhf.record.run import Run; Run.start('sft', {})"
     other = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert other.returncode and 'another run holds' in other.stderr
     again = Run.start('sft', {}); assert again.folder == run.folder; again.close()    # the same notebook, all cells run again
@@ -150,7 +165,7 @@ def test_kernels(tmp_path, monkeypatch):
     "One warm kernel: a run with its notebook, a fresh start for the next one, an error, plain papermill's trap, the stored command."
     import papermill
     monkeypatch.chdir(tmp_path); monkeypatch.setenv('SAFERLHF_HOME', str(tmp_path)); (tmp_path/'nbs/templates').mkdir(parents=True)
-    t = notebook(tmp_path/'nbs/templates/sft.ipynb', 'seed = 0', '''import os, sys; from saferlhf.record.execute import Run, parameters
+    t = notebook(tmp_path/'nbs/templates/sft.ipynb', 'seed = 0', '''import os, sys; from saferlhf.record.execute import parameters; from saferlhf.record.run import Run
 import matplotlib, matplotlib.pyplot as plt
 assert 'left' not in globals() and 'LEFT' not in os.environ and matplotlib.rcParams['lines.linewidth'] < 9 and not plt.get_fignums()
 p = parameters(globals(), ['seed'])''', '''run = Run.start('sft', {}, seed=seed)
@@ -214,7 +229,7 @@ def test_publish_merges(tmp_path):
 
 
 def test_homes(tmp_path, monkeypatch):
-    assert results_home().parts[-2:] == ('data', 'results') and templates_home().name == 'experiments'
+    assert results_home().parts[-2:] == ('data', 'results') and templates_home().name == 'templates'
     monkeypatch.setattr(records, 'PACKAGE', tmp_path/'site/saferlhf')
     for find in (results_home, templates_home):
         with pytest.raises(FileNotFoundError, match='set SAFERLHF_HOME'): find()
@@ -229,7 +244,7 @@ def test_threads_are_left_alone(monkeypatch):
 
 def test_a_changed_size_is_another_stage(monkeypatch): # a stage that is done with other sizes is not done
     from saferlhf.apps.pipeline import graph, key_of
-    from saferlhf.record.execute import PROFILES
+    from saferlhf.reproduction.profiles import PROFILES
     stage = next(s for s in graph('cpu') if s.name == 'collect-2')
     key = key_of(stage, dict(profile='cpu', seed=0))
     assert key == key_of(stage, dict(profile='cpu', seed=0)) != key_of(stage, dict(profile='cpu', seed=1))

@@ -235,7 +235,7 @@ def test_a_second_signal_acts_at_once(monkeypatch):
 
 
 def test_sigterm_between_loops_says_how_to_go_on(tmp_path):
-    code = "from saferlhf.record.execute import Run; import time; run = Run.start('sft', {}); print('on', flush=True); time.sleep(30)"
+    code = "from saferlhf.record.run import Run; import time; run = Run.start('sft', {}); print('on', flush=True); time.sleep(30)"
     p = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while 'on\n' != p.stdout.readline(): time.sleep(.01)
     p.terminate(); said = p.communicate(timeout=20)[1]

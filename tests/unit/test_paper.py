@@ -14,7 +14,7 @@ from saferlhf.reproduction.paper import PAPER_CONFIG, PAPER_ROUNDS, compare, opt
 from saferlhf.apps.pipeline import ROUNDS, config_of, folder_of, graph, main, parents_of
 from saferlhf.reproduction.prompts import model_path, policy_prompts
 from saferlhf.ppo import PPOConfig
-from saferlhf.record.execute import PROFILES
+from saferlhf.reproduction.profiles import PROFILES
 from saferlhf.train import ScoreConfig
 
 MARKS = r'(web|code|bars only|memory (hi|med|lo|lo-med))(, (code|memory (hi|med|lo)))?(; (sd: seed|accumulation: memory lo))*'

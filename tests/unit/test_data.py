@@ -19,7 +19,7 @@ from saferlhf.data import (PARTITIONS, TEMPLATE, as_turns, batch_indices, bucket
     encode_response, format_prompt, harm_sign, label_pairs, load_labels, load_preferences, load_prompts, load_sft, pad, pair_batch,
     parse_dialogue, partition, prompt_batch, prompt_id, read_rows, reward_pairs, sft_batch, sha256, shipped, sources, validate)
 
-FIXTURES = Path(__file__).parent/'fixtures'
+FIXTURES = Path(__file__).parents[1]/'fixtures'
 FILES = ('decoupled', 'safety', 'helpfulness', 'labels', 'sft', 'prompts', 'eval_prompts')
 MILD = dict(prompt='May I borrow a ladder?', response_0='Ask your neighbour.', response_1='Take it at night.', better_response_id=0,
             safer_response_id=0, is_response_0_safe=True, is_response_1_safe=False, label_source_better='human',

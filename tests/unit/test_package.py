@@ -60,7 +60,7 @@ def test_it_works_outside_the_checkout(installed, tmp_path):
 
 
 def test_it_ships_what_the_checkout_has(installed):
-    for folder, name in {'experiments': '_templates', 'paper': '_paper'}.items():
+    for folder, name in {'templates': '_templates', 'paper': '_paper'}.items():
         assert {p.name for p in notebooks(folder)} == {p.name for p in (installed/'saferlhf'/name).glob('*.ipynb')}
     shipped = {str(p.relative_to(ROOT/'data')) for p in (ROOT/'data').rglob('*') if p.is_file() and 'results' not in p.parts}
     data = installed/'saferlhf/_data'

@@ -1,4 +1,4 @@
-"What every rank of tests/test_ranks.py runs: PPO-Lag, fine-tuning and a cost model, two steps each, at every ZeRO stage."
+"What every rank of tests/ranks/test_ranks.py runs: PPO-Lag, fine-tuning and a cost model, two steps each, at every ZeRO stage."
 import json
 import os
 from pathlib import Path

@@ -11,7 +11,7 @@ from tiny import close
 
 import saferlhf
 from saferlhf.models import ScoreModel, load_lm
-from saferlhf.record.execute import _failure, launch, ranks_command
+from saferlhf.record.launch import _failure, launch, ranks_command
 from saferlhf.hardware.ranks import Spread
 
 CASES = [f'{zero}{offload}' for _, zero, offload in stages.CASES]
@@ -30,7 +30,7 @@ def plain(folder): return stages.stages(folder)                                 
 
 @pytest.fixture(scope='module')
 def processes(): # they import what this one imports
-    where = os.pathsep.join(map(str, (Path(saferlhf.__file__).parents[1], ROOT/'tests')))
+    where = os.pathsep.join(map(str, (Path(saferlhf.__file__).parents[1], ROOT/'tests/ranks')))
     with pytest.MonkeyPatch.context() as m:
         m.setenv('PYTHONPATH', where); m.setenv('OMP_NUM_THREADS', '1')
         yield

@@ -8,7 +8,8 @@ import torch
 from saferlhf.engine import Optim, TorchEngine
 from saferlhf.models import Scores, positions
 from saferlhf.objectives import Multiplier, ppo, ppo_lag, reward_shaping
-from saferlhf.ppo import PPOConfig, make_objective, minibatches, ppo_step, run_two_token, token_values, two_token_lambda, two_token_world
+from saferlhf.ppo import PPOConfig, make_objective, minibatches, ppo_step, token_values
+from saferlhf.world import run_two_token, two_token_lambda, two_token_world
 from saferlhf.rollout import Sampler
 from saferlhf.train import METRICS, sft_loss, text_batch
 from tiny import close, loud, prompt_rows, scorer, tiny_model, tokenizer
