@@ -9,6 +9,7 @@ __all__ = ['two_token_world', 'two_token_lambda', 'run_two_token', 'WorldConfig'
 from dataclasses import dataclass
 
 import torch
+from scipy.optimize import brentq
 
 from .engine import Optim, load
 from .models import ScoreModel, llama
@@ -32,17 +33,28 @@ def two_token_lambda(
     kl_coef:float,      # nats
     threshold:float=2., # mean cost of a response
 )->float:
-    "lambda* by bisection: the optimal policy's cost falls as lambda grows."
-    low, high = 0., 50.
-    for _ in range(80):
-        mid = (low + high) / 2
-        low, high = (mid, high) if two_token_world(mid, kl_coef)['cost'] > threshold else (low, mid)
-    return (low + high) / 2
+    "lambda*: the optimal policy's cost falls as lambda grows, until it meets the threshold."
+    return brentq(lambda lam: two_token_world(lam, kl_coef)['cost'] - threshold, 0., 50., xtol=1e-14)
 
 # %% ../nbs/method/11_world.ipynb #dd58864c
+def _model(seed): # one layer, an output head of its own
+    lm = llama(12, 32, 1, 2, 2, 64, max_tokens=32, seed=seed)
+    lm.config.tie_word_embeddings = False
+    return lm
+
+def _policy(seed): # uniform at first
+    lm = _model(seed)
+    lm.lm_head.weight = torch.nn.Parameter(torch.zeros_like(lm.lm_head.weight))
+    return lm
+
+def _critic(seed): # 0 at first
+    critic = ScoreModel(_model(seed).base_model, 'critic')
+    torch.nn.init.zeros_(critic.score_head.weight)
+    return critic
+
 def run_two_token(
     kl_coef:float,           # nats
-    objective:str='ppo_lag', # or 'ppo': no limit
+    objective='ppo_lag',     # or 'ppo': no limit
     seed:int=0,              # of weights, sampling and minibatches
     steps:int=300,           # rollouts of `batch` responses
     batch:int=256,           # responses per rollout, and the window of costs
@@ -52,21 +64,23 @@ def run_two_token(
     config = PPOConfig(objective=objective, steps=steps, prompts=batch, max_new_tokens=8, kl_coef=kl_coef, ptx_coef=0.,
                        clip_ratio=0.2, clip_value=50., epochs=2, minibatches=2, micro_batch=batch,
                        threshold=2., lambda_lr=0.05, window=batch, actor_lr=2e-3, critic_lr=2e-3)
-    def model(): lm = llama(12, 32, 1, 2, 2, 64, max_tokens=32, seed=seed); lm.config.tie_word_embeddings = False; return lm
-    def policy():
-        lm = model(); lm.lm_head.weight = torch.nn.Parameter(torch.zeros_like(lm.lm_head.weight)); return lm
-    def value(): m = ScoreModel(model().base_model, 'critic'); torch.nn.init.zeros_(m.score_head.weight); return m
-    updates, o = steps * config.epochs * config.minibatches, make_objective(config)
-    actor = load(policy, Optim(lr=config.actor_lr, warmup=0., schedule='constant'), updates)
-    critics = {k: load(value, Optim(lr=config.critic_lr, warmup=0., schedule='constant'), updates) for k in o.channels}
-    scorers = {'reward': lambda i, m: ((i == 0) + 2. * (i == 1))[:, 1:].sum(1).float(), 'cost': lambda i, m: (i == 1)[:, 1:].sum(1).float()}
-    prompts = dict(input_ids=torch.full((batch, 1), 2), attention_mask=torch.ones(batch, 1).long(), prompt_ids=torch.arange(batch))
+    updates = steps * config.epochs * config.minibatches
+    objective = make_objective(config)
+    constant = lambda lr: Optim(lr=lr, warmup=0., schedule='constant')
+    policy, value = lambda: _policy(seed), lambda: _critic(seed)
+    actor = load(policy, constant(config.actor_lr), updates)
+    critics = {k: load(value, constant(config.critic_lr), updates) for k in objective.channels}
+    scorers = {'reward': lambda ids, mask: ((ids == 0) + 2. * (ids == 1))[:, 1:].sum(1).float(),
+               'cost': lambda ids, mask: (ids == 1)[:, 1:].sum(1).float()}
+    prompts = dict(input_ids=torch.full((batch, 1), 2), attention_mask=torch.ones(batch, 1).long(),
+                   prompt_ids=torch.arange(batch))
     reference, sampler, out = load(policy), Sampler(actor, None, 8, seed=seed), []
     for i in range(steps):
         if i == int(.6 * steps):
             for g in actor.optimizer.param_groups: g['initial_lr'] *= .1
             actor.scheduler.base_lrs = [x * .1 for x in actor.scheduler.base_lrs]
-        out.append({k: float(v) for k, v in ppo_step(actor, reference, critics, scorers, sampler, prompts, None, o, config, i).items()})
+        metrics = ppo_step(actor, reference, critics, scorers, sampler, prompts, None, objective, config, i)
+        out.append({k: float(v) for k, v in metrics.items()})
     return out
 
 # %% ../nbs/method/11_world.ipynb #a385b1b8
@@ -81,10 +95,12 @@ def world_row(
     kl_coef:float, objective:str, seed:int, # of `run_two_token`
     config:WorldConfig, # its size
 )->tuple:               # a row of two_token_world.csv without run_id, the metrics of all steps
-    "Found against theory."
+    "What was found beside the theory."
     log = run_two_token(kl_coef, objective, seed, config.steps, config.batch)
     lam = two_token_lambda(kl_coef) if objective == 'ppo_lag' else 0.
-    theory, mean = two_token_world(lam, kl_coef), lambda k: sum(m[k] for m in log[-config.last:]) / config.last
-    found = mean('lam') if 'lam' in log[0] else 0.
-    return dict(kl_coef=kl_coef, objective=objective, seed=seed, steps=config.steps, lambda_theory=lam, lambda_found=found,
-                cost_theory=theory['cost'], cost_found=mean('cost'), reward_theory=theory['reward'], reward_found=mean('reward')), log
+    theory = two_token_world(lam, kl_coef)
+    found = lambda k: sum(m[k] for m in log[-config.last:]) / config.last
+    row = dict(kl_coef=kl_coef, objective=objective, seed=seed, steps=config.steps, lambda_theory=lam,
+               lambda_found=found('lam') if 'lam' in log[0] else 0., cost_theory=theory['cost'], cost_found=found('cost'),
+               reward_theory=theory['reward'], reward_found=found('reward'))
+    return row, log

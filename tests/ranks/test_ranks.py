@@ -145,8 +145,8 @@ def test_the_first_machine_to_report_is_the_cause():
 def test_rows_must_divide(monkeypatch):
     from saferlhf import ppo
     monkeypatch.setattr(ppo, 'ranks', lambda: 3)
-    with pytest.raises(ValueError, match='do not divide among 3 ranks'): ppo.check_shares(16, stages.CONFIG)
-    ppo.check_shares(48, stages.CONFIG)
+    with pytest.raises(ValueError, match='do not divide among 3 ranks'): ppo._check_shares(16, stages.CONFIG)
+    ppo._check_shares(48, stages.CONFIG)
 
 
 def test_a_spread_says_what_it_cannot_do():

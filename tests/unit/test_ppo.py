@@ -8,7 +8,7 @@ import torch
 from saferlhf.engine import Optim, TorchEngine
 from saferlhf.models import Scores, positions
 from saferlhf.objectives import Multiplier, ppo, ppo_lag, reward_shaping
-from saferlhf.ppo import PPOConfig, make_objective, minibatches, ppo_step, token_values
+from saferlhf.ppo import Experience, PPOConfig, make_objective, ppo_step, token_values
 from saferlhf.world import run_two_token, two_token_lambda, two_token_world
 from saferlhf.rollout import Sampler
 from saferlhf.train import METRICS, sft_loss, text_batch
@@ -186,11 +186,14 @@ def test_minibatches_add_up():
         assert len(b.grads) == 4; close(torch.stack(b.grads).mean(0), a.grads[0], 1e-4)
 
 
-def test_minibatches_cover_the_rollout_once_a_pass():
-    parts = minibatches(10, replace(BASE, epochs=3, minibatches=4), 5)
-    assert len(parts) == 12 and all(sorted(torch.cat(parts[k:k + 4]).tolist()) == list(range(10)) for k in (0, 4, 8))
-    assert torch.cat(parts[:4]).tolist() != torch.cat(parts[4:8]).tolist()
-    assert [p.tolist() for p in minibatches(10, BASE, 5)] != [p.tolist() for p in minibatches(10, BASE, 6)]
+def test_minibatches_cover_the_rollout_once_a_pass(monkeypatch):
+    taken, inner = [], Experience.micro_batches
+    monkeypatch.setattr(Experience, 'micro_batches', lambda x, rows, size: (taken.append(rows), inner(x, rows, size))[1])
+    w = world(OBJECTIVES['lag'](), replace(BASE, samples=1, epochs=3, minibatches=4))
+    def order(k): taken.clear(); step(w, k); return [p.tolist() for p in taken]
+    parts = order(5)
+    assert len(parts) == 12 and all(sorted(sum(parts[k:k + 4], [])) == list(range(10)) for k in (0, 4, 8))
+    assert sum(parts[:4], []) != sum(parts[4:8], []) and order(5) == parts != order(6)
 
 
 # --- identities between the objectives
