@@ -66,7 +66,7 @@ def in_checkpoint(phase, n, act):
             rename(a, b)
             if aside and phase == 'after-rename': tick()
         checkpoint.os = type('os', (), dict(vars(os)) | dict(rename=staticmethod(watched)))
-    if phase == 'before-clean': wrap(checkpoint, 'keep_last', before=after(n, act))
+    if phase == 'before-clean': wrap(checkpoint, '_delete_old', before=after(n, act))
 
 
 def no_room(*_): raise OSError(errno.ENOSPC, 'No space left on device')
@@ -106,10 +106,10 @@ def arrange(fault):
         records.Run._append = append
     if kind == 'kill-after-seconds':    # from the first step, or the first piece, on
         def start(*_): t = threading.Timer(fault['seconds'], kill); t.daemon = True; t.start()
-        first = after(1, start); wrap(records.Run, '_append', behind=first); wrap(records, 'piece', behind=first)
+        first = after(1, start); wrap(records.Run, '_append', behind=first); wrap(records, 'cached', behind=first)
     if kind == 'signal':
         send = after(at, lambda *_: os.kill(os.getpid(), getattr(signal, fault['name'])))
-        wrap(records.Run, '_append', behind=send); wrap(records, 'piece', before=send)
+        wrap(records.Run, '_append', behind=send); wrap(records, 'cached', before=send)
     if kind == 'pause':     # holds the folder until somebody goes on
         wrap(records.Run, '_append', behind=after(at, lambda *_: os.kill(os.getpid(), signal.SIGSTOP)))
     if kind == 'not-finite': poison(fault['what'], at, fault['value'])
@@ -140,6 +140,6 @@ if __name__ == '__main__':
     arrange(fault)
     first = []
     begin = lambda *_: first or first.append(time.monotonic())
-    for owner, name in ((records.Run, '_append'), (records, 'piece')): wrap(owner, name, behind=begin)
+    for owner, name in ((records.Run, '_append'), (records, 'cached')): wrap(owner, name, behind=begin)
     run = execute(template, parameters)
     print(f'\nfinished {time.monotonic() - (first or [time.monotonic()])[0]:.3f} s after the first step or piece')

@@ -17,7 +17,9 @@ def train(folder, zero, stop, fault, seeded=True):
     import torch
     from saferlhf.engine import Optim, deepspeed, load
     from saferlhf.models import load_lm, token_logps
-    from saferlhf.record.resume import Saver, rank, ranks, seed_all
+    from saferlhf.hardware.ranks import rank, ranks
+    from saferlhf.hardware.seeds import seed_all
+    from saferlhf.record.resume import Saver
     from tiny import prompt_rows
     deepspeed(); logging.disable(logging.WARNING); torch.set_num_threads(1)
     seed_all(0 if seeded else int(os.environ['RANK']))

@@ -15,13 +15,14 @@ from hypothesis import strategies as st
 from tiny import lm, prompt_rows
 
 import saferlhf.record.resume as resume
-from saferlhf.record.files import newest, read_lines
 from saferlhf.engine import Optim, TorchEngine
 from saferlhf.hardware.precision import finite
+from saferlhf.hardware.seeds import random_state, seed_all, set_random_state
 from saferlhf.models import token_logps
 from saferlhf.objectives import Multiplier
+from saferlhf.record.files import newest, read_lines
+from saferlhf.record.resume import Interrupted, Saver, agree, cached, read_state, stopping, write_state
 from saferlhf.record.run import Run
-from saferlhf.record.resume import Interrupted, Saver, agree, piece, random_state, read_state, seed_all, set_random_state, stopping, write_state
 from saferlhf.train import loop
 
 
@@ -162,9 +163,9 @@ def test_streams_of_ranks(tmp_path):
     with Saver(tmp_path, {'best': {}}) as save: save(0, True)
     found = newest(tmp_path)
     for r in (0, 1): write_state(found/f'state/random-{r}', random_state())
-    assert resume._any_stream(found, 2).name == 'random-0'
+    assert resume._stream(found, 2).name == 'random-0' and resume._stream(found, 1).name == 'random-0'
     torch.rand(1); write_state(found/'state/random-1', random_state())
-    with pytest.raises(ValueError, match='different random streams'): resume._any_stream(found, 2)
+    with pytest.raises(ValueError, match='different random streams'): resume._stream(found, 2)
     assert agree(True, False) == [True, False]
 
 
@@ -205,23 +206,23 @@ def test_finite():
         with pytest.raises(FloatingPointError, match='a reward is NaN'): finite('reward', x, torch.tensor([1., float(bad)]))
 
 
-# --- pieces
+# --- work without steps
 def test_pieces_are_made_once(tmp_path, capsys):
     calls = []
     make = lambda: calls.append(1) or {'a': [1, 2.5, 'x'], 'n': np.arange(2)}
-    first, again = piece(tmp_path/'p', make), piece(tmp_path/'p', make)
+    first, again = cached(tmp_path/'p', make), cached(tmp_path/'p', make)
     assert equal(first, again) and calls == [1] and 'p: done before the interruption' in capsys.readouterr().out
     f = next((tmp_path/'p').glob('step-*'))/'value/state.json'; f.write_text(f.read_text() + ' ')
-    assert equal(piece(tmp_path/'p', make), first) and calls == [1, 1] and 'skipped the damaged' in capsys.readouterr().out
-    with pytest.raises(Interrupted, match='q is saved'): piece(tmp_path/'q', lambda: os.kill(os.getpid(), signal.SIGTERM) or 3)
-    assert piece(tmp_path/'q', lambda: 4) == 3
+    assert equal(cached(tmp_path/'p', make), first) and calls == [1, 1] and 'skipped the damaged' in capsys.readouterr().out
+    with pytest.raises(Interrupted, match='q is saved'): cached(tmp_path/'q', lambda: os.kill(os.getpid(), signal.SIGTERM) or 3)
+    assert cached(tmp_path/'q', lambda: 4) == 3
 
 
 def test_a_finished_run_keeps_no_checkpoint(tmp_path):
     run, *_ = train()
     again = Run.start('policy', {}, sources=()); assert list((again.folder/'checkpoint').iterdir())
     again.finish({}); assert not (again.folder/'checkpoint').exists()
-    assert again.keep('more', lambda: 5) == 5                                   # finished: nothing is written
+    assert again.cached('more', lambda: 5) == 5                                   # finished: nothing is written
 
 
 # --- signals
@@ -235,11 +236,23 @@ def test_a_second_signal_acts_at_once(monkeypatch):
 
 
 def test_sigterm_between_loops_says_how_to_go_on(tmp_path):
-    code = "from saferlhf.record.run import Run; import time; run = Run.start('sft', {}); print('on', flush=True); time.sleep(30)"
+    "The run is closed before Python takes its modules apart: no error of a handler that is put back too late."
+    code = '''from saferlhf.record.run import Run; import time
+run = Run.start('sft', {}); print('on', flush=True); time.sleep(30)'''
     p = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while 'on\n' != p.stdout.readline(): time.sleep(.01)
     p.terminate(); said = p.communicate(timeout=20)[1]
     assert p.returncode == 1 and 'stopped by SIGTERM' in said and 'again' in said and 'Traceback' not in said
+
+
+def test_handlers_are_put_back():
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with resume.exit_on_sigterm('go on'):
+        with resume.exit_on_sigterm('another run'), pytest.raises(Interrupted, match='go on'): signal.raise_signal(signal.SIGTERM)
+        with stopping() as asked: signal.raise_signal(signal.SIGTERM)
+        assert asked == ['SIGTERM']
+        with pytest.raises(Interrupted, match='go on'): signal.raise_signal(signal.SIGTERM)
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
 # --- what must not be written down
@@ -253,5 +266,5 @@ def test_no_environment_in_a_run_folder(monkeypatch):
 def test_names_of_pieces_stay_in_the_run(tmp_path):
     run = Run.start('sft', {})
     for bad in ('../../x', '/x', 'a\nb'):
-        with pytest.raises(ValueError, match='leads out'): run.keep(bad, lambda: 1)
+        with pytest.raises(ValueError, match='leads out'): run.cached(bad, lambda: 1)
     run.close()

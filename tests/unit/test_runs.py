@@ -8,13 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 import pandas as pd
 import pytest
+import saferlhf.record.code as code
 import saferlhf.record.run as records
-from saferlhf.record.files import save_checkpoint
-from saferlhf.reproduction.profiles import PROFILES
-from saferlhf.record.run import Run, latest, results_home, templates_home
-from saferlhf.record.execute import check_parameters, execute, parameters, publish, warm_kernel
+from saferlhf.record.code import source_hashes
 from saferlhf.record.config import check_profiles, deviations, resolve
+from saferlhf.record.execute import _check_parameters, execute, parameters, publish, warm_kernel
+from saferlhf.record.files import newest, save_checkpoint
 from saferlhf.record.launch import launch
+from saferlhf.record.run import OtherFormat, Record, Run, results_home, templates_home
+from saferlhf.reproduction.profiles import PROFILES
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ def home(tmp_path, monkeypatch):
 
 
 def start(**kw):
-    run = Run.start(**(dict(stage='sft', config=Config(), profile='smoke', sources=('record.files',), data={'a': '1'}) | kw))
+    run = Run.start(**(dict(stage='sft', config=Config(), profile='smoke', sources=('hardware.packing',), data={'a': '1'}) | kw))
     run.close()
     return run
 
@@ -48,25 +50,102 @@ def test_hash_covers_what_decides_the_numbers(tmp_path, monkeypatch):
     assert start(**base, name='other').folder.name[-12:] == one.name[-12:]      # a label decides nothing
 
 
-def test_hash_of_code_follows_every_import_and_reads_syntax(tmp_path, monkeypatch):
-    package = tmp_path/'package'; (package/'hardware').mkdir(parents=True); monkeypatch.setattr(records, 'PACKAGE', package)
-    write = lambda name, text: (package/name).write_text(text)
-    write('__init__.py', ''); write('hardware/__init__.py', ''); write('data.py', 'y = 1'); write('train.py', 'z = 1')
-    write('ppo.py', 'from .losses import x\nfrom . import data\nfrom saferlhf.hardware import packing\nimport saferlhf.train\nimport torch.nn')
-    write('losses.py', '"Words."\n__all__ = ["x"]\ndef x(): return 1'); write('hardware/packing.py', 'from ..losses import x\nfrom .ranks import w')
-    write('hardware/ranks.py', 'w = 1')
-    before = records.source_hashes(('ppo',))
-    assert set(before) == {'ppo', 'losses', 'data', 'train', 'hardware.packing', 'hardware.ranks'}
-    write('losses.py', '# %% nb #2\n"Other words."\n__all__ = ["x", "y"]\ndef x():\n    "What it does."\n    return 1   # one\n')
-    assert records.source_hashes(('ppo',)) == before                            # comments, docstrings and lists of names say nothing
-    write('hardware/ranks.py', 'w = 2'); after = records.source_hashes(('ppo',))
-    assert {m for m in after if after[m] != before[m]} == {'hardware.ranks'} and start(sources=('ppo',)).folder != start(sources=('data',)).folder
-    for bad in ('from .gone import x', 'import saferlhf.gone', 'from saferlhf.hardware.gone import x', 'from . import gone\nfrom .gone import x'):
-        write('losses.py', bad)
-        with pytest.raises(FileNotFoundError, match='losses imports saferlhf.*gone'): records.source_hashes(('ppo',))
-    write('losses.py', 'import saferlhf.record.run'); (package/'record').mkdir(); write('record/__init__.py', '')
-    write('record/run.py', '1'); kept = records.source_hashes(('ppo',)); write('record/run.py', '2')
-    assert records.source_hashes(('ppo',)) == kept and not any(m.startswith('record') for m in kept)   # bookkeeping
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    "A small package whose code is hashed; write('hardware.packing', text) makes a module, write('hardware', text) an __init__."
+    home = tmp_path/'package'; monkeypatch.setattr(code, 'PACKAGE', home)
+    def write(name, text=''):
+        path = home.joinpath(*name.split('.'))
+        path = path/'__init__.py' if name in ('', 'hardware', 'hardware.deep', 'record', 'apps') else path.with_suffix('.py')
+        path.parent.mkdir(parents=True, exist_ok=True); path.write_text(text)
+    for name in ('', 'hardware', 'hardware.deep', 'record', 'apps'): write(name)
+    write('losses', 'def x(): return 1'); write('data', 'y = 1'); write('hardware.packing', 'z = 1'); write('hardware.seeds', 'w = 1')
+    return write
+
+
+IMPORTS = {  # an import in a module -> what counts beside it; `losses`, `data` and `hardware.packing` are modules, x is none
+    ('ppo', 'from .losses import x'): {'losses'}, ('ppo', 'from . import data, losses as l'): {'data', 'losses'},
+    ('ppo', 'from saferlhf.hardware import packing'): {'hardware.packing'}, ('ppo', 'from saferlhf import data'): {'data'},
+    ('ppo', 'import saferlhf.hardware.packing as p'): {'hardware.packing'}, ('ppo', 'import torch.nn, saferlhf.data'): {'data'},
+    ('ppo', 'from saferlhf.losses import *'): {'losses'}, ('ppo', 'from torch.data import losses'): set(),
+    ('ppo', 'def f():\n    class C:\n        from .losses import x'): {'losses'},
+    ('ppo', 'try: import saferlhf.data\nexcept ImportError: from . import losses'): {'data', 'losses'},
+    ('hardware.a', 'from .packing import z'): {'hardware.packing'}, ('hardware.a', 'from . import packing'): {'hardware.packing'},
+    ('hardware.a', 'from ..losses import x'): {'losses'}, ('hardware.a', 'from .. import data'): {'data'},
+    ('hardware.a', 'from ..hardware import packing'): {'hardware.packing'},
+    ('hardware', 'from .packing import z'): {'hardware.packing'}, ('hardware', 'from ..losses import x'): {'losses'},
+    ('hardware', 'from .. import data'): {'data'}, ('hardware.deep', 'from ..packing import z'): {'hardware.packing'},
+    ('hardware.deep', 'from ... import data'): {'data'}, ('hardware.deep.b', 'from ...losses import x'): {'losses'},
+    ('hardware.deep.b', 'from .. import packing'): {'hardware.packing'},
+    ('ppo', 'from saferlhf.record.run import Run'): set(), ('ppo', 'from . import record, apps'): set(),
+    ('ppo', 'from .record import run'): set()}
+
+
+@pytest.mark.parametrize('module, text', IMPORTS)
+def test_the_hash_of_code_finds_imports_of_every_kind(package, module, text):
+    package('record.run', '1'); package(module, f'{text}\nthis = 1')
+    assert set(source_hashes([module])) == {module} | IMPORTS[module, text]
+
+
+@pytest.mark.parametrize('text', ['from .gone import x', 'import saferlhf.gone', 'from saferlhf.hardware.gone import x',
+                                  'from .gone import x, y', 'def f(): import saferlhf.record.gone'])
+def test_an_import_that_leads_nowhere_is_an_error(package, text):
+    package('losses', text); package('ppo', 'from .losses import x')
+    with pytest.raises(FileNotFoundError, match='saferlhf.losses imports saferlhf.*gone'): source_hashes(['ppo'])
+    with pytest.raises(FileNotFoundError, match="no module 'rnus'"): source_hashes(['rnus'])
+    package('losses', 'from ...data import x')
+    with pytest.raises(ImportError): source_hashes(['losses'])
+
+
+def test_a_package_counts_where_its_init_holds_code(package):
+    assert set(source_hashes(['hardware.packing'])) == {'hardware.packing'}
+    package('hardware', '"Words."\n__all__ = []'); assert set(source_hashes(['hardware.packing'])) == {'hardware.packing'}
+    package('hardware', 'import torch; torch.set_default_dtype(torch.float64)'); package('', 'from .data import y')
+    assert set(source_hashes(['hardware.packing'])) == {'hardware.packing', 'hardware', 'saferlhf', 'data'}
+
+
+SAYS = 'class C:\n    def f(self): return 1\n    x = 1\ndef g(): return 2'
+SAME = ['"Module."\n__all__ = ["C"]\n__all__ += ["g"]\n__all__: list = []\n_all_ = ["x"]\n__version__ = "2"\n' + SAYS,
+        SAYS.replace('class C:', 'class C: # one\n    "What C is."').replace('return 1', '\n        "What f does."\n        return 1'),
+        SAYS.replace('x = 1', 'x = 1\n    "What x is."'), SAYS.replace('\n', '\r\n'), '# %% ../nb.ipynb #3\n' + SAYS + '\n\n']
+OTHER = [SAYS.replace('return 2', f'return {v}') for v in ('2.', '"2"', 'b"2"', '-2', '2j', '(2,)', '[2]', '...', 'None', 'f"2"')]
+OTHER += [SAYS.replace('x = 1', 'x: int = 1'), SAYS.replace('x = 1', 'y = 1'), SAYS + '\ndef h(): "Says nothing."']
+
+
+def test_the_hash_of_code_reads_syntax(package):
+    def of(text): package('losses', text); return source_hashes(['losses']).get('losses')
+    assert {of(text) for text in SAME} == {of(SAYS)} and len({of(text) for text in [SAYS, *OTHER]}) == 1 + len(OTHER)
+    assert of('def f(): "One."') == of('def f():\n    "Another."\n    # word') != of('def f(): return 1')
+    assert of('"Words alone."\n__all__ = []') is None                            # nothing is said
+    # every Python version has to give this one: a new kind of field, or another way to print, would move all run folders
+    every = """async def f[T](a, /, b: int = 1, *c, d=None, **e): pass""".replace('[T]', '') + """
+@d(1)
+class C(B, metaclass=M): x: int = u'\u00e9\U0001fae8'; y = 1e999, 0.1, 10**20, {**a, 'k': [*b]}
+with a as b, c: print(f'a{b!r:>{c}}{{d=}}', 'e' f'{f}')
+match x:
+    case {'a': [1, *_], **r} if (n := r): lambda z=1, *, k: z[1:2, ::-1]
+try: assert x if y else not z, 'm'
+except* E as e: raise e from None
+else: del x[0], y.z; global g
+"""
+    assert of(every) == EVERY
+
+
+EVERY = '657b64b84511b26da286c7cedfbb260b0bde3d5262917e51656b3d78ba282187'
+
+
+def test_every_run_counts_how_it_is_seeded(package):
+    package('ppo', 'v = 1'); one = start(sources=['ppo'])
+    assert set(one.manifest['sources']) == {'ppo', 'hardware.seeds'}
+    package('losses', 'v = 3'); assert start(sources=['ppo']).folder == one.folder != start(sources=['data']).folder
+    package('hardware.seeds', 'w = 2'); assert start(sources=['ppo']).folder != one.folder
+
+
+def test_bookkeeping_decides_no_number():
+    "What `record` gives to stages: names whose results are saved, read, shown or waited for; seeds are not among them."
+    assert not any(m.split('.')[0] in ('record', 'apps') for m in source_hashes(['reproduction.training']))
+    assert 'hardware.seeds' in source_hashes(['reproduction.training'])
+    assert not any(name.startswith('seed') for m in ('files', 'resume', 'run') for name in dir(sys.modules[f'saferlhf.record.{m}']))
 
 
 def test_finish_writes_done_last_and_only_once(monkeypatch):
@@ -91,8 +170,8 @@ def test_unfinished_run_goes_on_from_its_checkpoint(capsys):
     (run.folder/'checkpoint/step-00000002/a').write_bytes(b'2'); time.sleep(.05); run.close()
     with open(run.folder/'metrics.jsonl', 'a') as f: f.write('{"step": 4, "lo')
     run = Run.start('sft', Config())
-    assert run.checkpoint.name == 'step-00000001' and run.metrics().step.tolist() == [0, 1]
-    assert 'skipped the damaged' in capsys.readouterr().out
+    assert run.metrics().step.tolist() == [0, 1] and 'skipped the damaged' in capsys.readouterr().out
+    assert newest(run.folder/'checkpoint').name == 'step-00000001'
     run.log(2, {'loss': 1.}); assert run.metrics().seconds.is_monotonic_increasing and len(run.manifest['starts']) == 2
     assert (run.folder/'samples.jsonl').read_text().count('\n') == 2; run.close()
 
@@ -111,10 +190,27 @@ def test_run_path_and_parents():
     run = start(); assert run.path('model/x').parent.parent == run.folder
     with pytest.raises(ValueError, match='leads out'): run.path('../x')
     with pytest.raises(ValueError, match='finish it first'): start(stage='reward', parents={'sft': run.folder})
-    with pytest.raises(FileNotFoundError, match='saferlhf run sft'): latest('sft')
-    done = Run.start('sft', {}, profile='cpu'); done.finish({})
-    assert latest('sft') == latest('sft', 'cpu') == done.folder
-    with pytest.raises(FileNotFoundError): latest('sft', 'gpu')
+    with pytest.raises(ValueError, match='finish it first'): start(stage='reward', parents={'sft': run.folder/'none'})
+
+
+@pytest.mark.parametrize('format', [None, 1, 3])
+def test_a_folder_of_another_version_is_refused_in_one_line(format):
+    "Made before manifests had a format, module names were flat and text was hashed: its numbers are not those of this code."
+    run = Run.start('sft', {}); run.finish({'loss': 1.}); folder, manifest = run.folder, run.manifest; del run
+    path, format = folder/'manifest.json', {'format': format} if format else {}
+    path.write_text(json.dumps({k: v for k, v in manifest.items() if k != 'format'} | format))
+    for read in (Record, Run.open, Run.attach, lambda folder: start(stage='reward', parents={'sft': folder})):
+        with pytest.raises(OtherFormat, match='another version of .*: make it again with `saferlhf run`') as e: read(folder)
+        assert isinstance(e.value, ValueError) and str(folder) in str(e.value) and '\n' not in str(e.value)
+    assert json.loads(path.read_text()).get('format') == format.get('format')  # nothing was written into it
+
+
+def test_facts_for_the_ranks_are_no_part_of_the_hash():
+    run = Run.start('sft', {}); run.note(round=2, spread={'gpus': 1})
+    assert Run.attach(run.folder) is run and Record(run.folder).manifest['round'] == 2
+    hash_ = run.manifest['hash']; run.finish({}); run.note(round=3); run.data(buckets=[1])
+    assert Record(run.folder).manifest['round'] == 2 and Record(run.folder).manifest['hash'] == hash_
+    assert Run.attach(str(run.folder)).done
 
 
 def test_second_process_is_refused():
@@ -147,11 +243,11 @@ def notebook(path, *cells):
 
 def test_templates_are_checked_before_they_run(tmp_path):
     t = notebook(tmp_path/'t.ipynb', 'seed = 0\nparents = {}', 'pass')
-    check_parameters(t, {'seed': 1})
+    _check_parameters(t, {'seed': 1})
     with pytest.raises(ValueError, match="did you mean 'seed'"): execute(t, tmp_path/'o.ipynb', {'sede': 1})
     with pytest.raises(ValueError, match='no cell tagged'): execute(notebook(tmp_path/'u.ipynb', 'x = 0'), tmp_path/'o.ipynb', {})
-    with pytest.raises(ValueError, match='not a literal'): check_parameters(notebook(tmp_path/'v.ipynb', 'seed = 1 + len("a")'), {})
-    with pytest.raises(ValueError, match='defines the parameter'): check_parameters(notebook(tmp_path/'w.ipynb', 'seed = 0\nrate = 1.'), {})
+    with pytest.raises(ValueError, match='not a literal'): _check_parameters(notebook(tmp_path/'v.ipynb', 'seed = 1 + len("a")'), {})
+    with pytest.raises(ValueError, match='defines the parameter'): _check_parameters(notebook(tmp_path/'w.ipynb', 'seed = 0\nrate = 1.'), {})
     assert not (tmp_path/'o.ipynb').exists()
 
 
@@ -230,11 +326,13 @@ def test_publish_merges(tmp_path):
 
 def test_homes(tmp_path, monkeypatch):
     assert results_home().parts[-2:] == ('data', 'results') and templates_home().name == 'templates'
-    monkeypatch.setattr(records, 'PACKAGE', tmp_path/'site/saferlhf')
+    site = tmp_path/'site/saferlhf'
+    monkeypatch.setattr(records, 'PACKAGE', site); monkeypatch.setitem(records.homes.__globals__, 'PACKAGE', site)
     for find in (results_home, templates_home):
         with pytest.raises(FileNotFoundError, match='set SAFERLHF_HOME'): find()
-    (tmp_path/'site/saferlhf/_templates').mkdir(parents=True); assert templates_home() == tmp_path/'site/saferlhf/_templates'
-    (tmp_path/'own').mkdir(); monkeypatch.setenv('SAFERLHF_HOME', str(tmp_path/'own')); assert results_home() == tmp_path/'own/data/results'
+    (site/'_templates').mkdir(parents=True); assert templates_home() == site/'_templates'
+    (tmp_path/'own').mkdir(); monkeypatch.setenv('SAFERLHF_HOME', str(tmp_path/'own'))
+    assert results_home() == tmp_path/'own/data/results'
 
 
 def test_threads_are_left_alone(monkeypatch):
@@ -274,7 +372,7 @@ def test_rounds_without_red_teaming_have_a_table_of_their_own(tmp_path, monkeypa
     (run := tmp_path/'run').mkdir()
     row = dict(prompt_kind='unsafe', judge='gold', decoding='sampled', harmful=.1)
     lines = '\n'.join(json.dumps(row | dict(policy=p)) for p in ('initial', 'no-red-2', 'no-red-3'))
-    for name, text in {'config.json': '{}', 'manifest.json': '{"stage": "evaluate", "seconds": 1}', 'summary.json': '{}',
+    for name, text in {'config.json': '{}', 'manifest.json': '{"format": 2, "stage": "evaluate", "seconds": 1}', 'summary.json': '{}',
                        'DONE': '', 'models.jsonl': lines}.items():
         (run/name).write_text(text)
     monkeypatch.setenv('SAFERLHF_HOME', str(tmp_path))
