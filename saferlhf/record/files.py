@@ -15,8 +15,6 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
-import torch
-from safetensors.torch import save_file
 from ..data import sha256
 
 # %% ../../nbs/record/01_files.ipynb #0a40661a
@@ -43,7 +41,7 @@ def atomic_write(
         _fsync(temporary); os.replace(temporary, path); _fsync(path.parent)
     finally: temporary.unlink(missing_ok=True)
 
-# %% ../../nbs/record/01_files.ipynb #39f77685
+# %% ../../nbs/record/01_files.ipynb #35988bdf
 def inside(
     folder:str|Path, # the folder that may not be left
     name:str,        # a relative name; sub-folders are fine
@@ -55,7 +53,7 @@ def inside(
         raise ValueError(f'the name {name!r} leads out of {folder}: use a plain relative name')
     return Path(folder)/name
 
-# %% ../../nbs/record/01_files.ipynb #b0d1b93d
+# %% ../../nbs/record/01_files.ipynb #44f5feac
 @contextmanager
 def lock(
     folder:str|Path, # made if it is missing
@@ -73,15 +71,11 @@ def lock(
         f.flush()
         yield
 
-# %% ../../nbs/record/01_files.ipynb #22fe62ae
-def _write(path, content):
-    "Write one entry of a checkpoint; the kind of the content decides how."
+# %% ../../nbs/record/01_files.ipynb #0ef4bf0c
+def _write(path, write):
+    "Let a function write one file or folder of a checkpoint."
     path.parent.mkdir(parents=True, exist_ok=True)
-    if callable(content): content(path)
-    elif isinstance(content, bytes): path.write_bytes(content)
-    elif isinstance(content, dict) and content and all(torch.is_tensor(v) for v in content.values()):
-        save_file({k: v.detach().contiguous() for k, v in content.items()}, path)
-    else: path.write_text(content if isinstance(content, str) else json.dumps(content))
+    write(path)
 
 def _files(checkpoint, hashes=True):
     "Relative name -> size and hash, of the files in a checkpoint, its manifest apart."
@@ -98,7 +92,7 @@ def _checkpoints(folder):
 def save_checkpoint(
     folder:str|Path, # the run's checkpoint/ folder; one process writes to it at a time (see `lock`)
     step:int,        # the last complete step: 0, 1, ...
-    files:dict,      # name -> bytes, text, dict of tensors, JSON value, or a callable that writes to a path
+    files:dict,      # name -> function that gets a path and writes a file or a folder there
     keep:int=2,      # this many checkpoints stay, at least 1
 )->Path:             # the new checkpoint
     "Save everything or nothing; an error or a crash leaves the earlier checkpoints as they were."
@@ -107,7 +101,7 @@ def save_checkpoint(
     for old in folder.glob('.aside-*'): shutil.rmtree(old)      # what a killed run left behind
     temporary = folder/f'.aside-{os.getpid()}'; temporary.mkdir()
     try:
-        for name, content in files.items(): _write(inside(temporary, name), content)
+        for name, write in files.items(): _write(inside(temporary, name), write)
         manifest = json.dumps({'step': step, 'files': _files(temporary)}, indent=1)
         (temporary/'manifest.json').write_text(manifest)
         flush(temporary)
@@ -146,7 +140,7 @@ def newest(
         if not (damage := _damage(p)): return p
         report(f'skipped the damaged checkpoint {p}: {damage}')
 
-# %% ../../nbs/record/01_files.ipynb #bc96a06e
+# %% ../../nbs/record/01_files.ipynb #ad0b1905
 def read_lines(
     path:str|Path, # JSON Lines, UTF-8
 )->list[dict]:     # its rows

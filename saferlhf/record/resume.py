@@ -54,7 +54,7 @@ def _decode(x, tensors):
     if kind == 'tensor': return tensors[v]
     return tensors[v].numpy() if kind == 'array' else tensors[v].numpy()[()]
 
-# %% ../../nbs/record/02_resume.ipynb #553b614a
+# %% ../../nbs/record/02_resume.ipynb #b34ab87a
 def write_state(
     folder:str|Path, # made
     state,           # nested dicts, lists, tuples, numbers, texts, arrays and tensors
@@ -74,7 +74,7 @@ def read_state(
     tensors = load_file(file) if file.exists() else {}
     return _decode(json.loads((Path(folder)/'state.json').read_text()), tensors)
 
-# %% ../../nbs/record/02_resume.ipynb #aa76f145
+# %% ../../nbs/record/02_resume.ipynb #8199e9bf
 class Interrupted(SystemExit):
     "A signal asked the run to stop. Everything is saved, and the message says how to go on."
 
@@ -111,12 +111,11 @@ def exit_on_sigterm(
     free = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     with _handler(leave, [signal.SIGTERM] if free else []): yield
 
-# %% ../../nbs/record/02_resume.ipynb #7a54b3e8
+# %% ../../nbs/record/02_resume.ipynb #3e498a8e
 def agree(
     *flags:bool, # this rank's
 )->list:         # True where any rank's is
     "One decision for all ranks."
-    if ranks() == 1: return list(flags)
     return (largest(torch.tensor([float(f) for f in flags], device=device())) > 0).tolist()
 
 def _barrier():
@@ -138,7 +137,7 @@ def _restore(o, state):
     if isinstance(o, dict): o.clear(); o.update(state)
     else: (o.restore if hasattr(o, 'restore') else o.load_state_dict)(state)
 
-# %% ../../nbs/record/02_resume.ipynb #fd30d665
+# %% ../../nbs/record/02_resume.ipynb #e641d5f9
 class Saver:
     "Saves and restores what a loop needs: at intervals, at the end, and when a signal asks the run to stop."
     def __init__(self,
@@ -213,12 +212,13 @@ class Saver:
     def refuse(self, step:int, error:Exception): # the step that was not made; why
         "Store the state in which a step was refused, beside the checkpoints, and say where."
         def write(path): path.mkdir(parents=True); self._write(path, step - 1, together=ranks() == 1)
-        files = {'cause.json': dict(step=step, cause=str(error)), 'state': write}
+        cause = json.dumps(dict(step=step, cause=str(error)))
+        files = {'cause.json': lambda path: path.write_text(cause), 'state': write}
         stored = save_checkpoint(self.folder/f'refused/rank-{rank()}', step, files, keep=1)
         error.add_note(f'step {step} was refused, weights are as before, the state is in {stored}; '
                        'the last checkpoint leads here again')
 
-# %% ../../nbs/record/02_resume.ipynb #6b490d84
+# %% ../../nbs/record/02_resume.ipynb #fcf85b71
 def cached(
     folder:str|Path, # of this piece of work
     make:Callable,   # without arguments; returns what `write_state` can store

@@ -47,7 +47,7 @@ def results_home()->Path: # data/results, made if it is missing
     (found[0]/'data/results').mkdir(parents=True, exist_ok=True)
     return found[0]/'data/results'
 
-# %% ../../nbs/record/05_run.ipynb #2ac1b987
+# %% ../../nbs/record/05_run.ipynb #8392c160
 _FORMAT = 2 # of run folders; 1 had flat module names and hashed text, and no number in its manifest
 
 class OtherFormat(ValueError):
@@ -65,8 +65,8 @@ class Record:
         self.config = json.loads((self.folder/'config.json').read_text())
         self.manifest = json.loads((self.folder/'manifest.json').read_text())
         if (made := self.manifest.get('format', 1)) != _FORMAT:
-            raise OtherFormat(f'{folder} was made by another version of saferlhf (format {made}, not {_FORMAT}): '
-                              'make it again with `saferlhf run`, or move it out of the folder of runs')
+            raise OtherFormat(f'{folder} has run format {made}, not {_FORMAT}: made by another version; make it '
+                              f'again with `saferlhf run {self.manifest.get("stage")}`, or move it out of the runs')
 
     done = property(lambda self: (self.folder/'DONE').exists())
     id = property(lambda self: f'{self.manifest["stage"]}/{self.folder.name}')
@@ -84,7 +84,7 @@ class Record:
         path = self.folder/'metrics.jsonl'
         return pd.DataFrame(read_lines(path) if path.exists() else [])
 
-# %% ../../nbs/record/05_run.ipynb #10c6efeb
+# %% ../../nbs/record/05_run.ipynb #20c26015
 def _identity(stage, config, parents, seed, sources, data):
     "What the hash covers, and 'hash'; ValueError when a parent is not finished."
     hashes = {}
@@ -161,7 +161,7 @@ class _Log(Record):
         self._rewind(step)
         if step >= 0: self.note(resumed=[*self.manifest.get('resumed', []), {'at': _now(), 'step': step + 1}])
 
-# %% ../../nbs/record/05_run.ipynb #1f9a8a32
+# %% ../../nbs/record/05_run.ipynb #71e9c8b8
 def command_for(
     template:str|Path, out:str|Path, parameters:dict, # of `execute`
 )->str:
@@ -181,7 +181,7 @@ def _create(folder, facts, config, parents, profile):
     atomic_write(folder/'config.json', json.dumps(facts['config'], indent=1))
     atomic_write(folder/'manifest.json', json.dumps(manifest, indent=1))
 
-# %% ../../nbs/record/05_run.ipynb #413d79c4
+# %% ../../nbs/record/05_run.ipynb #dc39a809
 _OPEN = weakref.WeakValueDictionary() # folder -> the run that this process holds
 atexit.register(lambda: [run.close() for run in list(_OPEN.values())])
 
@@ -219,7 +219,7 @@ class Run(_Log):
         return run
 
     @classmethod
-    def attach(cls, folder:str|Path)->'Run': # of a run that this process, or the launcher of this rank, started
+    def attach(cls, folder:str|Path)->'Run': # of a run that was started here, or by this rank's launcher
         "The run that this process holds; on a rank, the run without its lock, which stays with the launcher."
         return _OPEN.get(str(folder)) or cls(folder)
 
