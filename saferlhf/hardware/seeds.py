@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['seed_all', 'random_state', 'set_random_state']
 
-# %% ../../nbs/hardware/09_seeds.ipynb #11641dc7
+# %% ../../nbs/hardware/09_seeds.ipynb #ceb439cd
 import random
 
 import numpy as np
 import torch
 
-# %% ../../nbs/hardware/09_seeds.ipynb #d137329b
+# %% ../../nbs/hardware/09_seeds.ipynb #c6d6e81d
 def seed_all(
     seed:int, # of Python's, NumPy's and torch's global generators
 ):

@@ -48,9 +48,9 @@ def parameters(
     names=_PARAMETERS, # those that it has
 )->dict:               # name -> value
     "The template's parameters; ValueError for one that is missing, of the wrong type, or unknown."
-    injected = [c for c in scope.get('In', []) if c.startswith('# Parameters')]
-    assigned = [node for c in injected for node in ast.parse(c).body if isinstance(node, ast.Assign)]
-    for name in [t.id for node in assigned for t in node.targets]:
+    injected = [ast.parse(c).body for c in scope.get('In', []) if c.startswith('# Parameters')]
+    for name in [t.id for body in injected for node in body if isinstance(node, ast.Assign)
+                 for t in node.targets]:
         if name not in names:
             raise ValueError(f'this template has no parameter {name!r}{nearest(name, names)}')
     for name in names:
@@ -101,11 +101,11 @@ def _freshen(km, env):
                                              timeout=120)['content']
     if reply['status'] != 'ok': raise RuntimeError(f'the kernel could not be reset: {reply["evalue"]}')
 
-# %% ../../nbs/record/06_execute.ipynb #2fe65e54
+# %% ../../nbs/record/06_execute.ipynb #ed996f7f
 def _environment(template, out, parameters):
     "What a kernel is told: this process's settings, the notebook's path, and how to run the same again."
-    names = [f'SAFERLHF_{n}' for n in ('RUNS', 'HOME', 'SAVE_STEPS', 'SAVE_MINUTES', 'SPREAD')]
-    env, spread = {n: os.environ[n] for n in names if n in os.environ}, os.environ.get('SAFERLHF_SPREAD')
+    settings = [f'SAFERLHF_{n}' for n in ('RUNS', 'HOME', 'SAVE_STEPS', 'SAVE_MINUTES', 'SPREAD')]
+    env, spread = {k: os.environ[k] for k in settings if k in os.environ}, os.environ.get('SAFERLHF_SPREAD')
     first = f'SAFERLHF_SPREAD={shlex.quote(spread)} ' if spread else ''
     return env | dict(SAFERLHF_NOTEBOOK=str(out),
                       SAFERLHF_COMMAND=first + command_for(template, out.name, parameters))
@@ -142,8 +142,8 @@ def execute(
                 raise Interrupted(e.evalue or 'stopped: it goes on from the last save, '
                                   'run the same command again') from None
             trace = re.sub('\x1b\\[[0-9;]*m', '', '\n'.join(e.traceback))
-            where = f'in cell {e.cell_index} of {path.name}; the notebook up to there: {out}'
-            raise RuntimeError(f'{e.ename}: {e.evalue}\n  {where}\n{trace}') from None
+            raise RuntimeError(f'{e.ename}: {e.evalue}\n  in cell {e.cell_index} of {path.name}; '
+                               f'the notebook up to there: {out}\n{trace}') from None
         except DeadKernelError:
             raise RuntimeError(f'the kernel of {path.name} died (out of memory?); '
                                f'the notebook up to there: {out}') from None
@@ -151,7 +151,7 @@ def execute(
     if asked: raise Interrupted(f'stopped after {path.stem}, which is finished: run the same command again')
     return folder
 
-# %% ../../nbs/record/06_execute.ipynb #6ef48cba
+# %% ../../nbs/record/06_execute.ipynb #2fe65e54
 def publish(
     rows,          # list of dicts, or a DataFrame; each row with a seed
     path:str|Path, # relative to data/results: 'cpu/table1.csv'; an absolute path is taken as it is
@@ -173,8 +173,8 @@ def publish(
     merged = [r for r in old if key(r) not in replaced] + new
     path.parent.mkdir(parents=True, exist_ok=True)
     merged.sort(key=lambda r: [_order(x) for x in key(r)])
-    table = pd.DataFrame(merged, columns=columns).fillna('')
-    atomic_write(path, table.to_csv(index=False, lineterminator='\n'))
+    table = pd.DataFrame(merged, columns=columns).fillna('').to_csv(index=False, lineterminator='\n')
+    atomic_write(path, table)
     return path
 
 def _cell(v):

@@ -41,7 +41,7 @@ def atomic_write(
         _fsync(temporary); os.replace(temporary, path); _fsync(path.parent)
     finally: temporary.unlink(missing_ok=True)
 
-# %% ../../nbs/record/01_files.ipynb #35988bdf
+# %% ../../nbs/record/01_files.ipynb #3f9a94e3
 def inside(
     folder:str|Path, # the folder that may not be left
     name:str,        # a relative name; sub-folders are fine
@@ -53,7 +53,7 @@ def inside(
         raise ValueError(f'the name {name!r} leads out of {folder}: use a plain relative name')
     return Path(folder)/name
 
-# %% ../../nbs/record/01_files.ipynb #44f5feac
+# %% ../../nbs/record/01_files.ipynb #0f942e15
 @contextmanager
 def lock(
     folder:str|Path, # made if it is missing
@@ -71,7 +71,7 @@ def lock(
         f.flush()
         yield
 
-# %% ../../nbs/record/01_files.ipynb #0ef4bf0c
+# %% ../../nbs/record/01_files.ipynb #0309e589
 def _write(path, write):
     "Let a function write one file or folder of a checkpoint."
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -85,8 +85,8 @@ def _files(checkpoint, hashes=True):
 
 def _checkpoints(folder):
     "The checkpoints in a folder, newest first: step-00000020.1 is the second one of step 20."
-    found = [p for p in Path(folder).glob('step-*') if re.fullmatch(r'step-\d+(\.\d+)?', p.name)]
-    return sorted(found, key=lambda p: [int(x) for x in p.name[5:].split('.')], reverse=True)
+    return sorted((p for p in Path(folder).glob('step-*') if re.fullmatch(r'step-\d+(\.\d+)?', p.name)),
+                  key=lambda p: [int(x) for x in p.name[5:].split('.')], reverse=True)
 
 # %% ../../nbs/record/01_files.ipynb #74dea407
 def save_checkpoint(
@@ -140,7 +140,7 @@ def newest(
         if not (damage := _damage(p)): return p
         report(f'skipped the damaged checkpoint {p}: {damage}')
 
-# %% ../../nbs/record/01_files.ipynb #ad0b1905
+# %% ../../nbs/record/01_files.ipynb #dde702c1
 def read_lines(
     path:str|Path, # JSON Lines, UTF-8
 )->list[dict]:     # its rows

@@ -47,7 +47,7 @@ def results_home()->Path: # data/results, made if it is missing
     (found[0]/'data/results').mkdir(parents=True, exist_ok=True)
     return found[0]/'data/results'
 
-# %% ../../nbs/record/05_run.ipynb #8392c160
+# %% ../../nbs/record/05_run.ipynb #c6753458
 _FORMAT = 2 # of run folders; 1 had flat module names and hashed text, and no number in its manifest
 
 class OtherFormat(ValueError):
@@ -65,8 +65,8 @@ class Record:
         self.config = json.loads((self.folder/'config.json').read_text())
         self.manifest = json.loads((self.folder/'manifest.json').read_text())
         if (made := self.manifest.get('format', 1)) != _FORMAT:
-            raise OtherFormat(f'{folder} has run format {made}, not {_FORMAT}: made by another version; make it '
-                              f'again with `saferlhf run {self.manifest.get("stage")}`, or move it out of the runs')
+            raise OtherFormat(f'{folder} has run format {made}, not {_FORMAT}: another version made it; '
+                              f'make it again with `saferlhf run {self.manifest.get("stage")}`, or move it away')
 
     done = property(lambda self: (self.folder/'DONE').exists())
     id = property(lambda self: f'{self.manifest["stage"]}/{self.folder.name}')
@@ -84,7 +84,7 @@ class Record:
         path = self.folder/'metrics.jsonl'
         return pd.DataFrame(read_lines(path) if path.exists() else [])
 
-# %% ../../nbs/record/05_run.ipynb #20c26015
+# %% ../../nbs/record/05_run.ipynb #23ee6d68
 def _identity(stage, config, parents, seed, sources, data):
     "What the hash covers, and 'hash'; ValueError when a parent is not finished."
     hashes = {}
@@ -104,14 +104,14 @@ def _git(*arguments):
 
 def provenance()->dict: # commit, dirty, versions, device; nothing of the environment
     "What is written down so that a run can be understood later; it is not part of the hash."
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    device = ', '.join(gpus) or f'cpu: {platform.machine()}, {torch.get_num_threads()} threads'
+    gpus = ', '.join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
     versions = {'python': platform.python_version()}
     for name in ('saferlhf', 'torch', 'transformers', 'datasets', 'deepspeed'):
         try: versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError: versions[name] = None
-    dirty = bool(_git('status', '--porcelain', '--', 'saferlhf', 'nbs'))
-    return dict(commit=_git('rev-parse', 'HEAD') or None, dirty=dirty, versions=versions, device=device)
+    return dict(commit=_git('rev-parse', 'HEAD') or None, versions=versions,
+                dirty=bool(_git('status', '--porcelain', '--', 'saferlhf', 'nbs')),
+                device=gpus or f'cpu: {platform.machine()}, {torch.get_num_threads()} threads')
 
 # %% ../../nbs/record/05_run.ipynb #62a96315
 def _now(): return time.strftime('%Y-%m-%dT%H:%M:%S%z')
@@ -161,7 +161,7 @@ class _Log(Record):
         self._rewind(step)
         if step >= 0: self.note(resumed=[*self.manifest.get('resumed', []), {'at': _now(), 'step': step + 1}])
 
-# %% ../../nbs/record/05_run.ipynb #71e9c8b8
+# %% ../../nbs/record/05_run.ipynb #f2848976
 def command_for(
     template:str|Path, out:str|Path, parameters:dict, # of `execute`
 )->str:
@@ -175,13 +175,13 @@ def _create(folder, facts, config, parents, profile):
     folders = {role: str(Path(p).resolve()) for role, p in (parents or {}).items()}
     parameters = dict(profile=profile, seed=facts['seed'], parents=folders, overrides=facts['config'])
     by_hand = command_for(facts['stage'], f'{facts["stage"]}.ipynb', parameters)
-    manifest = {'format': _FORMAT} | {k: v for k, v in facts.items() if k != 'config'} | provenance()
-    manifest |= dict(parent_folders=folders, profile=profile, deviations=deviations(config), buckets=[],
-                     command=os.environ.get('SAFERLHF_COMMAND') or by_hand, starts=[])
+    manifest = {'format': _FORMAT} | {k: v for k, v in facts.items() if k != 'config'} | provenance() | dict(
+        parent_folders=folders, profile=profile, deviations=deviations(config), buckets=[], starts=[],
+        command=os.environ.get('SAFERLHF_COMMAND') or by_hand)
     atomic_write(folder/'config.json', json.dumps(facts['config'], indent=1))
     atomic_write(folder/'manifest.json', json.dumps(manifest, indent=1))
 
-# %% ../../nbs/record/05_run.ipynb #dc39a809
+# %% ../../nbs/record/05_run.ipynb #2db6b9a9
 _OPEN = weakref.WeakValueDictionary() # folder -> the run that this process holds
 atexit.register(lambda: [run.close() for run in list(_OPEN.values())])
 

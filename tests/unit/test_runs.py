@@ -238,7 +238,7 @@ def test_a_folder_of_another_version_is_refused_in_one_line(format):
     path.write_text(json.dumps({k: v for k, v in manifest.items() if k != 'format'} | format))
     for read in (Record, Run.open, Run.attach, lambda folder: start(stage='reward', parents={'sft': folder})):
         with pytest.raises(OtherFormat,
-                           match='made by another version; make it again with `saferlhf run sft`') as e:
+                           match='another version made it; make it again with `saferlhf run sft`') as e:
             read(folder)
         assert isinstance(e.value, ValueError) and str(folder) in str(e.value) and '\n' not in str(e.value)
     assert json.loads(path.read_text()).get('format') == format.get('format')  # nothing was written into it
