@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['seed_all', 'random_state', 'set_random_state']
 
-# %% ../../nbs/hardware/09_seeds.ipynb #ceb439cd
+# %% ../../nbs/hardware/09_seeds.ipynb #09cba713
 import random
 
 import numpy as np
 import torch
 
-# %% ../../nbs/hardware/09_seeds.ipynb #c6d6e81d
+# %% ../../nbs/hardware/09_seeds.ipynb #2bfa07c1
 def seed_all(
     seed:int, # of Python's, NumPy's and torch's global generators
 ):

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['source_hashes']
 
-# %% ../../nbs/record/04_code.ipynb #23b06484
+# %% ../../nbs/record/04_code.ipynb #5550c982
 import ast
 import hashlib
 import json
 from importlib.util import resolve_name
 from ..data import PACKAGE
 
-# %% ../../nbs/record/04_code.ipynb #c93cd6f4
+# %% ../../nbs/record/04_code.ipynb #889feaea
 _UNCOUNTED = '__all__', '_all_', '__version__'
 
 def _says_nothing(x):
@@ -29,7 +29,7 @@ def _meaning(x):
     fields = ((name, _meaning(v)) for name, v in ast.iter_fields(x))
     return [type(x).__name__, *([name, v] for name, v in fields if v not in (None, []))]
 
-# %% ../../nbs/record/04_code.ipynb #a0e09c14
+# %% ../../nbs/record/04_code.ipynb #80223ebb
 def _file(module): # 'saferlhf', 'saferlhf.ppo', 'saferlhf.hardware.packing'
     "A module's file, the __init__ for a package; None when there is none."
     path = PACKAGE.joinpath(*module.split('.')[1:])
@@ -49,7 +49,7 @@ def _imports(module, tree):
                 raise FileNotFoundError(f'{module} imports {name}, not found in {PACKAGE}: run nbdev-export')
             yield name
 
-# %% ../../nbs/record/04_code.ipynb #da69afd4
+# %% ../../nbs/record/04_code.ipynb #48ee8b93
 _BOOKKEEPING = 'record', 'apps' # wings that keep and show runs: no number depends on them
 
 def source_hashes(

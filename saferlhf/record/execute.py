@@ -101,7 +101,7 @@ def _freshen(km, env):
                                              timeout=120)['content']
     if reply['status'] != 'ok': raise RuntimeError(f'the kernel could not be reset: {reply["evalue"]}')
 
-# %% ../../nbs/record/06_execute.ipynb #ed996f7f
+# %% ../../nbs/record/06_execute.ipynb #b4347cdb
 def _environment(template, out, parameters):
     "What a kernel is told: this process's settings, the notebook's path, and how to run the same again."
     settings = [f'SAFERLHF_{n}' for n in ('RUNS', 'HOME', 'SAVE_STEPS', 'SAVE_MINUTES', 'SPREAD')]
@@ -151,7 +151,7 @@ def execute(
     if asked: raise Interrupted(f'stopped after {path.stem}, which is finished: run the same command again')
     return folder
 
-# %% ../../nbs/record/06_execute.ipynb #2fe65e54
+# %% ../../nbs/record/06_execute.ipynb #9cf41d0d
 def publish(
     rows,          # list of dicts, or a DataFrame; each row with a seed
     path:str|Path, # relative to data/results: 'cpu/table1.csv'; an absolute path is taken as it is

@@ -41,7 +41,7 @@ def atomic_write(
         _fsync(temporary); os.replace(temporary, path); _fsync(path.parent)
     finally: temporary.unlink(missing_ok=True)
 
-# %% ../../nbs/record/01_files.ipynb #3f9a94e3
+# %% ../../nbs/record/01_files.ipynb #bc9e6f6e
 def inside(
     folder:str|Path, # the folder that may not be left
     name:str,        # a relative name; sub-folders are fine
@@ -53,7 +53,7 @@ def inside(
         raise ValueError(f'the name {name!r} leads out of {folder}: use a plain relative name')
     return Path(folder)/name
 
-# %% ../../nbs/record/01_files.ipynb #0f942e15
+# %% ../../nbs/record/01_files.ipynb #5d0ea5c3
 @contextmanager
 def lock(
     folder:str|Path, # made if it is missing
@@ -71,7 +71,7 @@ def lock(
         f.flush()
         yield
 
-# %% ../../nbs/record/01_files.ipynb #0309e589
+# %% ../../nbs/record/01_files.ipynb #3fe89a9e
 def _write(path, write):
     "Let a function write one file or folder of a checkpoint."
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -140,7 +140,7 @@ def newest(
         if not (damage := _damage(p)): return p
         report(f'skipped the damaged checkpoint {p}: {damage}')
 
-# %% ../../nbs/record/01_files.ipynb #dde702c1
+# %% ../../nbs/record/01_files.ipynb #21c098bd
 def read_lines(
     path:str|Path, # JSON Lines, UTF-8
 )->list[dict]:     # its rows

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['rank_target', 'launch']
 
-# %% ../../nbs/record/07_launch.ipynb #6f37d64f
+# %% ../../nbs/record/07_launch.ipynb #18057906
 import base64
 import json
 import os
@@ -19,7 +19,7 @@ from pathlib import Path
 from ..hardware.ranks import Spread
 from .resume import Interrupted, stopping
 
-# %% ../../nbs/record/07_launch.ipynb #c0e763be
+# %% ../../nbs/record/07_launch.ipynb #45d88b99
 _RANK = ("import base64, importlib, json, os, sys, warnings; warnings.simplefilter('ignore', FutureWarning); "
          "from torch import distributed as d; "
          "from torch.distributed.elastic.multiprocessing.errors import record; "
@@ -38,7 +38,7 @@ def rank_target(
     encoded = base64.urlsafe_b64encode(json.dumps(list(arguments)).encode()).decode()
     return ['-c', _RANK, function.__module__, function.__qualname__, encoded]
 
-# %% ../../nbs/record/07_launch.ipynb #fdb02397
+# %% ../../nbs/record/07_launch.ipynb #ddb3fe84
 def _first_node():
     "The name of the first machine of a SLURM job."
     command = ['scontrol', 'show', 'hostnames', os.environ['SLURM_JOB_NODELIST']]
@@ -62,7 +62,7 @@ def _ranks_command(target, spread):
             f'--rdzv-endpoint={_first_node()}:29500']
     return [*srun, *torchrun, f'--nnodes={spread.nodes}', *meet, *plain]
 
-# %% ../../nbs/record/07_launch.ipynb #a32e7d06
+# %% ../../nbs/record/07_launch.ipynb #05d398ff
 # a rank, or the way to a machine, is gone
 _GONE = re.compile(r'exits with return code = |^pdsh@\S+: .* exited with exit code')
 
@@ -78,7 +78,7 @@ def _failure(output, n, code): # all that the ranks printed, their number, the e
     top = f'{n} ranks stopped; rank {rank[1]} first: {error}\n' if rank else ''
     return f'{top}{n} rank(s) stopped with exit status {code}:\n{cause}'
 
-# %% ../../nbs/record/07_launch.ipynb #2522dca4
+# %% ../../nbs/record/07_launch.ipynb #545776b3
 def launch(
     target:Callable|list, # a function at the top of an importable module, or arguments for python
     spread:Spread|int=1,  # or a number of ranks on this machine

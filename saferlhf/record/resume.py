@@ -54,7 +54,7 @@ def _decode(x, tensors):
     if kind == 'tensor': return tensors[v]
     return tensors[v].numpy() if kind == 'array' else tensors[v].numpy()[()]
 
-# %% ../../nbs/record/02_resume.ipynb #3fea2ff7
+# %% ../../nbs/record/02_resume.ipynb #ba9d11ba
 def write_state(
     folder:str|Path, # made
     state,           # nested dicts, lists, tuples, numbers, texts, arrays and tensors
@@ -74,7 +74,7 @@ def read_state(
     tensors = load_file(file) if file.exists() else {}
     return _decode(json.loads((Path(folder)/'state.json').read_text()), tensors)
 
-# %% ../../nbs/record/02_resume.ipynb #55775ae1
+# %% ../../nbs/record/02_resume.ipynb #d6a6a344
 class Interrupted(SystemExit):
     "A signal asked the run to stop. Everything is saved, and the message says how to go on."
 
@@ -111,7 +111,7 @@ def exit_on_sigterm(
     free = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     with _handler(leave, [signal.SIGTERM] if free else []): yield
 
-# %% ../../nbs/record/02_resume.ipynb #d6a6a344
+# %% ../../nbs/record/02_resume.ipynb #3b20e262
 def agree(
     *flags:bool, # this rank's
 )->list:         # True where any rank's is
@@ -137,7 +137,7 @@ def _restore(o, state):
     if isinstance(o, dict): o.clear(); o.update(state)
     else: (o.restore if hasattr(o, 'restore') else o.load_state_dict)(state)
 
-# %% ../../nbs/record/02_resume.ipynb #92f97465
+# %% ../../nbs/record/02_resume.ipynb #36d26acd
 class Saver:
     "Saves and restores what a loop needs: at intervals, at the end, and when a signal asks the run to stop."
     def __init__(self,
@@ -218,7 +218,7 @@ class Saver:
         error.add_note(f'step {step} was refused, weights are as before, the state is in {stored}; '
                        'the last checkpoint leads here again')
 
-# %% ../../nbs/record/02_resume.ipynb #fb2fc451
+# %% ../../nbs/record/02_resume.ipynb #e73b3f3f
 def cached(
     folder:str|Path, # of this piece of work
     make:Callable,   # without arguments; returns what `write_state` can store

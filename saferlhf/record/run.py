@@ -47,7 +47,7 @@ def results_home()->Path: # data/results, made if it is missing
     (found[0]/'data/results').mkdir(parents=True, exist_ok=True)
     return found[0]/'data/results'
 
-# %% ../../nbs/record/05_run.ipynb #c6753458
+# %% ../../nbs/record/05_run.ipynb #609983a2
 _FORMAT = 2 # of run folders; 1 had flat module names and hashed text, and no number in its manifest
 
 class OtherFormat(ValueError):
@@ -66,7 +66,8 @@ class Record:
         self.manifest = json.loads((self.folder/'manifest.json').read_text())
         if (made := self.manifest.get('format', 1)) != _FORMAT:
             raise OtherFormat(f'{folder} has run format {made}, not {_FORMAT}: another version made it; '
-                              f'make it again with `saferlhf run {self.manifest.get("stage")}`, or move it away')
+                              f'make it again with `saferlhf run {self.manifest.get("stage")}`, '
+                              'or move it away')
 
     done = property(lambda self: (self.folder/'DONE').exists())
     id = property(lambda self: f'{self.manifest["stage"]}/{self.folder.name}')
@@ -84,7 +85,7 @@ class Record:
         path = self.folder/'metrics.jsonl'
         return pd.DataFrame(read_lines(path) if path.exists() else [])
 
-# %% ../../nbs/record/05_run.ipynb #23ee6d68
+# %% ../../nbs/record/05_run.ipynb #7fdd0caa
 def _identity(stage, config, parents, seed, sources, data):
     "What the hash covers, and 'hash'; ValueError when a parent is not finished."
     hashes = {}
@@ -161,7 +162,7 @@ class _Log(Record):
         self._rewind(step)
         if step >= 0: self.note(resumed=[*self.manifest.get('resumed', []), {'at': _now(), 'step': step + 1}])
 
-# %% ../../nbs/record/05_run.ipynb #f2848976
+# %% ../../nbs/record/05_run.ipynb #d083387d
 def command_for(
     template:str|Path, out:str|Path, parameters:dict, # of `execute`
 )->str:
@@ -181,7 +182,7 @@ def _create(folder, facts, config, parents, profile):
     atomic_write(folder/'config.json', json.dumps(facts['config'], indent=1))
     atomic_write(folder/'manifest.json', json.dumps(manifest, indent=1))
 
-# %% ../../nbs/record/05_run.ipynb #2db6b9a9
+# %% ../../nbs/record/05_run.ipynb #f2848976
 _OPEN = weakref.WeakValueDictionary() # folder -> the run that this process holds
 atexit.register(lambda: [run.close() for run in list(_OPEN.values())])
 
