@@ -60,7 +60,7 @@ def gold_score(
     tokenizer = load_tokenizer(path)
     return lambda prompts, responses: score_texts(engine, tokenizer, prompts, responses, max_prompt_tokens, max_new_tokens)
 
-def at_once(name:str, make): # of a piece of work, see `Run.keep`; its function
+def at_once(name:str, make): # of a piece of work, see `Run.cached`; its function
     "For callers without a run: nothing is kept."
     return make()
 
@@ -68,7 +68,7 @@ def ask(
     make,               # function without arguments that returns the engine, called when there is something left to ask
     tokenizer, prompts:list, # of the policy; strings
     config,             # max_new_tokens, max_prompt_tokens, batch_size
-    keep, name:str,     # `Run.keep` or `at_once`; of these answers
+    keep, name:str,     # `Run.cached` or `at_once`; of these answers
     samples:int=1, first:int=0, seed:int=0, greedy:bool=False, temperature:float=1., # see `respond` and `Sampler`
 )->list:                # dicts response, tokens, truncated; a prompt's samples stand together
     "Answers in pieces of eight batches, each of which is kept."

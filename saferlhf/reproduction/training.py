@@ -19,7 +19,8 @@ from ..models import ScoreModel, load_lm, load_tokenizer
 from ..ppo import PPOConfig, make_objective, ppo_step
 from ..hardware.precision import fast_precision
 from ..record.run import Run
-from ..record.resume import agree, seed_all
+from ..hardware.seeds import seed_all
+from ..record.resume import agree
 from ..rollout import Sampler
 from ..hardware.ranks import Spread, rank
 from .stages import (gold_score, hand_pairs, headline, model_path, policy_prompts, read_jsonl, sft_rows, single_preference,
@@ -29,7 +30,7 @@ from .trials import probe, probe_prompts, probe_steps
 
 # %% ../../nbs/reproduction/06_training.ipynb #c0b155ef
 def settings(
-    run:Run,   # with `spread` in its manifest, see `Run.tell`
+    run:Run,   # with `spread` in its manifest, see `Run.note`
     cls:type,  # its configuration's class
 )->tuple:      # configuration, parents (role -> folder), Spread
     "What a run was told."
@@ -66,7 +67,7 @@ def train_sft(
     folder:str, # of the run
 ):
     "Supervised fine-tuning, on every rank."
-    run = Run.join(folder); config, parents, spread = settings(run, SFTConfig)
+    run = Run.attach(folder); config, parents, spread = settings(run, SFTConfig)
     seed_all(run.seed)
     tokenizer, rows = sft_data(run)
     order = batch_indices([len(r['response']) for r in rows], min(config.batch_size, len(rows)), run.seed, math.ceil(config.epochs))
@@ -96,7 +97,7 @@ def train_score(
     folder:str, # of the run
 ):
     "A reward or a cost model, on every rank."
-    run = Run.join(folder); config, parents, spread = settings(run, ScoreConfig)
+    run = Run.attach(folder); config, parents, spread = settings(run, ScoreConfig)
     tokenizer, _, pairs = score_data(run)
     seed_all(run.seed + 1000 * run.manifest['round'])
     steps, batch = score_batches(pairs, tokenizer, config, run.seed + run.manifest['round'])
@@ -143,7 +144,7 @@ def train_policy(
     folder:str, # of the run
 ):
     "A round of PPO-Lag, or of what it is compared with, on every rank; looks of gold annotators where probes are asked for."
-    run = Run.join(folder); config, parents, spread = settings(run, PPOConfig)
+    run = Run.attach(folder); config, parents, spread = settings(run, PPOConfig)
     seed_all(run.seed + 1000 * run.manifest['round'])
     objective, (tokenizer, prompts, _, supervised) = make_objective(config), policy_data(run)
     actor, reference, critics, scorers = policy_models(run, config, spread, objective)

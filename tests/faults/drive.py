@@ -2,7 +2,7 @@
 
     python drive.py TEMPLATE PARAMETERS.json ['{"fault": ..., "at": ..., ...}']
 
-The cells are those of the notebook, run one after the other without a kernel, so that a kill is a kill of the stage.
+The notebook's cells run one after the other without a kernel, so that a kill is a kill of the stage.
 """
 import errno
 import json
@@ -55,7 +55,8 @@ def halve(path):
 def in_checkpoint(phase, n, act):
     "Let the n-th checkpoint go wrong in one phase of its writing."
     if phase == 'write-start': wrap(checkpoint, '_write', before=after(n, act))
-    if phase == 'write-half': wrap(checkpoint, '_write', behind=after(n, lambda path, content: (halve(path), act())))
+    if phase == 'write-half':
+        wrap(checkpoint, '_write', behind=after(n, lambda path, content: (halve(path), act())))
     if phase == 'flushed': wrap(checkpoint, 'flush', behind=after(n, act))
     if phase in ('before-rename', 'after-rename'):
         def place(): return after(n, act)
@@ -66,7 +67,7 @@ def in_checkpoint(phase, n, act):
             rename(a, b)
             if aside and phase == 'after-rename': tick()
         checkpoint.os = type('os', (), dict(vars(os)) | dict(rename=staticmethod(watched)))
-    if phase == 'before-clean': wrap(checkpoint, 'keep_last', before=after(n, act))
+    if phase == 'before-clean': wrap(checkpoint, '_delete_old', before=after(n, act))
 
 
 def no_room(*_): raise OSError(errno.ENOSPC, 'No space left on device')
@@ -86,12 +87,14 @@ def poison(what, n, value):
         inner = engine.TorchEngine.backward
         def backward(self, loss, last=True):
             hit = next(tick) == n
-            if hit and what == 'gradient': next(p for p in self.model.parameters() if p.requires_grad).register_hook(lambda g: g * bad)
+            if hit and what == 'gradient':
+                next(p for p in self.model.parameters() if p.requires_grad).register_hook(lambda g: g * bad)
             return inner(self, loss * bad if hit and what == 'loss' else loss, last)
         engine.TorchEngine.backward = backward
     else:
         tick, inner = iter(range(1, 10**9)), engine.finite
-        def finite(name, *xs): return inner(name, *(x * bad if name == what and next(tick) == n else x for x in xs))
+        def finite(name, *xs):
+            return inner(name, *(x * bad if name == what and next(tick) == n else x for x in xs))
         engine.finite = finite
 
 
@@ -102,14 +105,16 @@ def arrange(fault):
     if kind == 'disk-full-in-checkpoint': in_checkpoint(fault['phase'], at, no_room)
     if kind == 'disk-full-in-metrics':
         tick = iter(range(1, 10**9)); inner = records.Run._append
-        def append(run, name, rows): return torn_line(run, name, rows) if next(tick) == at else inner(run, name, rows)
+        def append(run, name, rows):
+            return torn_line(run, name, rows) if next(tick) == at else inner(run, name, rows)
         records.Run._append = append
     if kind == 'kill-after-seconds':    # from the first step, or the first piece, on
         def start(*_): t = threading.Timer(fault['seconds'], kill); t.daemon = True; t.start()
-        first = after(1, start); wrap(records.Run, '_append', behind=first); wrap(records, 'piece', behind=first)
+        first = after(1, start); wrap(records.Run, '_append', behind=first)
+        wrap(records, 'cached', behind=first)
     if kind == 'signal':
         send = after(at, lambda *_: os.kill(os.getpid(), getattr(signal, fault['name'])))
-        wrap(records.Run, '_append', behind=send); wrap(records, 'piece', before=send)
+        wrap(records.Run, '_append', behind=send); wrap(records, 'cached', before=send)
     if kind == 'pause':     # holds the folder until somebody goes on
         wrap(records.Run, '_append', behind=after(at, lambda *_: os.kill(os.getpid(), signal.SIGSTOP)))
     if kind == 'not-finite': poison(fault['what'], at, fault['value'])
@@ -118,7 +123,8 @@ def arrange(fault):
 def deep(zero):
     "Every engine with an optimizer is DeepSpeed's."
     inner, more = engine.load, dict(engine='deepspeed', zero=zero)
-    os.environ['SAFERLHF_SPREAD'] = json.dumps(more)                                # stages that can be spread
+    # stages that can be spread
+    os.environ['SAFERLHF_SPREAD'] = json.dumps(more)
     def load(make, optim=None, steps=1, **k): return inner(make, optim, steps, **(more if optim else {}) | k)
     engine.load = load
 
@@ -135,11 +141,13 @@ def execute(template, parameters):
 
 if __name__ == '__main__':
     torch.set_num_threads(1)
-    template, parameters, fault = sys.argv[1], json.loads(Path(sys.argv[2]).read_text()), json.loads((sys.argv + ['{}'])[3])
+    template, parameters = sys.argv[1], json.loads(Path(sys.argv[2]).read_text())
+    fault = json.loads((sys.argv + ['{}'])[3])
     if 'zero' in fault: deep(fault['zero'])
     arrange(fault)
     first = []
     begin = lambda *_: first or first.append(time.monotonic())
-    for owner, name in ((records.Run, '_append'), (records, 'piece')): wrap(owner, name, behind=begin)
+    for owner, name in ((records.Run, '_append'), (records, 'cached')): wrap(owner, name, behind=begin)
     run = execute(template, parameters)
-    print(f'\nfinished {time.monotonic() - (first or [time.monotonic()])[0]:.3f} s after the first step or piece')
+    took = time.monotonic() - (first or [time.monotonic()])[0]
+    print(f'\nfinished {took:.3f} s after the first step or piece')

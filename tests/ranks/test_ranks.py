@@ -11,7 +11,7 @@ from tiny import close
 
 import saferlhf
 from saferlhf.models import ScoreModel, load_lm
-from saferlhf.record.launch import _failure, launch, ranks_command
+from saferlhf.record.launch import _failure, _ranks_command, launch
 from saferlhf.hardware.ranks import Spread
 
 CASES = [f'{zero}{offload}' for _, zero, offload in stages.CASES]
@@ -111,14 +111,14 @@ def test_a_rank_that_breaks_ends_the_run(tmp_path, processes):
 def test_the_command_of_several_nodes(monkeypatch, tmp_path):
     target = ['-m', 'saferlhf.reproduction.training', 'policy', '/runs/policy/x']
     monkeypatch.delenv('SLURM_JOB_ID', raising=False)
-    with pytest.raises(ValueError, match='hostfile'): ranks_command(target, Spread.of(dict(gpus=8, nodes=2)))
-    line = ranks_command(target, Spread.of(dict(gpus=8, nodes=2, hostfile='hosts')))
+    with pytest.raises(ValueError, match='hostfile'): _ranks_command(target, Spread.of(dict(gpus=8, nodes=2)))
+    line = _ranks_command(target, Spread.of(dict(gpus=8, nodes=2, hostfile='hosts')))
     told = ['--hostfile', 'hosts', '--num_nodes', '2', '--num_gpus', '8', '--no_python', '--no_local_rank']
     assert line[1:9] == told and line[10:] == target
     assert line[0].endswith('deepspeed')
     monkeypatch.setenv('SLURM_JOB_ID', '7'); monkeypatch.setenv('SLURM_JOB_NODELIST', 'a[1-2]')
-    monkeypatch.setattr('saferlhf.record.execute.first_node', lambda: 'a1')
-    line = ' '.join(ranks_command(target, Spread.of(dict(gpus=8, nodes=2))))
+    monkeypatch.setattr('saferlhf.record.launch._first_node', lambda: 'a1')
+    line = ' '.join(_ranks_command(target, Spread.of(dict(gpus=8, nodes=2))))
     assert line.startswith('srun --nodes=2 --ntasks-per-node=1') and '--nproc-per-node=8' in line and '--rdzv-endpoint=a1:29500' in line
 
 
@@ -127,7 +127,7 @@ def test_a_machine_that_breaks_ends_the_others(monkeypatch):
     said = ['nodeb: Traceback (most recent call last):', 'nodeb: ValueError: the rows of nodeb are bad',
             'nodeb: [ERROR] [launch.py:259:sigkill_handler] x exits with return code = 1', 'pdsh@a: nodeb: ssh exited with exit code 1']
     waits = "trap 'echo ended; exit 3' TERM; printf '%s\\n' \"$@\"; for i in $(seq 600); do sleep .1; done"
-    monkeypatch.setattr('saferlhf.record.execute.ranks_command', lambda *a: ['bash', '-c', waits, 'bash', *said])
+    monkeypatch.setattr('saferlhf.record.launch._ranks_command', lambda *a: ['bash', '-c', waits, 'bash', *said])
     start = time.time()
     with pytest.raises(RuntimeError) as e: launch(['-m', 'x'], Spread.of(dict(nodes=2, hostfile='hosts')))
     assert str(e.value).splitlines()[0] == '2 ranks stopped; one on nodeb first: ValueError: the rows of nodeb are bad'

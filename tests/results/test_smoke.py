@@ -144,13 +144,13 @@ def interrupted(monkeypatch, folder, name, at):
     told = dict(profile='smoke', seed=0, overrides=stage.overrides)
     if stage.template not in ('base_lm', 'two_token'): told['parents'] = whole['parent_folders']
     if stage.round is not None: told['round'] = stage.round
-    count, append, piece = [0], records.Run._append, records.piece
+    count, append, piece = [0], records.Run._append, records.cached
     def tick():
         count[0] += 1
         if count[0] == at: os.kill(os.getpid(), signal.SIGTERM)
     with monkeypatch.context() as m:
         m.setattr(records.Run, '_append', lambda run, name, rows: (append(run, name, rows), name == 'metrics.jsonl' and tick()))
-        m.setattr(records, 'piece', lambda folder, make, again: piece(folder, lambda: (make(), tick())[0], again))
+        m.setattr(records, 'cached', lambda folder, make, again: piece(folder, lambda: (make(), tick())[0], again))
         with pytest.raises(Interrupted, match='is saved; to go on'): execute(stage.template, told)
     with contextlib.redirect_stdout(io.StringIO()) as said: run = execute(stage.template, told)
     return run.folder, said.getvalue()

@@ -15,13 +15,14 @@ from hypothesis import strategies as st
 from tiny import lm, prompt_rows
 
 import saferlhf.record.resume as resume
-from saferlhf.record.files import newest, read_lines
 from saferlhf.engine import Optim, TorchEngine
 from saferlhf.hardware.precision import finite
+from saferlhf.hardware.seeds import random_state, seed_all, set_random_state
 from saferlhf.models import token_logps
 from saferlhf.objectives import Multiplier
+from saferlhf.record.files import newest, read_lines
+from saferlhf.record.resume import Interrupted, Saver, agree, cached, read_state, stopping, write_state
 from saferlhf.record.run import Run
-from saferlhf.record.resume import Interrupted, Saver, agree, piece, random_state, read_state, seed_all, set_random_state, stopping, write_state
 from saferlhf.train import loop
 
 
@@ -33,16 +34,21 @@ def home(tmp_path, monkeypatch):
 
 
 def equal(a, b):
-    if torch.is_tensor(a): return torch.is_tensor(b) and a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
-    if isinstance(a, np.ndarray | np.generic): return type(a) is type(b) and a.dtype == b.dtype and np.array_equal(a, b)
+    if torch.is_tensor(a):
+        return torch.is_tensor(b) and a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
+    if isinstance(a, np.ndarray | np.generic):
+        return type(a) is type(b) and a.dtype == b.dtype and np.array_equal(a, b)
     if isinstance(a, dict): return list(a) == list(b) and all(equal(v, b[k]) for k, v in a.items())
     if isinstance(a, list | tuple): return type(a) is type(b) and len(a) == len(b) and all(map(equal, a, b))
     return type(a) is type(b) and (a == b)
 
 
-plain = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(st.characters(exclude_categories=[]), max_size=5)
-arrays = st.sampled_from([torch.arange(3.), torch.tensor(2), torch.ones(2, 2, dtype=torch.bfloat16), torch.zeros(0, 3),
-                          np.arange(3, dtype=np.float32), np.float32(.1), np.array([True]), torch.arange(6).view(2, 3).t()])
+texts = st.text(st.characters(exclude_categories=[]), max_size=5)
+plain = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | texts
+arrays = st.sampled_from([torch.arange(3.), torch.tensor(2), torch.ones(2, 2, dtype=torch.bfloat16),
+                          torch.zeros(0, 3),
+                          np.arange(3, dtype=np.float32), np.float32(.1), np.array([True]),
+                          torch.arange(6).view(2, 3).t()])
 keys = st.integers() | st.text(max_size=3) | st.none() | st.booleans()
 inner = lambda x: st.lists(x, max_size=3) | st.tuples(x, x) | st.dictionaries(keys, x, max_size=3)
 nests = st.recursive(plain | arrays, inner, max_leaves=8)
@@ -87,7 +93,9 @@ def train(steps=6, every=1, act=lambda i: None, minutes=5.):
         best.update(loss=min(loss.item(), best.get('loss', 9e9)))
         lam = multiplier.step([random.random(), np.random.rand()])
         return dict(loss=loss.detach(), grad_norm=engine.step(), lam=lam, cost=best['loss'])
-    try: loop(step, steps, run.log, save=run.saver(dict(engine=engine, multiplier=multiplier, best=best), every, minutes))
+    try:
+        loop(step, steps, run.log,
+             save=run.saver(dict(engine=engine, multiplier=multiplier, best=best), every, minutes))
     finally: run.close()
     rows = [{k: v for k, v in r.items() if k != 'seconds'} for r in read_lines(run.folder/'metrics.jsonl')]
     return run, rows, [p.clone() for p in engine.model.parameters()], multiplier.state_dict(), best
@@ -122,7 +130,8 @@ def crash(at):
 
 
 def test_logged_steps_after_the_checkpoint_are_made_again(whole):
-    with pytest.raises(KeyError): train(every=3, act=crash(5))                  # saved after step 2; steps 3 and 4 were logged
+    # saved after step 2; steps 3 and 4 were logged
+    with pytest.raises(KeyError): train(every=3, act=crash(5))
     assert same(whole, train(every=3))
 
 
@@ -130,7 +139,8 @@ def test_a_damaged_checkpoint_is_skipped(whole, capsys):
     with pytest.raises(KeyError): train(act=crash(4))
     folder = next((resume.Path(os.environ['SAFERLHF_RUNS'])/'policy').iterdir())/'checkpoint'
     assert sorted(p.name for p in folder.iterdir()) == ['step-00000002', 'step-00000003']      # two stay
-    f = folder/'step-00000003/state/common/tensors.safetensors'; b = bytearray(f.read_bytes()); b[-1] ^= 1; f.write_bytes(b)
+    f = folder/'step-00000003/state/common/tensors.safetensors'; b = bytearray(f.read_bytes()); b[-1] ^= 1
+    f.write_bytes(b)
     assert same(whole, train())
     assert 'skipped the damaged' in (out := capsys.readouterr().out) and 'goes on after step 2' in out
 
@@ -141,7 +151,8 @@ def test_time_decides_too(monkeypatch, tmp_path):
     with Saver(tmp_path/'c', {}, steps=0, minutes=2.) as save:
         monkeypatch.setattr(save, 'save', lambda i: (saves.append(i), setattr(save, 'saved', now[0])))
         for i in range(10): now[0] += 50; save(i, i == 9)
-    assert saves == [2, 5, 8, 9]                                                # every third step is more than two minutes after a save
+    # every third step is more than two minutes after a save
+    assert saves == [2, 5, 8, 9]
     monkeypatch.setenv('SAFERLHF_SAVE_STEPS', '7'); monkeypatch.setenv('SAFERLHF_SAVE_MINUTES', '.5')
     run = Run.start('sft', {}); s = run.saver({}); run.close()
     assert (s.steps, s.minutes) == (7, .5)
@@ -162,9 +173,9 @@ def test_streams_of_ranks(tmp_path):
     with Saver(tmp_path, {'best': {}}) as save: save(0, True)
     found = newest(tmp_path)
     for r in (0, 1): write_state(found/f'state/random-{r}', random_state())
-    assert resume._any_stream(found, 2).name == 'random-0'
+    assert resume._stream(found, 2).name == 'random-0' and resume._stream(found, 1).name == 'random-0'
     torch.rand(1); write_state(found/'state/random-1', random_state())
-    with pytest.raises(ValueError, match='different random streams'): resume._any_stream(found, 2)
+    with pytest.raises(ValueError, match='different random streams'): resume._stream(found, 2)
     assert agree(True, False) == [True, False]
 
 
@@ -173,7 +184,8 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
         save(0, True)
         def full(*a): raise OSError(28, 'No space left on device')
         monkeypatch.setattr(resume, 'write_state', full)
-        with pytest.raises(OSError, match='step 1 could not be saved.*No space left.*make room, then run'): save(1, True)
+        with pytest.raises(OSError, match='step 1 could not be saved.*No space left.*make room, then run'):
+            save(1, True)
     assert newest(tmp_path).name == 'step-00000000' and len(list(tmp_path.iterdir())) == 1
 
 
@@ -185,12 +197,14 @@ def test_a_bad_number_is_refused_before_weights_move(tmp_path, what, value):
     def step(i):
         b = prompt_rows(seed=i)
         loss = -token_logps(engine, b['input_ids'], b['attention_mask'], 3).mean()
-        if i == 2 and what == 'gradient': next(engine.model.parameters()).register_hook(lambda g: g * float(value))
+        if i == 2 and what == 'gradient':
+            next(engine.model.parameters()).register_hook(lambda g: g * float(value))
         engine.backward(loss * float(value) if i == 2 and what == 'loss' else loss)
         return dict(loss=loss.detach(), grad_norm=engine.step())
     log = []
     save = Saver(tmp_path, {'model': engine}, steps=1)
-    with pytest.raises(FloatingPointError, match=f'a {what} is NaN or infinite') as e: loop(step, 4, lambda i, m: log.append(i), save=save)
+    with pytest.raises(FloatingPointError, match=f'a {what} is NaN or infinite') as e:
+        loop(step, 4, lambda i, m: log.append(i), save=save)
     assert log == [0, 1] and 'step 2 was refused' in e.value.__notes__[0]
     dumped = next(tmp_path.glob('refused/rank-0/step-*'))
     assert json.loads((dumped/'cause.json').read_text())['step'] == 2
@@ -200,46 +214,67 @@ def test_a_bad_number_is_refused_before_weights_move(tmp_path, what, value):
 
 def test_finite():
     x = torch.ones(2); assert finite('loss', x, x) is x and finite('gradient') is None
-    assert finite('loss', torch.full((2,), 3e38)) is not None                   # a sum that overflows is no bad number
+    # a sum that overflows is no bad number
+    assert finite('loss', torch.full((2,), 3e38)) is not None
     for bad in ('nan', 'inf', '-inf'):
-        with pytest.raises(FloatingPointError, match='a reward is NaN'): finite('reward', x, torch.tensor([1., float(bad)]))
+        with pytest.raises(FloatingPointError, match='a reward is NaN'):
+            finite('reward', x, torch.tensor([1., float(bad)]))
 
 
-# --- pieces
+# --- work without steps
 def test_pieces_are_made_once(tmp_path, capsys):
     calls = []
     make = lambda: calls.append(1) or {'a': [1, 2.5, 'x'], 'n': np.arange(2)}
-    first, again = piece(tmp_path/'p', make), piece(tmp_path/'p', make)
-    assert equal(first, again) and calls == [1] and 'p: done before the interruption' in capsys.readouterr().out
+    first, again = cached(tmp_path/'p', make), cached(tmp_path/'p', make)
+    assert equal(first, again) and calls == [1]
+    assert 'p: done before the interruption' in capsys.readouterr().out
     f = next((tmp_path/'p').glob('step-*'))/'value/state.json'; f.write_text(f.read_text() + ' ')
-    assert equal(piece(tmp_path/'p', make), first) and calls == [1, 1] and 'skipped the damaged' in capsys.readouterr().out
-    with pytest.raises(Interrupted, match='q is saved'): piece(tmp_path/'q', lambda: os.kill(os.getpid(), signal.SIGTERM) or 3)
-    assert piece(tmp_path/'q', lambda: 4) == 3
+    assert equal(cached(tmp_path/'p', make), first) and calls == [1, 1]
+    assert 'skipped the damaged' in capsys.readouterr().out
+    with pytest.raises(Interrupted, match='q is saved'):
+        cached(tmp_path/'q', lambda: os.kill(os.getpid(), signal.SIGTERM) or 3)
+    assert cached(tmp_path/'q', lambda: 4) == 3
 
 
 def test_a_finished_run_keeps_no_checkpoint(tmp_path):
     run, *_ = train()
     again = Run.start('policy', {}, sources=()); assert list((again.folder/'checkpoint').iterdir())
     again.finish({}); assert not (again.folder/'checkpoint').exists()
-    assert again.keep('more', lambda: 5) == 5                                   # finished: nothing is written
+    # finished: nothing is written
+    assert again.cached('more', lambda: 5) == 5
 
 
 # --- signals
 def test_a_second_signal_acts_at_once(monkeypatch):
     now = [0.]; monkeypatch.setattr(resume.time, 'monotonic', lambda: now[0])
     with stopping() as asked:
-        os.kill(os.getpid(), signal.SIGINT); os.kill(os.getpid(), signal.SIGTERM)   # a launcher passing on what the terminal sent
+        # a launcher passing on what the terminal sent
+        os.kill(os.getpid(), signal.SIGINT); os.kill(os.getpid(), signal.SIGTERM)
         assert asked == ['SIGINT']
         now[0] = 3.
         with pytest.raises(KeyboardInterrupt): os.kill(os.getpid(), signal.SIGTERM)
 
 
 def test_sigterm_between_loops_says_how_to_go_on(tmp_path):
-    code = "from saferlhf.record.run import Run; import time; run = Run.start('sft', {}); print('on', flush=True); time.sleep(30)"
-    p = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    "The run is closed before Python takes its modules apart: no handler is put back too late."
+    code = '''from saferlhf.record.run import Run; import time
+run = Run.start('sft', {}); print('on', flush=True); time.sleep(30)'''
+    p = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                         text=True)
     while 'on\n' != p.stdout.readline(): time.sleep(.01)
     p.terminate(); said = p.communicate(timeout=20)[1]
     assert p.returncode == 1 and 'stopped by SIGTERM' in said and 'again' in said and 'Traceback' not in said
+
+
+def test_handlers_are_put_back():
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with resume.exit_on_sigterm('go on'):
+        with resume.exit_on_sigterm('another run'), pytest.raises(Interrupted, match='go on'):
+            signal.raise_signal(signal.SIGTERM)
+        with stopping() as asked: signal.raise_signal(signal.SIGTERM)
+        assert asked == ['SIGTERM']
+        with pytest.raises(Interrupted, match='go on'): signal.raise_signal(signal.SIGTERM)
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
 # --- what must not be written down
@@ -253,5 +288,5 @@ def test_no_environment_in_a_run_folder(monkeypatch):
 def test_names_of_pieces_stay_in_the_run(tmp_path):
     run = Run.start('sft', {})
     for bad in ('../../x', '/x', 'a\nb'):
-        with pytest.raises(ValueError, match='leads out'): run.keep(bad, lambda: 1)
+        with pytest.raises(ValueError, match='leads out'): run.cached(bad, lambda: 1)
     run.close()

@@ -8,13 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 import pandas as pd
 import pytest
+import saferlhf.record.code as code
 import saferlhf.record.run as records
-from saferlhf.record.files import save_checkpoint
-from saferlhf.reproduction.profiles import PROFILES
-from saferlhf.record.run import Run, latest, results_home, templates_home
-from saferlhf.record.execute import check_parameters, execute, parameters, publish, warm_kernel
+from saferlhf.record.code import source_hashes
 from saferlhf.record.config import check_profiles, deviations, resolve
+from saferlhf.record.execute import _check_parameters, execute, parameters, publish, warm_kernel
+from saferlhf.record.files import newest, save_checkpoint
 from saferlhf.record.launch import launch
+from saferlhf.record.run import OtherFormat, Record, Run, results_home, templates_home
+from saferlhf.reproduction.profiles import PROFILES
 
 
 @dataclass(frozen=True)
@@ -27,12 +29,14 @@ class Config:
 
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
-    monkeypatch.setenv('SAFERLHF_RUNS', str(tmp_path/'runs')); monkeypatch.delenv('SAFERLHF_HOME', raising=False)
+    monkeypatch.setenv('SAFERLHF_RUNS', str(tmp_path/'runs'))
+    monkeypatch.delenv('SAFERLHF_HOME', raising=False)
     return tmp_path
 
 
 def start(**kw):
-    run = Run.start(**(dict(stage='sft', config=Config(), profile='smoke', sources=('record.files',), data={'a': '1'}) | kw))
+    run = Run.start(**(dict(stage='sft', config=Config(), profile='smoke', sources=('hardware.packing',),
+                            data={'a': '1'}) | kw))
     run.close()
     return run
 
@@ -42,44 +46,148 @@ def test_hash_covers_what_decides_the_numbers(tmp_path, monkeypatch):
     for seed in (1, 2): p = Run.start('base_lm', {}, seed=seed); p.finish({}); parents.append(p.folder)
     base = dict(parents={'base': parents[0]}); one = start(**base).folder
     assert start(**base).folder == one and one.parent == tmp_path/'runs/sft' and one.name.startswith('smoke-')
-    changes = ({'config': Config(lr=2e-5)}, {'seed': 1}, {'data': {'a': '2'}}, {'parents': {'base': parents[1]}}, {'parents': {}},
+    changes = ({'config': Config(lr=2e-5)}, {'seed': 1}, {'data': {'a': '2'}},
+               {'parents': {'base': parents[1]}}, {'parents': {}},
                {'sources': ('losses',)}, {'stage': 'reward'})
     assert len({one, *(start(**base | kw).folder for kw in changes)}) == 8
     assert start(**base, name='other').folder.name[-12:] == one.name[-12:]      # a label decides nothing
 
 
-def test_hash_of_code_follows_every_import_and_reads_syntax(tmp_path, monkeypatch):
-    package = tmp_path/'package'; (package/'hardware').mkdir(parents=True); monkeypatch.setattr(records, 'PACKAGE', package)
-    write = lambda name, text: (package/name).write_text(text)
-    write('__init__.py', ''); write('hardware/__init__.py', ''); write('data.py', 'y = 1'); write('train.py', 'z = 1')
-    write('ppo.py', 'from .losses import x\nfrom . import data\nfrom saferlhf.hardware import packing\nimport saferlhf.train\nimport torch.nn')
-    write('losses.py', '"Words."\n__all__ = ["x"]\ndef x(): return 1'); write('hardware/packing.py', 'from ..losses import x\nfrom .ranks import w')
-    write('hardware/ranks.py', 'w = 1')
-    before = records.source_hashes(('ppo',))
-    assert set(before) == {'ppo', 'losses', 'data', 'train', 'hardware.packing', 'hardware.ranks'}
-    write('losses.py', '# %% nb #2\n"Other words."\n__all__ = ["x", "y"]\ndef x():\n    "What it does."\n    return 1   # one\n')
-    assert records.source_hashes(('ppo',)) == before                            # comments, docstrings and lists of names say nothing
-    write('hardware/ranks.py', 'w = 2'); after = records.source_hashes(('ppo',))
-    assert {m for m in after if after[m] != before[m]} == {'hardware.ranks'} and start(sources=('ppo',)).folder != start(sources=('data',)).folder
-    for bad in ('from .gone import x', 'import saferlhf.gone', 'from saferlhf.hardware.gone import x', 'from . import gone\nfrom .gone import x'):
-        write('losses.py', bad)
-        with pytest.raises(FileNotFoundError, match='losses imports saferlhf.*gone'): records.source_hashes(('ppo',))
-    write('losses.py', 'import saferlhf.record.run'); (package/'record').mkdir(); write('record/__init__.py', '')
-    write('record/run.py', '1'); kept = records.source_hashes(('ppo',)); write('record/run.py', '2')
-    assert records.source_hashes(('ppo',)) == kept and not any(m.startswith('record') for m in kept)   # bookkeeping
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    "A small package whose code is hashed; write(name, text) makes a module, or the __init__ of a package."
+    home = tmp_path/'package'; monkeypatch.setattr(code, 'PACKAGE', home)
+    def write(name, text=''):
+        path = home.joinpath(*name.split('.'))
+        path = path/'__init__.py' if name in ('', 'hardware', 'hardware.deep', 'record',
+                                              'apps') else path.with_suffix('.py')
+        path.parent.mkdir(parents=True, exist_ok=True); path.write_text(text)
+    for name in ('', 'hardware', 'hardware.deep', 'record', 'apps'): write(name)
+    write('losses', 'def x(): return 1'); write('data', 'y = 1'); write('hardware.packing', 'z = 1')
+    write('hardware.seeds', 'w = 1')
+    return write
+
+
+IMPORTS = {  # (module, an import in it) -> what counts beside it; x, y and z are no modules
+    ('ppo', 'from .losses import x'): {'losses'},
+    ('ppo', 'from . import data, losses as l'): {'data', 'losses'},
+    ('ppo', 'from saferlhf.hardware import packing'): {'hardware.packing'},
+    ('ppo', 'from saferlhf import data'): {'data'},
+    ('ppo', 'import saferlhf.hardware.packing as p'): {'hardware.packing'},
+    ('ppo', 'import torch.nn, saferlhf.data'): {'data'},
+    ('ppo', 'from saferlhf.losses import *'): {'losses'}, ('ppo', 'from torch.data import losses'): set(),
+    ('ppo', 'def f():\n    class C:\n        from .losses import x'): {'losses'},
+    ('ppo', 'try: import saferlhf.data\nexcept ImportError: from . import losses'): {'data', 'losses'},
+    ('hardware.a', 'from .packing import z'): {'hardware.packing'},
+    ('hardware.a', 'from . import packing'): {'hardware.packing'},
+    ('hardware.a', 'from ..losses import x'): {'losses'}, ('hardware.a', 'from .. import data'): {'data'},
+    ('hardware.a', 'from ..hardware import packing'): {'hardware.packing'},
+    ('hardware', 'from .packing import z'): {'hardware.packing'},
+    ('hardware', 'from ..losses import x'): {'losses'},
+    ('hardware', 'from .. import data'): {'data'},
+    ('hardware.deep', 'from ..packing import z'): {'hardware.packing'},
+    ('hardware.deep', 'from ... import data'): {'data'},
+    ('hardware.deep.b', 'from ...losses import x'): {'losses'},
+    ('hardware.deep.b', 'from .. import packing'): {'hardware.packing'},
+    ('ppo', 'from saferlhf.record.run import Run'): set(), ('ppo', 'from . import record, apps'): set(),
+    ('ppo', 'from .record import run'): set()}
+
+
+@pytest.mark.parametrize('module, text', IMPORTS)
+def test_the_hash_of_code_finds_imports_of_every_kind(package, module, text):
+    package('record.run', '1'); package(module, f'{text}\nthis = 1')
+    assert set(source_hashes([module])) == {module} | IMPORTS[module, text]
+
+
+@pytest.mark.parametrize('text',
+                         ['from .gone import x', 'import saferlhf.gone',
+                          'from saferlhf.hardware.gone import x',
+                                  'from .gone import x, y', 'def f(): import saferlhf.record.gone'])
+def test_an_import_that_leads_nowhere_is_an_error(package, text):
+    package('losses', text); package('ppo', 'from .losses import x')
+    with pytest.raises(FileNotFoundError, match='saferlhf.losses imports saferlhf.*gone'):
+        source_hashes(['ppo'])
+    with pytest.raises(FileNotFoundError, match="no module 'rnus'"): source_hashes(['rnus'])
+    package('losses', 'from ...data import x')
+    with pytest.raises(ImportError): source_hashes(['losses'])
+
+
+def test_a_package_counts_where_its_init_holds_code(package):
+    assert set(source_hashes(['hardware.packing'])) == {'hardware.packing'}
+    package('hardware', '"Words."\n__all__ = []')
+    assert set(source_hashes(['hardware.packing'])) == {'hardware.packing'}
+    package('hardware', 'import torch; torch.set_default_dtype(torch.float64)')
+    package('', 'from .data import y')
+    assert set(source_hashes(['hardware.packing'])) == {'hardware.packing', 'hardware', 'saferlhf', 'data'}
+
+
+SAYS = 'class C:\n    def f(self): return 1\n    x = 1\ndef g(): return 2'
+SAME = ['"Module."\n__all__ = ["C"]\n__all__ += ["g"]\n_all_ = ["x"]\n' + SAYS, '__all__: list = []\n' + SAYS,
+        '__version__ = "2"\n' + SAYS,
+        SAYS.replace('class C:', 'class C: # one\n    "What C is."'),
+        SAYS.replace('return 1', '\n        "What f does."\n        return 1'),
+        SAYS.replace('x = 1', 'x = 1\n    "What x is."'), SAYS.replace('\n', '\r\n'),
+        '# %% ../nb.ipynb #3\n' + SAYS + '\n\n']
+OTHER = [SAYS.replace('return 2', f'return {v}') for v in ('2.', '"2"', 'b"2"', '-2', '2j', '(2,)', '[2]',
+                                                           '...', 'None', 'f"2"')]
+OTHER += [SAYS.replace('x = 1', 'x: int = 1'), SAYS.replace('x = 1', 'y = 1'),
+          SAYS + '\ndef h(): "Says nothing."']
+
+
+def test_the_hash_of_code_reads_syntax(package):
+    def of(text): package('losses', text); return source_hashes(['losses']).get('losses')
+    assert {of(text) for text in SAME} == {of(SAYS)}
+    assert len({of(text) for text in [SAYS, *OTHER]}) == 1 + len(OTHER)
+    assert of('def f(): "One."') == of('def f():\n    "Another."\n    # word') != of('def f(): return 1')
+    assert of('"Words alone."\n__all__ = []') is None                            # nothing is said
+    # every Python version has to give this one: a new kind of field would move all run folders
+    every = """async def f[T](a, /, b: int = 1, *c, d=None, **e): pass""".replace('[T]', '') + """
+@d(1)
+class C(B, metaclass=M): x: int = u'\u00e9\U0001fae8'; y = 1e999, 0.1, 10**20, {**a, 'k': [*b]}
+with a as b, c: print(f'a{b!r:>{c}}{{d=}}', 'e' f'{f}')
+match x:
+    case {'a': [1, *_], **r} if (n := r): lambda z=1, *, k: z[1:2, ::-1]
+try: assert x if y else not z, 'm'
+except* E as e: raise e from None
+else: del x[0], y.z; global g
+"""
+    assert of(every) == EVERY
+
+
+EVERY = '657b64b84511b26da286c7cedfbb260b0bde3d5262917e51656b3d78ba282187'
+
+
+def test_every_run_counts_how_it_is_seeded(package):
+    package('ppo', 'v = 1'); one = start(sources=['ppo'])
+    assert set(one.manifest['sources']) == {'ppo', 'hardware.seeds'}
+    package('losses', 'v = 3')
+    assert start(sources=['ppo']).folder == one.folder != start(sources=['data']).folder
+    package('hardware.seeds', 'w = 2'); assert start(sources=['ppo']).folder != one.folder
+
+
+def test_bookkeeping_decides_no_number():
+    "Neither wing counts; how a run is seeded does, and lies below them."
+    assert not any(m.split('.')[0] in ('record', 'apps') for m in source_hashes(['reproduction.training']))
+    assert 'hardware.seeds' in source_hashes(['reproduction.training'])
+    for module in ('files', 'resume', 'run'):
+        assert not any(n.startswith('seed') for n in dir(sys.modules[f'saferlhf.record.{module}']))
 
 
 def test_finish_writes_done_last_and_only_once(monkeypatch):
     order = []; write = records.atomic_write
-    monkeypatch.setattr(records, 'atomic_write', lambda path, content: (order.append(Path(path).name), write(path, content)))
-    run = Run.start('sft', Config()); run.log(0, {'loss': 2.}); run.sample([{'text': 'a'}]); run.data(buckets=[57, 55], hashes={'f': 'h'})
+    monkeypatch.setattr(records, 'atomic_write', lambda path,
+                        content: (order.append(Path(path).name), write(path, content)))
+    run = Run.start('sft', Config()); run.log(0, {'loss': 2.}); run.sample([{'text': 'a'}])
+    run.data(buckets=[57, 55], hashes={'f': 'h'})
     assert not run.done; order.clear(); run.finish({'loss': 1.})
     assert order == ['summary.json', 'manifest.json', 'DONE'] and run.done
     again = Run.start('sft', Config()); assert again.done; again.finish({'loss': 9.})
     back = Run.open(run.folder)
     assert back.summary == {'loss': 1.} and back.metrics().loss.tolist() == [2.] and back.config['clip'] == .3
-    assert back.manifest['buckets'] == [55, 57] and back.manifest['data'] == {'f': 'h'} and back.manifest['seconds'] >= 0
-    assert back.manifest['deviations'] == {'clip': {'value': .3, 'paper': .2}} and back.manifest['versions']['torch']
+    assert back.manifest['buckets'] == [55, 57] and back.manifest['data'] == {'f': 'h'}
+    assert back.manifest['seconds'] >= 0
+    assert back.manifest['deviations'] == {'clip': {'value': .3, 'paper': .2}}
+    assert back.manifest['versions']['torch']
     with pytest.raises(RuntimeError, match='is finished'): again.log(1, {})
     with pytest.raises(FileNotFoundError): Run.open(run.folder.parent)
 
@@ -87,22 +195,28 @@ def test_finish_writes_done_last_and_only_once(monkeypatch):
 def test_unfinished_run_goes_on_from_its_checkpoint(capsys):
     run = Run.start('sft', Config())
     for step in range(4): run.log(step, {'loss': 1.}); run.sample([{'step': step}])
-    save_checkpoint(run.folder/'checkpoint', 1, {'a': b''}); save_checkpoint(run.folder/'checkpoint', 2, {'a': b'1'})
+    save_checkpoint(run.folder/'checkpoint', 1, {'a': Path.touch})
+    save_checkpoint(run.folder/'checkpoint', 2, {'a': lambda path: path.write_bytes(b'1')})
     (run.folder/'checkpoint/step-00000002/a').write_bytes(b'2'); time.sleep(.05); run.close()
     with open(run.folder/'metrics.jsonl', 'a') as f: f.write('{"step": 4, "lo')
     run = Run.start('sft', Config())
-    assert run.checkpoint.name == 'step-00000001' and run.metrics().step.tolist() == [0, 1]
-    assert 'skipped the damaged' in capsys.readouterr().out
-    run.log(2, {'loss': 1.}); assert run.metrics().seconds.is_monotonic_increasing and len(run.manifest['starts']) == 2
+    assert run.metrics().step.tolist() == [0, 1] and 'skipped the damaged' in capsys.readouterr().out
+    assert newest(run.folder/'checkpoint').name == 'step-00000001'
+    run.log(2, {'loss': 1.})
+    assert run.metrics().seconds.is_monotonic_increasing and len(run.manifest['starts']) == 2
     assert (run.folder/'samples.jsonl').read_text().count('\n') == 2; run.close()
 
 
 def test_printed_configuration_names_deviations(capsys):
-    start(config=Config(lr=3e-5, steps=2)); out = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()[1:]}
-    assert 'DEVIATION from 1e-05' in out['lr'] and 'scale' in out['steps'] and 'DEVIATION' not in out['steps'] + out['name']
+    start(config=Config(lr=3e-5, steps=2))
+    out = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()[1:]}
+    assert 'DEVIATION from 1e-05' in out['lr'] and 'scale' in out['steps']
+    assert 'DEVIATION' not in out['steps'] + out['name']
 
 
-@pytest.mark.parametrize('bad', [{'name': '../x'}, {'name': 'a/b'}, {'stage': '..'}, {'stage': '../y'}, {'profile': 'a\nb'}])
+@pytest.mark.parametrize('bad',
+                         [{'name': '../x'}, {'name': 'a/b'}, {'stage': '..'}, {'stage': '../y'},
+                          {'profile': 'a\nb'}])
 def test_names_may_not_leave(bad):
     with pytest.raises(ValueError, match='leads out'): start(**bad)
 
@@ -110,11 +224,32 @@ def test_names_may_not_leave(bad):
 def test_run_path_and_parents():
     run = start(); assert run.path('model/x').parent.parent == run.folder
     with pytest.raises(ValueError, match='leads out'): run.path('../x')
-    with pytest.raises(ValueError, match='finish it first'): start(stage='reward', parents={'sft': run.folder})
-    with pytest.raises(FileNotFoundError, match='saferlhf run sft'): latest('sft')
-    done = Run.start('sft', {}, profile='cpu'); done.finish({})
-    assert latest('sft') == latest('sft', 'cpu') == done.folder
-    with pytest.raises(FileNotFoundError): latest('sft', 'gpu')
+    with pytest.raises(ValueError, match='finish it first'):
+        start(stage='reward', parents={'sft': run.folder})
+    with pytest.raises(ValueError, match='finish it first'):
+        start(stage='reward', parents={'sft': run.folder/'none'})
+
+
+@pytest.mark.parametrize('format', [None, 1, 3])
+def test_a_folder_of_another_version_is_refused_in_one_line(format):
+    "One of format 1, for example: module names were flat, and the text of modules was hashed."
+    run = Run.start('sft', {}); run.finish({'loss': 1.}); folder, manifest = run.folder, run.manifest; del run
+    path, format = folder/'manifest.json', {'format': format} if format else {}
+    path.write_text(json.dumps({k: v for k, v in manifest.items() if k != 'format'} | format))
+    for read in (Record, Run.open, Run.attach, lambda folder: start(stage='reward', parents={'sft': folder})):
+        with pytest.raises(OtherFormat,
+                           match='another version made it; make it again with `saferlhf run sft`') as e:
+            read(folder)
+        assert isinstance(e.value, ValueError) and str(folder) in str(e.value) and '\n' not in str(e.value)
+    assert json.loads(path.read_text()).get('format') == format.get('format')  # nothing was written into it
+
+
+def test_facts_for_the_ranks_are_no_part_of_the_hash():
+    run = Run.start('sft', {}); run.note(round=2, spread={'gpus': 1})
+    assert Run.attach(run.folder) is run and Record(run.folder).manifest['round'] == 2
+    hash_ = run.manifest['hash']; run.finish({}); run.note(round=3); run.data(buckets=[1])
+    assert Record(run.folder).manifest['round'] == 2 and Record(run.folder).manifest['hash'] == hash_
+    assert Run.attach(str(run.folder)).done
 
 
 def test_second_process_is_refused():
@@ -122,15 +257,18 @@ def test_second_process_is_refused():
     code = "from saferlhf.record.run import Run; Run.start('sft', {})"
     other = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert other.returncode and 'another run holds' in other.stderr
-    again = Run.start('sft', {}); assert again.folder == run.folder; again.close()    # the same notebook, all cells run again
+    # the same notebook, all cells run again
+    again = Run.start('sft', {}); assert again.folder == run.folder; again.close()
 
 
 def test_resolve_and_profiles():
     assert resolve(Config, {'steps': 2, 'override': {'lr': 1}}, {'lr': 2}) == Config(lr=2., steps=2)
-    for bad, why in (({'step': 1}, "did you mean 'steps'"), ({'steps': 1.}, 'wants a int'), ({'lr': '1e-5'}, 'wants a float'),
+    for bad, why in (({'step': 1}, "did you mean 'steps'"), ({'steps': 1.}, 'wants a int'),
+                     ({'lr': '1e-5'}, 'wants a float'),
                      ({'lr': True}, 'wants a float')):
         with pytest.raises(ValueError, match=why): resolve(Config, {}, bad)
-    assert deviations(Config(lr=2., steps=1)) == {'lr': {'value': 2., 'paper': 1e-5}, 'clip': {'value': .3, 'paper': .2}}
+    assert deviations(Config(lr=2., steps=1)) == {'lr': {'value': 2., 'paper': 1e-5},
+                                                  'clip': {'value': .3, 'paper': .2}}
     check_profiles({'cpu': {'sft': {'steps': 1, 'override': {'lr': .1}}}}, {'sft': Config})
     assert set(PROFILES) == {'smoke', 'cpu', 'gpu', 'paper'}
     for bad in ({'sft': {'lr': .1}}, {'stf': {}}, {'sft': {'override': {'rl': .1}}}):
@@ -139,7 +277,8 @@ def test_resolve_and_profiles():
 
 def notebook(path, *cells):
     cells = [{'cell_type': 'code', 'id': f'c{i}', 'source': s, 'outputs': [], 'execution_count': None,
-              'metadata': {'tags': ['parameters'] if s.startswith('seed') else []}} for i, s in enumerate(cells)]
+              'metadata': {'tags': ['parameters'] if s.startswith('seed') else []}} for i,
+              s in enumerate(cells)]
     meta = {'kernelspec': {'name': 'python3', 'display_name': 'python3', 'language': 'python'}}
     path.write_text(json.dumps({'cells': cells, 'metadata': meta, 'nbformat': 4, 'nbformat_minor': 5}))
     return path
@@ -147,53 +286,68 @@ def notebook(path, *cells):
 
 def test_templates_are_checked_before_they_run(tmp_path):
     t = notebook(tmp_path/'t.ipynb', 'seed = 0\nparents = {}', 'pass')
-    check_parameters(t, {'seed': 1})
+    _check_parameters(t, {'seed': 1})
     with pytest.raises(ValueError, match="did you mean 'seed'"): execute(t, tmp_path/'o.ipynb', {'sede': 1})
-    with pytest.raises(ValueError, match='no cell tagged'): execute(notebook(tmp_path/'u.ipynb', 'x = 0'), tmp_path/'o.ipynb', {})
-    with pytest.raises(ValueError, match='not a literal'): check_parameters(notebook(tmp_path/'v.ipynb', 'seed = 1 + len("a")'), {})
-    with pytest.raises(ValueError, match='defines the parameter'): check_parameters(notebook(tmp_path/'w.ipynb', 'seed = 0\nrate = 1.'), {})
+    with pytest.raises(ValueError, match='no cell tagged'):
+        execute(notebook(tmp_path/'u.ipynb', 'x = 0'), tmp_path/'o.ipynb', {})
+    with pytest.raises(ValueError, match='not a literal'):
+        _check_parameters(notebook(tmp_path/'v.ipynb', 'seed = 1 + len("a")'), {})
+    with pytest.raises(ValueError, match='defines the parameter'):
+        _check_parameters(notebook(tmp_path/'w.ipynb', 'seed = 0\nrate = 1.'), {})
     assert not (tmp_path/'o.ipynb').exists()
 
 
 def test_parameters_inside_the_notebook():
-    assert parameters({'seed': 1, 'profile': 'cpu', 'In': ['# Parameters\nseed = 1']}, ['seed', 'profile']) == {'seed': 1, 'profile': 'cpu'}
+    assert parameters({'seed': 1, 'profile': 'cpu', 'In': ['# Parameters\nseed = 1']},
+                      ['seed', 'profile']) == {'seed': 1, 'profile': 'cpu'}
     for scope in ({'seed': '1'}, {'seed': True}, {}, {'seed': 1, 'In': ['# Parameters\nsede = 1']}):
         with pytest.raises(ValueError): parameters(scope, ['seed'])
 
 
 def test_kernels(tmp_path, monkeypatch):
-    "One warm kernel: a run with its notebook, a fresh start for the next one, an error, plain papermill's trap, the stored command."
+    "One warm kernel: a run with its notebook, a fresh start for the next one, an error, the stored command."
     import papermill
-    monkeypatch.chdir(tmp_path); monkeypatch.setenv('SAFERLHF_HOME', str(tmp_path)); (tmp_path/'nbs/templates').mkdir(parents=True)
-    t = notebook(tmp_path/'nbs/templates/sft.ipynb', 'seed = 0', '''import os, sys; from saferlhf.record.execute import parameters; from saferlhf.record.run import Run
+    monkeypatch.chdir(tmp_path); monkeypatch.setenv('SAFERLHF_HOME', str(tmp_path))
+    (tmp_path/'nbs/templates').mkdir(parents=True)
+    t = notebook(tmp_path/'nbs/templates/sft.ipynb', 'seed = 0',
+                 '''import os, sys
+from saferlhf.record.execute import parameters
+from saferlhf.record.run import Run
 import matplotlib, matplotlib.pyplot as plt
-assert 'left' not in globals() and 'LEFT' not in os.environ and matplotlib.rcParams['lines.linewidth'] < 9 and not plt.get_fignums()
+assert 'left' not in globals() and 'LEFT' not in os.environ
+assert matplotlib.rcParams['lines.linewidth'] < 9 and not plt.get_fignums()
 p = parameters(globals(), ['seed'])''', '''run = Run.start('sft', {}, seed=seed)
 if not run.done: run.log(0, {'loss': 1.})
 run.finish({'pid': os.getpid(), 'cwd': os.getcwd()})
-left = 1; os.environ['LEFT'] = '1'; matplotlib.rcParams['lines.linewidth'] = 9; os.chdir('/'); plt.plot([1]);''')
+left = 1; os.environ['LEFT'] = '1'; os.chdir('/')
+matplotlib.rcParams['lines.linewidth'] = 9; plt.plot([1]);''')
     bad = notebook(tmp_path/'bad.ipynb', 'seed = 0', "print('before')", "raise KeyError('the cause')")
     with warm_kernel() as km:
         folders = [execute('sft', tmp_path/f'{s}.ipynb', {'seed': s}, progress=False, km=km) for s in (1, 2)]
         runs = [Run.open(f) for f in folders]
-        assert runs[0].summary == runs[1].summary and runs[0].summary['cwd'] == str(tmp_path)       # one process, the caller's folder
+        # one process, the caller's folder
+        assert runs[0].summary == runs[1].summary and runs[0].summary['cwd'] == str(tmp_path)
         for r in runs: assert r.done and 'image/png' in r.path('notebook.ipynb').read_text()
         kept = runs[0].path('notebook.ipynb').read_bytes()
         assert execute('sft', tmp_path/'1.ipynb', {'seed': 1}, progress=False, km=km) == folders[0]
         assert runs[0].path('notebook.ipynb').read_bytes() == kept
-        with pytest.raises(RuntimeError, match=r"^KeyError: 'the cause'\n  in cell 2 of bad.ipynb; .*partial.ipynb"):
+        with pytest.raises(RuntimeError,
+                           match=r"^KeyError: 'the cause'\n  in cell 2 of bad.ipynb; .*partial.ipynb"):
             execute(bad, tmp_path/'partial.ipynb', {}, progress=False, km=km)
         assert 'before' in (tmp_path/'partial.ipynb').read_text()
         with pytest.raises(papermill.PapermillExecutionError, match="no parameter 'sede'"):
-            papermill.execute_notebook(t, tmp_path/'plain.ipynb', {'sede': 1}, kernel_name='python3', progress_bar=False, km=km)
-    assert runs[0].manifest['command'] == '''python -c "from saferlhf.record.execute import execute; execute('sft', '1.ipynb', {'seed': 1})"'''
+            papermill.execute_notebook(t, tmp_path/'plain.ipynb', {'sede': 1}, kernel_name='python3',
+                                       progress_bar=False, km=km)
+    call = "from saferlhf.record.execute import execute; execute('sft', '1.ipynb', {'seed': 1})"
+    assert runs[0].manifest['command'] == f'python -c "{call}"'
 
 
 def test_launch(capfd):
     assert launch(max, 1, [2, 3]) == 3
     assert launch('json.dumps'.join, 1, [['a', 'b']]) == 'ajson.dumpsb'
     with pytest.raises(ValueError, match='move it into a module'): launch(lambda: 0, 2)
-    with pytest.raises(RuntimeError, match='(?s)exit status 1:.*bad batch'): launch(['-c', 'print("seen"); raise ValueError("bad batch")'])
+    with pytest.raises(RuntimeError, match='(?s)exit status 1:.*bad batch'):
+        launch(['-c', 'print("seen"); raise ValueError("bad batch")'])
     assert 'seen' in capfd.readouterr().out
 
 
@@ -205,9 +359,11 @@ def work(folder, fails):
     if fails and rank == '1': raise ValueError('rank one broke')
     if fails: time.sleep(30)''')
     (tmp_path/'out').mkdir()
-    monkeypatch.setenv('PYTHONPATH', str(tmp_path)); monkeypatch.syspath_prepend(str(tmp_path)); monkeypatch.setenv('OMP_NUM_THREADS', '1')
+    monkeypatch.setenv('PYTHONPATH', str(tmp_path)); monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv('OMP_NUM_THREADS', '1')
     import ranked
-    with pytest.raises(RuntimeError, match='(?s)rank +: 1 .*rank one broke'): launch(ranked.work, 2, [str(tmp_path/'out'), True])
+    with pytest.raises(RuntimeError, match='(?s)rank +: 1 .*rank one broke'):
+        launch(ranked.work, 2, [str(tmp_path/'out'), True])
     assert [(tmp_path/'out'/r).read_text() for r in '01'] == ['2', '2']
 
 
@@ -218,10 +374,12 @@ def test_publish_merges(tmp_path):
     before = f.read_text()
     publish(pd.DataFrame([{'seed': 0, 'round': 2, 'value': None, 'n': 3, 'extra': 'x,y'}]), f, 'c', ['round'])
     t = pd.read_csv(f)
-    assert t[['seed', 'round']].values.tolist() == [[0, 1], [0, 2], [0, 10], [1, 1]] and t.run_id.tolist() == ['a', 'c', 'a', 'b']
+    assert t[['seed', 'round']].values.tolist() == [[0, 1], [0, 2], [0, 10], [1, 1]]
+    assert t.run_id.tolist() == ['a', 'c', 'a', 'b']
     assert t.n.tolist() == [10**7, 3, 10**7, 1] and pd.isna(t.value[1])
     assert '0,10,3.33333,10000000,a\n' in before and '0,10,3.33333,10000000,a,\n' in f.read_text()
-    publish([{'seed': 0, 'round': 2, 'step': s} for s in (0, 1)], f, 'd', ['round'])             # a curve: the whole round is replaced
+    # a curve: the whole round is replaced
+    publish([{'seed': 0, 'round': 2, 'step': s} for s in (0, 1)], f, 'd', ['round'])
     assert pd.read_csv(f).run_id.tolist() == ['a', 'd', 'd', 'a', 'b']
     for bad in ([{'seed': 0}], [{'round': 0}], []):
         with pytest.raises(ValueError): publish(bad, f, 'e', ['round'])
@@ -230,11 +388,14 @@ def test_publish_merges(tmp_path):
 
 def test_homes(tmp_path, monkeypatch):
     assert results_home().parts[-2:] == ('data', 'results') and templates_home().name == 'templates'
-    monkeypatch.setattr(records, 'PACKAGE', tmp_path/'site/saferlhf')
+    site = tmp_path/'site/saferlhf'
+    monkeypatch.setattr(records, 'PACKAGE', site)
+    monkeypatch.setitem(records.homes.__globals__, 'PACKAGE', site)
     for find in (results_home, templates_home):
         with pytest.raises(FileNotFoundError, match='set SAFERLHF_HOME'): find()
-    (tmp_path/'site/saferlhf/_templates').mkdir(parents=True); assert templates_home() == tmp_path/'site/saferlhf/_templates'
-    (tmp_path/'own').mkdir(); monkeypatch.setenv('SAFERLHF_HOME', str(tmp_path/'own')); assert results_home() == tmp_path/'own/data/results'
+    (site/'_templates').mkdir(parents=True); assert templates_home() == site/'_templates'
+    (tmp_path/'own').mkdir(); monkeypatch.setenv('SAFERLHF_HOME', str(tmp_path/'own'))
+    assert results_home() == tmp_path/'own/data/results'
 
 
 def test_threads_are_left_alone(monkeypatch):
@@ -257,13 +418,17 @@ def test_gpus_are_dealt_out_to_workers(monkeypatch):
     from queue import SimpleQueue
 
     from saferlhf.apps import pipeline
-    for name, value in dict(CUDA_VISIBLE_DEVICES='3,5', OMP_NUM_THREADS='9').items(): monkeypatch.setenv(name, value)
+    for name, value in dict(CUDA_VISIBLE_DEVICES='3,5', OMP_NUM_THREADS='9').items():
+        monkeypatch.setenv(name, value)
     assert pipeline.dealt(3) == ['3', '5', '3']
     gpus = SimpleQueue(); gpus.put('5'); gpus.put('')
     monkeypatch.setattr(pipeline, 'warm_kernel', nullcontext)
-    pipeline._open(2, gpus); assert (os.environ['CUDA_VISIBLE_DEVICES'], os.environ['OMP_NUM_THREADS']) == ('5', '2')
-    pipeline._open(2, gpus); assert os.environ['CUDA_VISIBLE_DEVICES'] == '5'                   # no GPU to name: as it was
-    monkeypatch.delenv('CUDA_VISIBLE_DEVICES'); monkeypatch.setattr(pipeline.torch.cuda, 'device_count', lambda: 0)
+    pipeline._open(2, gpus)
+    assert (os.environ['CUDA_VISIBLE_DEVICES'], os.environ['OMP_NUM_THREADS']) == ('5', '2')
+    # no GPU to name: as it was
+    pipeline._open(2, gpus); assert os.environ['CUDA_VISIBLE_DEVICES'] == '5'
+    monkeypatch.delenv('CUDA_VISIBLE_DEVICES')
+    monkeypatch.setattr(pipeline.torch.cuda, 'device_count', lambda: 0)
     assert pipeline.dealt(2) == ['', '']
 
 
@@ -274,7 +439,9 @@ def test_rounds_without_red_teaming_have_a_table_of_their_own(tmp_path, monkeypa
     (run := tmp_path/'run').mkdir()
     row = dict(prompt_kind='unsafe', judge='gold', decoding='sampled', harmful=.1)
     lines = '\n'.join(json.dumps(row | dict(policy=p)) for p in ('initial', 'no-red-2', 'no-red-3'))
-    for name, text in {'config.json': '{}', 'manifest.json': '{"stage": "evaluate", "seconds": 1}', 'summary.json': '{}',
+    for name, text in {'config.json': '{}',
+                       'manifest.json': '{"format": 2, "stage": "evaluate", "seconds": 1}',
+                       'summary.json': '{}',
                        'DONE': '', 'models.jsonl': lines}.items():
         (run/name).write_text(text)
     monkeypatch.setenv('SAFERLHF_HOME', str(tmp_path))
