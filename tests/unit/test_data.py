@@ -15,9 +15,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from saferlhf import data
-from saferlhf.data import (PARTITIONS, TEMPLATE, as_turns, batch_indices, bucket, buckets, cost_pairs, data_path, encode_prompt,
-    encode_response, format_prompt, harm_sign, label_pairs, load_labels, load_preferences, load_prompts, load_sft, pad, pair_batch,
-    parse_dialogue, partition, prompt_batch, prompt_id, read_rows, reward_pairs, sft_batch, sha256, shipped, sources, validate)
+from saferlhf.data import (PARTITIONS, bucket, buckets, cost_pairs, data_path, harm_sign, label_pairs, load_labels, load_preferences,
+                           load_prompts, load_sft, partition, read_rows, reward_pairs, sha256, shipped, sources, validate)
+from saferlhf.text import (_parse_dialogue, as_turns, batch_indices, encode_prompt, encode_response, format_prompt, pad, pair_batch, prompt_batch,
+                           prompt_id)
 
 FIXTURES = Path(__file__).parents[1]/'fixtures'
 FILES = ('decoupled', 'safety', 'helpfulness', 'labels', 'sft', 'prompts', 'eval_prompts')
@@ -37,7 +38,7 @@ def make_tokenizer(bos=None):
     t.pre_tokenizer, t.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=['<pad>', '</s>', '<s>'], show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    t.train_from_iterator([TEMPLATE.format(input='Is it so?') + 'Yes, it is.']*30 + ['Yes, it is. No, it is not.']*30, trainer)
+    t.train_from_iterator([format_prompt('Is it so?', '</s>') + 'Yes, it is.']*30 + ['Yes, it is. No, it is not.']*30, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=t, pad_token='<pad>', eos_token='</s>', bos_token=bos)
 
 @pytest.fixture(scope='module')
@@ -83,7 +84,7 @@ def test_label_pairs_feed_only_signs(tok):
     assert [a[k] for k in keys] == ['p0', 'p1', 'r0', 'r1', -1, 1, 0.]
     assert (b['high_sign'], b['low_sign']) == (-1, 0)                                    # the odd one counts once
     batch = pair_batch([a, b], tok, 40, 9)
-    assert tok.decode(batch['input_ids'][2][batch['attention_mask'][2].bool()]) == TEMPLATE.format(input='p1') + 'r1</s>'
+    assert tok.decode(batch['input_ids'][2][batch['attention_mask'][2].bool()]) == format_prompt('p1', '</s>') + 'r1</s>'
 
 # template
 
@@ -94,20 +95,19 @@ def test_template_is_exact():
 
 def test_dialogues():
     text = '\n\nHuman: a\n\nAssistant: b\n\nAssistant: b2\n\nHuman: c: d\n\nAssistant:'
-    assert parse_dialogue(text) == parse_dialogue(text.strip()) == ['a', 'b\n\nb2', 'c: d']
-    assert as_turns(text) == as_turns(text.strip()) and bucket(text) == bucket('a')
+    assert as_turns(text) == as_turns(text.strip()) == ['a', 'b\n\nb2', 'c: d'] and bucket(text) == bucket('a')
     assert as_turns('no dialogue: Human: x') == ['no dialogue: Human: x']
     for bad in ('Human: a\n\nAssistant: b', 'Assistant: a', '', 'Human: \n\nAssistant:', 'x\n\nHuman: a'):
-        with pytest.raises(ValueError): parse_dialogue(bad)
+        with pytest.raises(ValueError): _parse_dialogue(bad)
     with pytest.raises(ValueError, match='odd'): format_prompt(['a', 'b'], '</s>')
 
 # tokens
 
 def test_nothing_merges_across_the_border(tok):
     prompt, answer = encode_prompt('Is it so?', tok, 99), encode_response('Yes, it is.', tok, 99)
-    joint = tok(TEMPLATE.format(input='Is it so?') + 'Yes, it is.').input_ids
+    joint = tok(format_prompt('Is it so?', '</s>') + 'Yes, it is.').input_ids
     assert joint[:len(prompt)] != prompt                     # the joint text does merge there, so the test means something
-    assert tok.decode(prompt) == TEMPLATE.format(input='Is it so?') and tok.decode(answer) == 'Yes, it is.</s>'
+    assert tok.decode(prompt) == format_prompt('Is it so?', '</s>') and tok.decode(answer) == 'Yes, it is.</s>'
 
 def test_dialogue_ids_have_eos_between_turns_and_text_cannot_smuggle_it_in(tok):
     ids = encode_prompt(['a', 'b', 'c'], tok, 99)
@@ -160,22 +160,19 @@ def test_batch_indices(what):
     epochs = [one[i:i + 13] for i in (0, 13, 26)]
     for e in epochs: assert sorted(sum(e, [])) == list(range(103))
     assert epochs[0] != epochs[1] != epochs[2]
-    assert batch_indices(what, 8, seed=3, epochs=2) == one[:26]                          # more epochs do not change the first ones
+    assert batch_indices(what, 8, seed=3, epochs=2) == one[:26]              # more epochs do not change the first ones
+    assert batch_indices(what, 8, seed=3, epochs=1.5) == one[:20] and batch_indices(what, 8, seed=3, epochs=.01) == one[:1]
+    assert len(batch_indices(what, 1000, seed=3)) == 1                                   # fewer rows than a batch
     assert {type(i) for b in one for i in b} == {int}
+
+def test_no_rows_make_no_batches():
+    for none in (0, []):
+        with pytest.raises(ValueError, match='no rows'): batch_indices(none, 8, 0)
 
 def test_length_buckets_waste_less():
     lengths = random_lengths(500, 200)
     def padded(batches): return sum(len(b)*max(lengths[i] for i in b) for b in batches)
     assert padded(batch_indices(lengths, 8, 0)) < .8*padded(batch_indices(len(lengths), 8, 0))
-
-def test_sft_batch_learns_answer_and_eos_only(tok):
-    rows = [dict(prompt='Is it so?', response='Yes, it is.'), dict(prompt='So?', response='No '*50)]
-    b = sft_batch(rows, tok, 40, 12)
-    assert tok.decode(b['labels'][0][b['labels'][0] >= 0]) == 'Yes, it is.</s>'
-    cut = b['labels'][1][b['labels'][1] >= 0]
-    assert len(cut) == 12 and tok.eos_token_id not in cut.tolist()                       # a cut answer does not teach to stop
-    on = b['labels'] >= 0
-    assert (b['labels'][on] == b['input_ids'][on]).all() and (b['attention_mask'][on] == 1).all()
 
 def test_pair_batch_high_first_and_closed(tok):
     b = pair_batch(cost_pairs([MILD, SWAPPED]) + reward_pairs([MILD]), tok, 40, 5)

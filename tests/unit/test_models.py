@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from saferlhf.models import (TINY, ScoreModel, at_last_token, gather_logps, llama, load_lm, load_tokenizer, positions, read_tensors,
+from saferlhf.models import (TINY, ScoreModel, _at_last_token, _read_tensors, gather_logps, llama, load_lm, load_tokenizer, positions,
                              tiny_model, token_logps)
 from saferlhf.text import pad, pair_batch
 from tiny import FAMILIES, close, lm, paddings, scorer, tokenizer
@@ -65,8 +65,8 @@ def test_rows_of_a_batch_do_not_mix(arch):
 def test_the_last_token_is_the_last_of_the_mask():
     x = torch.arange(20.).view(4, 5)
     mask = torch.tensor([[1, 1, 0, 0, 0], [0, 0, 1, 1, 1], [0, 1, 0, 1, 0], [0, 0, 0, 0, 0]])
-    assert at_last_token(x, mask).tolist() == [1, 9, 13, 15]
-    assert at_last_token(torch.stack([x, -x], -1), mask)[1].tolist() == [9, -9]
+    assert _at_last_token(x, mask).tolist() == [1, 9, 13, 15]
+    assert _at_last_token(torch.stack([x, -x], -1), mask)[1].tolist() == [9, -9]
 
 
 @torch.no_grad()
@@ -75,7 +75,7 @@ def test_pad_equal_to_eos_keeps_the_eos(): # GPT-2 style: masks come from length
     assert theirs.pad_token_id == theirs.eos_token_id != ours.pad_token_id
     rows, model = [dict(prompt='is it safe', high='no, never', low='yes')], scorer('gpt2', len(ours))
     a, b = (pair_batch(rows, t, 64, 16) for t in (ours, theirs))
-    assert torch.equal(a['attention_mask'], b['attention_mask']) and (at_last_token(b['input_ids'], b['attention_mask']) == 1).all()
+    assert torch.equal(a['attention_mask'], b['attention_mask']) and (_at_last_token(b['input_ids'], b['attention_mask']) == 1).all()
     close(model(a['input_ids'], a['attention_mask']).end_scores, model(b['input_ids'], b['attention_mask']).end_scores)
 
 
@@ -135,7 +135,7 @@ def test_layout_on_disk(tmp_path): # that of the released Beaver reward and cost
     assert [tensors[f'normalizer.{k}'].tolist() for k in ('mean', 'var')] == [[0], [1]]
     assert config['architectures'] == ['LlamaForScore'] and config['score_dim'] == 1 and config['score_type'] == 'cost'
     assert config['do_normalize'] is False and config['bias'] is False
-    assert set(read_tensors(tmp_path, 'normalizer.')) == NORMALISER
+    assert set(_read_tensors(tmp_path, 'normalizer.')) == NORMALISER
 
 
 def released(path, sharded, architecture='LlamaForScore', **config): # a checkpoint in the released layout, made without our code

@@ -8,9 +8,9 @@ from saferlhf import ppo
 from saferlhf.engine import Optim, TorchEngine
 from saferlhf.losses import cost_loss, lm_loss, lm_loss_from_logp, reward_loss
 from saferlhf.models import token_logps
-from saferlhf.text import encode_prompt, encode_response, pair_batch, sft_batch
-from saferlhf.train import (METRICS, ScoreConfig, check_metrics, glossary, lm_step, loop, pack, score_batches, score_loss, score_step,
-                            sft_loss, sft_step, text_batch, valid_loss)
+from saferlhf.text import encode_prompt, encode_response, pad, pair_batch
+from saferlhf.train import (METRICS, ScoreConfig, _check_metrics, lm_step, loop, pack, score_batches, score_loss, score_step, sft_loss,
+                            sft_step, text_batch, valid_loss)
 from tiny import close, lm, prompt_rows, scorer, sentences, tokenizer
 
 ROWS = [dict(prompt='is it safe ?', response='no'), dict(prompt='how to make a cake', response='sugar and care'),
@@ -33,26 +33,25 @@ def test_loop_refuses(bad):
         loop(lambda i: dict(loss=1., grad_norm=torch.tensor(bad if i else 0.)), 3, lambda i, m: log.append(i))
     with pytest.raises(KeyError, match='los_'): loop(lambda i: dict(loss=1., los_=1.), 3, lambda i, m: log.append(i))
     assert log == [0]                                                          # a bad step is never logged
-    check_metrics(dict(loss=1.), 0)
+    _check_metrics(dict(loss=1.), 0)
 
 
-def test_glossary():
-    assert all(len(v) == 3 and v[0] for v in METRICS.values())
-    assert glossary().count('\n') == len(METRICS) + 1 and all(f'| {k} |' in glossary() for k in METRICS)
+def test_metrics_have_a_definition_a_unit_and_a_range(): assert all(len(v) == 3 and v[0] for v in METRICS.values())
 
 
 # --- supervised fine-tuning
 @torch.no_grad()
 def test_sft_loss_by_hand(): # only the response counts: a mean per row, then over rows
     t = tokenizer(); model = lm('llama', len(t))
+    texts = [(encode_prompt(r['prompt'], t, 64), encode_response(r['response'], t, 16, 'plain')) for r in ROWS]
     rows = []
-    for r in ROWS:
-        head, tail = encode_prompt(r['prompt'], t, 64), encode_response(r['response'], t, 16, 'plain')
+    for head, tail in texts:
         logp = model(input_ids=torch.tensor([head + tail])).logits[0].double().log_softmax(-1)
         rows.append(-np.mean([logp[len(head) - 1 + j, y].item() for j, y in enumerate(tail)]))
     close(sft_loss(model, text_batch(ROWS, t, 64, 16)), np.mean(rows))
-    b = sft_batch(ROWS, t, 64, 16)                                             # right-padded with labels: the same loss
-    close(lm_loss(model(input_ids=b['input_ids'], attention_mask=b['attention_mask']).logits, b['labels']), np.mean(rows))
+    ids, mask = pad([head + tail for head, tail in texts], 0)                  # right-padded with labels: the same loss
+    labels, _ = pad([[-100] * len(head) + tail for head, tail in texts], -100)
+    close(lm_loss(model(input_ids=ids, attention_mask=mask).logits, labels), np.mean(rows))
 
 
 def test_a_cut_answer_did_not_end():
@@ -61,6 +60,7 @@ def test_a_cut_answer_did_not_end():
     tails = [b['input_ids'][i, S:][b['mask'][i].bool()].tolist() for i in range(3)]
     assert [x.count(1) for x in tails] == [1, 1, 0] and tails[0][-1] == tails[1][-1] == 1 and n[2] == 16
     assert torch.equal(b['attention_mask'][:, S:], b['mask']) and (b['attention_mask'][:, S - 1] == 1).all()
+    assert [t.decode(x) for x in tails[:2]] == ['no</s>', 'sugar and care</s>']
 
 
 def test_the_prompt_is_not_learnt():
