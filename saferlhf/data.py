@@ -8,7 +8,7 @@ __all__ = ['HARM_CATEGORIES', 'SCHEMA', 'PACKAGE', 'PARTITIONS', 'harm_sign', 'v
            'load_preferences', 'load_labels', 'load_sft', 'load_prompts', 'shipped', 'batch_indices', 'encode_prompt',
            'encode_response', 'format_prompt', 'pad', 'pair_batch', 'prompt_batch', 'prompt_id']
 
-# %% ../nbs/method/02_data.ipynb #b4ffc2ed
+# %% ../nbs/method/02_data.ipynb #635d016c
 import gzip
 import hashlib
 import json
@@ -19,17 +19,14 @@ import re
 from collections import namedtuple
 from functools import lru_cache
 from pathlib import Path
-
 from datasets import Dataset, Features, List, Value, load_dataset
-
 import saferlhf
 from .text import (as_turns, batch_indices, encode_prompt, encode_response, format_prompt, key_hash,
                            pad, pair_batch, prompt_batch, prompt_id)
 _all_ = ['batch_indices', 'encode_prompt', 'encode_response', 'format_prompt', 'pad', 'pair_batch',
          'prompt_batch', 'prompt_id']
-_log = logging.getLogger('saferlhf')
 
-# %% ../nbs/method/02_data.ipynb #2bd991e4
+# %% ../nbs/method/02_data.ipynb #2104c2d9
 HARM_CATEGORIES = (
     'animal_abuse', 'child_abuse', 'controversial_topics,politics', 'discrimination,stereotype,injustice',
     'drug_abuse,weapons,banned_substance', 'financial_crime,property_crime,theft',
@@ -50,7 +47,7 @@ SCHEMA = { # kind of row -> column -> type
 _TEXTS = {kind: [name for name in ('prompt', 'response', 'response_0', 'response_1') if name in columns]
           for kind, columns in SCHEMA.items()}
 
-# %% ../nbs/method/02_data.ipynb #5d08e1f1
+# %% ../nbs/method/02_data.ipynb #fbc1e80a
 def harm_sign(is_safe:bool|None) -> int: # a safety label or None -> +1 harmful, -1 safe, 0 unlabelled
     "The sign s(y) of Eq. 6 (E3): cost must be above 0 for a harmful answer."
     return 0 if is_safe is None else -1 if is_safe else 1
@@ -58,7 +55,7 @@ def harm_sign(is_safe:bool|None) -> int: # a safety label or None -> +1 harmful,
 def _as_dicts(rows): # a Dataset, or any iterable of dicts -> a new list of dicts
     return rows.to_list() if isinstance(rows, Dataset) else list(rows)
 
-# %% ../nbs/method/02_data.ipynb #a6575402
+# %% ../nbs/method/02_data.ipynb #5203af7e
 _TEXT_FAULTS = { # -> whether a text has it
     'missing field': lambda text: text is None,
     'wrong type': lambda text: not isinstance(text, str),
@@ -81,7 +78,7 @@ _LABEL_FAULTS = { # kind of row -> fault -> whether a row with good texts has it
             lambda row: [row.get('safer_response_id'), *_flags(row)] in ([0, False, True], [1, True, False]),
         'no label': lambda row: set(_ids(row)) <= {None, -1} and set(_flags(row)) == {None}}}
 
-# %% ../nbs/method/02_data.ipynb #61854f35
+# %% ../nbs/method/02_data.ipynb #d8ea0478
 def _first_fault(faults, value): return next((fault for fault, found in faults.items() if found(value)), None)
 
 def _problem(row, kind): # -> (fault, detail), or None for a good row
@@ -94,7 +91,7 @@ def _problem(row, kind): # -> (fault, detail), or None for a good row
     if fault := _first_fault(_LABEL_FAULTS.get(kind, {}), row):
         return fault, ', '.join(f'{k} {v!r:.20}' for k, v in row.items() if k.endswith(('_id', '_safe')))
 
-# %% ../nbs/method/02_data.ipynb #57af474f
+# %% ../nbs/method/02_data.ipynb #8611ae47
 class _Report(namedtuple('_Report', 'total kept counts examples')):
     "Rows seen, rows kept; fault -> rows; fault -> up to three (row number, detail). Prints as a table."
     def __str__(self):
@@ -115,12 +112,12 @@ def validate(
     for i, row in enumerate(rows):
         if problem := _problem(row, kind): bad.setdefault(problem[0], []).append((i, problem[1]))
         else: clean.append(row)
-    counts, examples = {k: len(found) for k, found in bad.items()}, {k: found[:3] for k, found in bad.items()}
-    report = _Report(len(rows), len(clean), counts, examples)
+    report = _Report(len(rows), len(clean), {fault: len(found) for fault, found in bad.items()},
+                     {fault: found[:3] for fault, found in bad.items()})
     if bad and policy == 'raise': raise ValueError(f"mend bad rows, or load with policy='drop'\n{report}")
     return clean, report
 
-# %% ../nbs/method/02_data.ipynb #b0b65928
+# %% ../nbs/method/02_data.ipynb #448f4463
 def _compared(rows, axis, label_sources):
     "The rows whose answers somebody compared: `axis` is 'better' or 'safer', label_sources None for anybody."
     return [row for row in _as_dicts(rows) if row.get(f'{axis}_response_id', -1) in (0, 1)
@@ -137,12 +134,13 @@ def reward_pairs(
     "D_R of Eq. 2 (E2): `high` is the more helpful answer. Rows without that label are left out."
     return [_pair(r, 'better', r['better_response_id']) for r in _compared(rows, 'better', label_sources)]
 
-# %% ../nbs/method/02_data.ipynb #07ac1319
+# %% ../nbs/method/02_data.ipynb #888ec955
 def _cost_pair(row):
     harmful = 1 - row['safer_response_id']
-    signs = [harm_sign(row.get(f'is_response_{i}_safe')) for i in (harmful, 1 - harmful)]
-    return _pair(row, 'safer', harmful) | dict(high_sign=signs[0], low_sign=signs[1], paired=1.,
-                                               label_source_sign=row.get('label_source_is_safe'))
+    return _pair(row, 'safer', harmful) | dict(
+        high_sign=harm_sign(row.get(f'is_response_{harmful}_safe')),
+        low_sign=harm_sign(row.get(f'is_response_{1 - harmful}_safe')),
+        paired=1., label_source_sign=row.get('label_source_is_safe'))
 
 def cost_pairs(
     rows, label_sources=None, # preference rows; of these `label_source_safer`, or None: all
@@ -159,7 +157,7 @@ def label_pairs(rows) -> list: # answers with is_safe -> dicts as of `cost_pairs
                  source=a.get('source'), label_source=a.get('label_source'), id=a.get('id'))
             for a, b in zip(rows[::2], rows[1::2], strict=True)]
 
-# %% ../nbs/method/02_data.ipynb #ead0ecf9
+# %% ../nbs/method/02_data.ipynb #bfb4bf5e
 PACKAGE = Path(saferlhf.__file__).resolve().parent
 
 def homes() -> list: # folders that exist, the one that wins first
@@ -172,8 +170,7 @@ def data_path(name:str='') -> Path: # a file or folder in data/ -> its path
     folders = [*(home/'data' for home in homes()), PACKAGE/'_data']
     for folder in folders:
         if (folder/(name or 'sources.json')).exists(): return folder/name
-    where = ' or '.join(map(str, folders))
-    raise FileNotFoundError(f'no data file {name!r} in {where}: set SAFERLHF_HOME to a checkout of saferlhf')
+    raise FileNotFoundError(f'no {name!r} in {[*map(str, folders)]}: set SAFERLHF_HOME to a checkout')
 
 def sha256(path) -> str: # a file of any size -> hex
     "SHA-256 of a file, read in pieces."
@@ -183,7 +180,7 @@ def sources() -> list: # dicts name, file, sha256, dataset, source, revision, pa
     "Origin, licence, rows and hash of everything that ships, from data/sources.json."
     return json.loads(data_path('sources.json').read_text())
 
-# %% ../nbs/method/02_data.ipynb #8325b50b
+# %% ../nbs/method/02_data.ipynb #93151be9
 PARTITIONS = {'test': range(10, 20), 'gold': range(20, 40), 'judge': range(40, 55), 'rounds': range(55, 100)}
 
 @lru_cache(maxsize=4)
@@ -192,9 +189,8 @@ def _test_keys(home): # of $SAFERLHF_HOME, which may change
 
 def bucket(prompt) -> int: # text, dialogue or turns -> 10..19 when it is held out, 20..99 otherwise
     "The part of the data a prompt belongs to, from its first user turn. FileNotFoundError without the data."
-    key = key_hash(prompt)
-    held_out = key[:12] in _test_keys(os.environ.get('SAFERLHF_HOME'))
-    return 10 + int(key, 16) % 10 if held_out else 20 + int(key, 16) % 80
+    key, held_out = key_hash(prompt), _test_keys(os.environ.get('SAFERLHF_HOME'))
+    return 10 + int(key, 16) % 10 if key[:12] in held_out else 20 + int(key, 16) % 80
 
 def partition(rows, *names:str): # a Dataset, or dicts, with a prompt; of PARTITIONS -> the same kind
     "The rows whose prompt is in the named parts. ValueError for an unknown name or none."
@@ -207,7 +203,7 @@ def buckets(rows) -> list: # a Dataset, or dicts, with a prompt -> sorted bucket
     "The buckets that occur in some rows: what a run writes into its manifest."
     return sorted({bucket(r['prompt']) for r in _as_dicts(rows)})
 
-# %% ../nbs/method/02_data.ipynb #e2475b28
+# %% ../nbs/method/02_data.ipynb #548c9112
 def _json_line(line):
     try: return json.loads(line)
     except (ValueError, RecursionError): return {'_broken': ('not JSON', line.strip()[:40])}
@@ -225,12 +221,12 @@ def read_rows(
     if not path.is_file():
         return load_dataset(str(source), split=split, data_dir=data_dir, revision=revision).to_list()
     if path.suffix == '.parquet': return Dataset.from_parquet(str(path), keep_in_memory=True).to_list()
-    unpack = {'.gz': gzip.open, '.xz': lzma.open}.get(path.suffix, open)
-    with unpack(path, 'rt', encoding='utf-8', errors='replace') as f: text = f.read()
+    with {'.gz': gzip.open, '.xz': lzma.open}.get(path.suffix, open)(
+            path, 'rt', encoding='utf-8', errors='replace') as f: text = f.read()
     if text.lstrip()[:1] == '[' and isinstance(rows := _json_line(text), list): return rows
     return [_json_line(line) for line in text.split('\n') if line.strip()]
 
-# %% ../nbs/method/02_data.ipynb #a0075f00
+# %% ../nbs/method/02_data.ipynb #81a0cc22
 def _from_hh(row, chosen_is):
     dialogues = [row['chosen'], row['rejected']]
     if not all(isinstance(text, str) and '\n\nAssistant:' in text for text in dialogues):
@@ -245,48 +241,44 @@ def _from_hh(row, chosen_is):
 
 def _from_alpaca(row):
     parts = [row['instruction'], row['input']] if row.get('input') else [row['instruction']]
-    joined = '\n\n'.join(parts) if all(isinstance(part, str) for part in parts) else row['instruction']
-    return dict(prompt=joined, response=row['output'])
+    prompt = '\n\n'.join(parts) if all(isinstance(part, str) for part in parts) else parts[0]
+    return dict(prompt=prompt, response=row['output'])
 
-# %% ../nbs/method/02_data.ipynb #d29694fe
-def _native(row, chosen_is):
-    "A row of any known layout in the native columns; others pass through, for `validate` to count."
+# %% ../nbs/method/02_data.ipynb #cdce3173
+def _native(row, chosen_is): # any known layout -> native columns; others pass, for `validate` to count
     if not isinstance(row, dict): return row
     if 'chosen' in row and 'rejected' in row: return _from_hh(row, chosen_is)
-    labelled_by, new = {}, dict(row)
-    for name, value in row.items():                              # {'theft': True, 'spam': False} -> ['theft']
-        if name.endswith('category') and isinstance(value, dict): new[name] = [k for k in value if value[k]]
+    names = lambda value: [k for k in value if value[k]] if isinstance(value, dict) else value
+    new = {column: names(value) if column.endswith('category') else value for column, value in row.items()}
     if 'instruction' in row and 'output' in row: new |= _from_alpaca(row)
-    if 'response_0_sha256' in row:                               # PKU-SafeRLHF
-        labelled_by = {f'label_source_{label}': 'human+ai' for label in ('better', 'safer', 'is_safe')}
-    if isinstance(row.get('category'), dict): labelled_by['label_source'] = 'human'           # BeaverTails
-    return labelled_by | new
+    axes = ('better', 'safer', 'is_safe') if 'response_0_sha256' in row else ()               # PKU-SafeRLHF
+    beavertails = {'label_source': 'human'} if isinstance(row.get('category'), dict) else {}
+    return {f'label_source_{axis}': 'human+ai' for axis in axes} | beavertails | new
 
-# %% ../nbs/method/02_data.ipynb #d1b048a8
-def _fit(value, feature):
-    "A value in its column's type, None when it does not fit (texts and labels were validated before)."
-    if value is None: return None
+# %% ../nbs/method/02_data.ipynb #1f517723
+def _fit(value, feature, default=None):
+    "A value in its column's type, `default` when it does not fit (texts and labels were validated before)."
+    if value is None: return default
     if isinstance(feature, List):
         return [_fit(v, feature.feature) for v in (value if isinstance(value, (list, tuple)) else [value])]
     if feature.dtype == 'string': return str(value).encode('utf-8', 'replace').decode()
     wanted = dict(bool=bool, int64=int, float64=(int, float))[feature.dtype]
-    return value if isinstance(value, wanted) and (feature.dtype == 'bool' or abs(value) < 2**63) else None
+    return value if isinstance(value, wanted) and (feature.dtype == 'bool' or abs(value) < 2**63) else default
 
 def _table(source, kind, policy, split, chosen_is='safer'):
     "Read, adapt, validate, and put into the columns of SCHEMA[kind]."
     rows, report = validate([_native(row, chosen_is) for row in read_rows(source, split)], kind, policy)
     name = source if isinstance(source, (str, os.PathLike)) else 'rows'
-    if report.counts: _log.warning('%s: %s', name, report)
-    missing, columns = dict(better_response_id=-1, safer_response_id=-1, source=Path(name).name), {}
-    for column, feature in SCHEMA[kind].items():
-        values = [_fit(row.get(column), feature) for row in rows]
-        columns[column] = [missing.get(column) if v is None else v for v in values]
+    if report.counts: logging.getLogger('saferlhf').warning('%s: %s', name, report)
+    missing = dict(better_response_id=-1, safer_response_id=-1, source=Path(name).name)
+    columns = {column: [_fit(row.get(column), feature, missing.get(column)) for row in rows]
+               for column, feature in SCHEMA[kind].items()}
     texts = zip(*(columns[column] for column in _TEXTS[kind]), strict=True)
     columns['id'] = [id_ or hashlib.sha256('\0'.join(t).encode()).hexdigest()[:16]
                      for id_, t in zip(columns['id'], texts, strict=True)]
     return Dataset.from_dict(columns, Features(SCHEMA[kind]))
 
-# %% ../nbs/method/02_data.ipynb #544af8a8
+# %% ../nbs/method/02_data.ipynb #ca43fcc9
 def load_preferences(
     source,                               # as of `read_rows`: native columns, PKU-SafeRLHF or HH-RLHF
     policy:str='drop', split:str='train', # bad rows: 'drop' (reported to the log) or 'raise' (ValueError)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -53,7 +52,7 @@ class _LogProb(torch.autograd.Function):
             to.copy_(p.scatter_add_(-1, i[:, None], w[:, None]))
         return grad, None, None, None
 
-# %% ../nbs/method/03_models.ipynb #4b2d6fab
+# %% ../nbs/method/03_models.ipynb #fc0bb314
 def _wide(x, temperature): # in 32 bits or more
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     return x if temperature == 1 else x / temperature
@@ -72,7 +71,7 @@ def gather_logps(
     logp, h = _LogProb.apply(logits.reshape(-1, logits.shape[-1]), ids.reshape(-1), temperature, entropy)
     return (logp.view(ids.shape), h.view(ids.shape)) if entropy else logp.view(ids.shape)
 
-# %% ../nbs/method/03_models.ipynb #6634c96a
+# %% ../nbs/method/03_models.ipynb #c9f8a9c0
 def token_logps(
     model,                # a causal LM of transformers, or an engine around one
     ids:Tensor,           # (B, S+T) prompts padded on the left, responses on the right
@@ -92,7 +91,7 @@ def token_logps(
     spread = lambda x: x.new_zeros(B * T).index_copy(0, to, x).view(B, T)
     return tuple(map(spread, out)) if entropy else spread(out)
 
-# %% ../nbs/method/03_models.ipynb #4cbfdc4a
+# %% ../nbs/method/03_models.ipynb #421b9fc5
 class Scores(NamedTuple):
     "What a score model returns."
     scores:Tensor     # (B, L) fp32 score of every prefix, 0 at padding; (B, L, D) when score_dim is D > 1
@@ -106,9 +105,10 @@ class _ScoreHead(nn.Linear):
     "A linear layer that computes in 32 bits or more, whatever its weights are kept in."
     def forward(self, h): # (..., width) any float type -> (..., score_dim)
         wide = torch.promote_types(self.weight.dtype, torch.float32)
-        return F.linear(h.to(wide), self.weight.to(wide), None if self.bias is None else self.bias.to(wide))
+        return nn.functional.linear(h.to(wide), self.weight.to(wide),
+                                    None if self.bias is None else self.bias.to(wide))
 
-# %% ../nbs/method/03_models.ipynb #94c3d2af
+# %% ../nbs/method/03_models.ipynb #61e28932
 @contextmanager
 def _quiet():
     "Silence the loading report: a score head is always 'unexpected' to the body's class."
@@ -126,7 +126,7 @@ def _read_tensors(path, prefix):
             out |= {name: f.get_tensor(name) for name in f.keys() if name.startswith(prefix)}
     return out
 
-# %% ../nbs/method/03_models.ipynb #5d7ecab1
+# %% ../nbs/method/03_models.ipynb #25eede91
 class ScoreModel(nn.Module):
     "A reward model, a cost model or a critic: an LM body with a linear score head."
     _keep_in_fp32_modules = ['score_head']
@@ -167,12 +167,12 @@ class ScoreModel(nn.Module):
     @torch.no_grad()
     def shift(self, by:float): # score units
         "Add a constant to all scores in place: for a score whose zero nothing has fixed."
-        head = self.score_head
-        if head.bias is None: head.bias = nn.Parameter(head.weight.new_zeros(head.out_features))
-        head.bias.add_(by)
+        if self.score_head.bias is None:
+            self.score_head.bias = nn.Parameter(self.score_head.weight.new_zeros(len(self.score_head.weight)))
+        self.score_head.bias.add_(by)
         return self
 
-# %% ../nbs/method/03_models.ipynb #6bf6b5b6
+# %% ../nbs/method/03_models.ipynb #b36fe1f7
 def _load_score_model(
     path,                    # local folder or hub name: a score model or a causal LM
     kind:str='reward',       # as in `ScoreModel`
@@ -195,7 +195,7 @@ def _load_score_model(
 
 ScoreModel.from_pretrained = staticmethod(_load_score_model)
 
-# %% ../nbs/method/03_models.ipynb #6532296d
+# %% ../nbs/method/03_models.ipynb #4d7a4bdb
 def _save_score_model(
     model:ScoreModel, # its body's configuration is kept
     path,             # folder, made if missing
@@ -213,18 +213,18 @@ def _save_score_model(
     tensors |= {'normalizer.mean': torch.zeros(n), 'normalizer.var': torch.ones(n),
                 'normalizer.count': torch.ones(1, dtype=torch.long)}
     cast = lambda v: v.to(dtype) if dtype and v.is_floating_point() else v
-    tensors = {k: cast(v).contiguous().clone() for k, v in tensors.items()}
-    save_file(tensors, path/'model.safetensors', metadata={'format': 'pt'})
+    save_file({k: cast(v).contiguous().clone() for k, v in tensors.items()}, path/'model.safetensors',
+              metadata={'format': 'pt'})
     config.save_pretrained(path)
 
 ScoreModel.save_pretrained = _save_score_model
 
-# %% ../nbs/method/03_models.ipynb #37aa5211
+# %% ../nbs/method/03_models.ipynb #5496e47e
 def _random_lm(seed, arch, **config): # the caller's random numbers stay where they are
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        config = AutoConfig.for_model(arch, bos_token_id=None, eos_token_id=1, pad_token_id=0, **config)
-        return AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(
+            arch, bos_token_id=None, eos_token_id=1, pad_token_id=0, **config))
 
 _SIZES = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
               num_key_value_heads=2, max_position_embeddings=128)
@@ -243,7 +243,7 @@ def tiny_model(
     if arch not in TINY: raise ValueError(f'no tiny {arch!r}; choose from {sorted(TINY)}')
     return _random_lm(seed, arch, vocab_size=vocab_size, **TINY[arch]).eval()
 
-# %% ../nbs/method/03_models.ipynb #d0588179
+# %% ../nbs/method/03_models.ipynb #dae57448
 def llama(
     vocab_size:int,       # tokens
     hidden:int,           # width
@@ -259,7 +259,7 @@ def llama(
                       num_attention_heads=heads, num_key_value_heads=kv_heads, intermediate_size=ffn,
                       max_position_embeddings=max_tokens, tie_word_embeddings=True)
 
-# %% ../nbs/method/03_models.ipynb #d7a6707e
+# %% ../nbs/method/03_models.ipynb #c7673c05
 def train_tokenizer(
     texts,          # iterable of str
     vocab_size:int, # with the two special tokens
@@ -273,7 +273,7 @@ def train_tokenizer(
     return PreTrainedTokenizerFast(tokenizer_object=t, pad_token='<pad>', eos_token='</s>',
                                    clean_up_tokenization_spaces=False)
 
-# %% ../nbs/method/03_models.ipynb #42019bd4
+# %% ../nbs/method/03_models.ipynb #361d6cc6
 def load_tokenizer(path): # local folder or hub name -> a fast tokenizer of transformers
     "A tokenizer with an EOS. A missing pad token is set to EOS: harmless, since masks come from lengths."
     t = AutoTokenizer.from_pretrained(path, trust_remote_code=False)

@@ -31,8 +31,8 @@ def _parse_dialogue(text):
 
 def as_turns(prompt) -> list: # text, a dialogue as text ('Human: ..\n\nAssistant: ..'), or turns -> turns
     "The turns of a prompt, an odd number: ValueError unless the first and the last are the user's."
-    if isinstance(prompt, list): turns = prompt
-    else: turns = _parse_dialogue(prompt) if prompt.lstrip().startswith('Human:') else [prompt]
+    turns = (prompt if isinstance(prompt, list) else
+             _parse_dialogue(prompt) if prompt.lstrip().startswith('Human:') else [prompt])
     if len(turns) % 2 != 1:
         raise ValueError(f'a prompt has an odd number of turns, the last from the user; got {len(turns)}')
     return turns
@@ -66,8 +66,7 @@ def encode_prompt(
     "The template's ids; a long prompt keeps head and end. ValueError when there is no room for them."
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     first, *later = [_ids(chunk, tokenizer) for chunk in _chunks(prompt)]
-    ids = bos + first
-    for chunk in later: ids += [tokenizer.eos_token_id, *chunk]
+    ids = bos + first + [i for chunk in later for i in (tokenizer.eos_token_id, *chunk)]
     if len(ids) <= max_tokens: return ids
     head = bos + _ids(_HEAD + 'USER:', tokenizer)
     room = max_tokens - len(head)
@@ -75,7 +74,7 @@ def encode_prompt(
         raise ValueError(f'max_tokens={max_tokens} leaves no room for the template; raise it')
     return head + ids[-room:]
 
-# %% ../nbs/method/01_text.ipynb #e90bf136
+# %% ../nbs/method/01_text.ipynb #98a9e374
 def encode_response(
     response:str, tokenizer, # the answer, a fast tokenizer of transformers
     max_tokens:int,          # tokens, EOS not counted; a longer answer keeps its first ones
@@ -114,7 +113,7 @@ def pad(
         ids[i, place], mask[i, place] = torch.tensor(s, dtype=torch.int64), 1
     return ids, mask
 
-# %% ../nbs/method/01_text.ipynb #1632ebea
+# %% ../nbs/method/01_text.ipynb #4c9eb6a3
 def pair_batch(
     rows,                  # dicts of `reward_pairs`, `cost_pairs` or `label_pairs`
     tokenizer,             # eos and pad set
@@ -122,11 +121,11 @@ def pair_batch(
     max_new_tokens:int,    # of the answer; a longer one is cut and closed by EOS
 ) -> dict: # input_ids, attention_mask (2B, L) int64; high_sign, low_sign, paired (B,) float32
     "Right-padded pairs for Eqs. 2 and 6 (E2, E3): rows 0..B-1 are `high`, B..2B-1 are `low`."
-    high = [(r['prompt'], r['high']) for r in rows]
-    low = [(r.get('low_prompt', r['prompt']), r['low']) for r in rows]
-    encode = lambda prompt, answer: (encode_prompt(prompt, tokenizer, max_prompt_tokens)
-                                     + encode_response(answer, tokenizer, max_new_tokens))
-    ids, mask = pad([encode(*text) for text in high + low], tokenizer.pad_token_id)
+    texts = ([(r['prompt'], r['high']) for r in rows]
+             + [(r.get('low_prompt', r['prompt']), r['low']) for r in rows])
+    ids, mask = pad([encode_prompt(prompt, tokenizer, max_prompt_tokens)
+                     + encode_response(answer, tokenizer, max_new_tokens) for prompt, answer in texts],
+                    tokenizer.pad_token_id)
     labels = {name: torch.tensor([float(r.get(name, default)) for r in rows])
               for name, default in dict(high_sign=0, low_sign=0, paired=1).items()}
     return dict(input_ids=ids, attention_mask=mask, **labels)
@@ -142,7 +141,7 @@ def prompt_batch(
     ids, mask = pad(encoded, tokenizer.pad_token_id, 'left')
     return dict(input_ids=ids, attention_mask=mask, prompt_ids=torch.tensor([prompt_id(p) for p in prompts]))
 
-# %% ../nbs/method/01_text.ipynb #ec5605d4
+# %% ../nbs/method/01_text.ipynb #019a25fa
 def batch_indices(
     lengths,         # the number of rows, or a length for each (any unit)
     batch_size:int,  # rows
@@ -158,8 +157,8 @@ def batch_indices(
         rng = np.random.default_rng([seed, epoch])
         order = rng.permutation(n).tolist()
         if by_length:
-            windows = (order[k:k + window] for k in range(0, n, window))
-            order = [i for rows in windows for i in sorted(rows, key=lambda i: lengths[i])]
+            order = [i for k in range(0, n, window)
+                     for i in sorted(order[k:k + window], key=lambda i: lengths[i])]
         batches = [order[k:k + batch_size] for k in range(0, n, batch_size)]
         out += [batches[k] for k in rng.permutation(len(batches))] if by_length else batches
     return out[:max(1, round(len(out) * epochs / whole))]

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
-
 from .engine import reduce_mean
 from .hardware.packing import with_host
 from .hardware.ranks import gather, parts, rank, ranks, total
@@ -49,7 +48,7 @@ class LMConfig:
     text:str = setting('', scale=True) # JSON Lines of prompt and response, or of text; '': the shipped texts
     answers:bool = setting(False, scale=True)                  # the shipped answers of public models too
 
-# %% ../nbs/method/09_train.ipynb #b54bab36
+# %% ../nbs/method/09_train.ipynb #08feb396
 @dataclass(frozen=True)
 class SFTConfig:
     "Supervised fine-tuning."
@@ -84,7 +83,7 @@ class ScoreConfig:
     collected:float = setting(1., scale=True)                  # share of the collected pairs in use
     hand:bool = setting(True, scale=True)                      # labelled pairs at hand too
 
-# %% ../nbs/method/09_train.ipynb #4569422d
+# %% ../nbs/method/09_train.ipynb #b9b2b870
 METRICS = { # name -> (definition, unit, healthy range)
     'loss': ('training loss of the step', 'nats', 'falls'),
     'valid_loss': ('mean loss on held-out text', 'nats per token', 'falls, then flattens'),
@@ -116,7 +115,7 @@ METRICS = { # name -> (definition, unit, healthy range)
     'explained': ('share of the variance of returns that the critics explain', '1', 'above 0'),
 }
 
-# %% ../nbs/method/09_train.ipynb #1b069b54
+# %% ../nbs/method/09_train.ipynb #0f0d130b
 def _check_metrics(metrics, step):
     "Refuse names that nobody defined (KeyError) and numbers that are not finite (FloatingPointError)."
     if unknown := sorted(set(metrics) - set(METRICS)):
@@ -126,18 +125,15 @@ def _check_metrics(metrics, step):
                                  'lower the learning rate or raise kl_coef')
 
 def loop(
-    step,                 # function of the step's number returning metrics
-    steps:int,            # how many
-    log,                  # function (step, metrics), e.g. `run.log`
-    start:int=0,          # first step, after a resume
-    show:tuple=('loss',), # metrics on the progress bar
-    save=None,            # from `Run.saver`: it knows where to start, saves, and stops on a signal
-)->dict:                  # metrics of the last step
+    step, steps:int, # function of the step's number returning metrics; how many of them
+    log,             # function (step, metrics), e.g. `run.log`
+    start:int=0, show:tuple=('loss',), # first step, after a resume; metrics on the progress bar
+    save=None,       # from `Run.saver`: it knows where to start, saves, and stops on a signal
+)->dict:             # metrics of the last step
     "Run steps `start` to `steps - 1`. FloatingPointError, before weights move, if a number is not finite."
     metrics, start = {}, save.restore() if save else start
-    bar = tqdm(range(start, steps), initial=start, total=steps, mininterval=5, ascii=True, ncols=100,
-               disable=rank() > 0)
-    with save or nullcontext(), bar:
+    with save or nullcontext(), tqdm(range(start, steps), initial=start, total=steps, mininterval=5,
+                                     ascii=True, ncols=100, disable=rank() > 0) as bar:
         for i in bar:
             try: _check_metrics(metrics := reduce_mean(step(i)), i)
             except FloatingPointError as e:
@@ -148,10 +144,9 @@ def loop(
             if save: save(i, i + 1 == steps)
     return metrics
 
-# %% ../nbs/method/09_train.ipynb #2b485f19
+# %% ../nbs/method/09_train.ipynb #3cab2ab3
 def text_batch(
-    rows:list,             # dicts with prompt and response
-    tokenizer,             # of the policy
+    rows:list, tokenizer,  # dicts with prompt and response; of the policy
     max_prompt_tokens:int, # template included
     max_new_tokens:int,    # a longer response is cut, without EOS: it did not end there
 )->dict:                   # input_ids, attention_mask (B, S+T), mask (B, T)
@@ -159,7 +154,8 @@ def text_batch(
     prompts = [encode_prompt(row['prompt'], tokenizer, max_prompt_tokens) for row in rows]
     answers = [encode_response(row['response'], tokenizer, max_new_tokens, cut='plain') for row in rows]
     (left, left_mask), (right, mask) = pad(prompts, 0, side='left'), pad(answers, 0)
-    return dict(input_ids=torch.cat([left, right], 1), attention_mask=torch.cat([left_mask, mask], 1), mask=mask)
+    return dict(input_ids=torch.cat([left, right], 1), attention_mask=torch.cat([left_mask, mask], 1),
+                mask=mask)
 
 def _to(device, batch): # name -> tensor, on the device; tensors remember where they came from
     return {k: with_host(v, device) for k, v in batch.items()}
@@ -173,7 +169,7 @@ def _backward(engine, n, micro_batch, loss): # loss: function of row numbers, an
         out = out + piece.detach()
     return total(out) / ranks()
 
-# %% ../nbs/method/09_train.ipynb #41b2e2db
+# %% ../nbs/method/09_train.ipynb #7e137cc2
 def sft_loss(
     engine,           # or a causal LM
     batch:dict,       # as from `text_batch`
@@ -194,21 +190,17 @@ def sft_step(
     loss = lambda rows, _: sft_loss(engine, {name: x[rows] for name, x in batch.items()}, n)
     return dict(loss=_backward(engine, len(batch['mask']), micro_batch, loss), grad_norm=engine.step())
 
-def lm_step(
-    engine,     # of a causal LM
-    ids:Tensor, # (B, L) packed text
-)->dict:        # metrics
+def lm_step(engine, ids:Tensor)->dict: # of a causal LM; (B, L) packed text -> metrics
     "One optimizer step of language modelling."
     ids = ids.to(engine.device)
     loss = -gather_logps(engine(input_ids=ids, use_cache=False).logits[:, :-1], ids[:, 1:]).mean()
     engine.backward(loss)
     return dict(loss=loss.detach(), grad_norm=engine.step())
 
-# %% ../nbs/method/09_train.ipynb #05862e02
+# %% ../nbs/method/09_train.ipynb #1c739578
 def pack(
-    documents, # iterable of token id lists, each ending in EOS
-    block:int, # tokens in a row
-)->Tensor:     # (N, block) int64; what is left over at the end is dropped
+    documents, block:int, # iterable of token id lists, each ending in EOS; tokens in a row
+)->Tensor:                # (N, block) int64; what is left over at the end is dropped
     "Cut one long stream of tokens into rows."
     stream = np.concatenate([np.asarray(d, dtype=np.int64) for d in documents])
     if len(stream) < block: raise ValueError(f'{len(stream)} tokens do not fill one block of {block}')
@@ -216,36 +208,33 @@ def pack(
 
 @torch.no_grad()
 def valid_loss(
-    engine,              # of a causal LM
-    blocks:Tensor,       # (N, L) packed held-out text
-    batch_size:int=32,   # rows in a forward pass
-)->float:                # nats per token
+    engine, blocks:Tensor, # of a causal LM; (N, L) packed held-out text
+    batch_size:int=32,     # rows in a forward pass
+)->float:                  # nats per token
     "Mean language modelling loss."
     loss = lambda b: lm_loss(engine(input_ids=b, use_cache=False).logits, b).item() * len(b)
     return sum(loss(b.to(engine.device)) for b in blocks.split(batch_size)) / len(blocks)
 
-# %% ../nbs/method/09_train.ipynb #8c809d63
+# %% ../nbs/method/09_train.ipynb #afacb7f8
 def score_loss(
-    kind:str,                 # 'reward' or 'cost'
-    end_scores:Tensor,        # (2B,) the high responses first
-    batch:dict,               # high_sign, low_sign, paired (B,)
-    regularization:float=0.,  # weight of the mean squared score
-    denominator=None,         # pairs of the whole batch, when this is a part of it
-)->Tensor:                    # ()
+    kind:str, end_scores:Tensor, batch:dict, # 'reward' or 'cost'; (2B,) high ones first; as from `pair_batch`
+    regularization:float=0.,                 # weight of the mean squared score
+    denominator=None,                        # pairs of the whole batch, when this is a part of it
+)->Tensor:                                   # ()
     "Eq. E2 or E3 on a batch of pairs."
     high, low = end_scores.chunk(2)
     if kind == 'reward': return reward_loss(high, low, regularization, denominator)
     if kind != 'cost': raise ValueError(f"kind is 'reward' or 'cost', not {kind!r}")
-    return cost_loss(high, low, batch['high_sign'], batch['low_sign'], regularization, pairwise=batch['paired'],
+    return cost_loss(high, low, batch['high_sign'], batch['low_sign'], regularization, batch['paired'],
                      denominator=denominator)
 
+# %% ../nbs/method/09_train.ipynb #99e51f92
 def score_step(
-    engine,                   # of a ScoreModel
-    batch:dict,               # as from `pair_batch`, of all ranks
-    kind:str,                 # 'reward' or 'cost'
-    regularization:float=0.,  # weight of the mean squared score
-    micro_batch:int=0,        # pairs per backward pass on a rank; 0: all
-)->dict:                      # metrics
+    engine, batch:dict,      # of a ScoreModel; as from `pair_batch`, of all ranks
+    kind:str,                # 'reward' or 'cost'
+    regularization:float=0., # weight of the mean squared score
+    micro_batch:int=0,       # pairs per backward pass on a rank; 0: all
+)->dict:                     # metrics
     "One optimizer step of a reward or cost model."
     n, scores = len(batch['paired']), ([], [])                           # of the high, of the low answers
     def loss(rows, real):
@@ -256,23 +245,21 @@ def score_step(
         return score_loss(kind, end, b, regularization, n / ranks())
     metrics = dict(loss=_backward(engine, n, micro_batch, loss), grad_norm=engine.step())
     high, low = (gather(torch.cat(x), n) for x in scores)                # of all ranks, in the batch's order
-    paired = batch['paired'].to(high.device) > 0
-    signs = torch.cat([batch['high_sign'], batch['low_sign']]).to(high.device)
-    right = (torch.cat([high, low]) * signs > 0)[signs != 0]
+    sign, paired = torch.cat([batch['high_sign'], batch['low_sign']]).to(high.device), batch['paired'] > 0
+    right = (torch.cat([high, low]) * sign > 0)[sign != 0]
     metrics['score_sd'] = torch.cat([high, low]).std()
-    if paired.any(): metrics['rank_accuracy'] = (high > low)[paired].float().mean()
+    if paired.any(): metrics['rank_accuracy'] = (high > low)[paired.to(high.device)].float().mean()
     if kind == 'cost' and len(right): metrics['sign_accuracy'] = right.float().mean()
     return metrics
 
-# %% ../nbs/method/09_train.ipynb #9b8db797
+# %% ../nbs/method/09_train.ipynb #ec314378
 def score_batches(
-    pairs:list,         # rows as from `reward_pairs` or `cost_pairs`
-    tokenizer,          # of the score model
-    config:ScoreConfig, # batch size, epochs and budgets
-    seed:int=0,         # of the order
-)->tuple:               # (number of steps, function of the step's number giving its batch)
+    pairs:list, tokenizer, # rows as from `reward_pairs` or `cost_pairs`; of the score model
+    config:ScoreConfig,    # batch size, epochs and budgets
+    seed:int=0,            # of the order
+)->tuple:                  # (number of steps, function of the step's number giving its batch)
     "Length-bucketed batches in a new order each epoch."
     lengths = [len(p['high']) + len(p['low']) for p in pairs]
     order = batch_indices(lengths, config.batch_size, seed, config.epochs)
-    budgets = config.max_prompt_tokens, config.max_new_tokens
-    return len(order), lambda i: pair_batch([pairs[k] for k in order[i]], tokenizer, *budgets)
+    return len(order), lambda i: pair_batch([pairs[k] for k in order[i]], tokenizer, config.max_prompt_tokens,
+                                            config.max_new_tokens)
