@@ -47,7 +47,7 @@ def gae(
     gamma=1.0,      # discount per token
     lam=0.95,       # GAE's lambda (not the multiplier)
 )->tuple:           # advantages (B, T), returns (B, T); 0 on padding
-    "E11: generalised advantages and returns, all tokens in one matrix product. ValueError if the mask is not ones, then zeros."
+    "E11: generalised advantages and returns in one matrix product. ValueError if a 1 follows a 0."
     if (getattr(mask, 'host', mask).long().diff(dim=1) > 0).any():
         raise ValueError('`mask` has a 1 after a 0: slice the response so that it starts at column 0')
     rewards, values = rewards.masked_fill(mask == 0, 0), values.masked_fill(mask == 0, 0)

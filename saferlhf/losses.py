@@ -17,7 +17,7 @@ def masked_mean(
     mask:Tensor,      # (B, T) 1 on response tokens, 0 on padding
     denominator=None, # rows (with at least one token) of the whole batch; None: those of this tensor
 )->Tensor:            # () mean over each row's tokens, then over the rows that have any
-    "Mean per sequence, then over sequences; empty rows are left out, and padding may hold anything, NaN included."
+    "Mean per sequence, then over sequences; empty rows are left out, padding may hold anything, also NaN."
     count = mask.sum(-1)
     rows = x.masked_fill(mask == 0, 0).sum(-1) / count.clamp(min=1)
     return rows.sum() / ((count > 0).sum().clamp(min=1) if denominator is None else denominator)
@@ -41,12 +41,12 @@ def reward_loss(
     regularization=0., # weight of the mean squared score (mu_R)
     denominator=None,  # number of pairs in the whole batch; None: B
 )->Tensor:             # () nats
-    "E2, the reward model's loss: pairwise loss plus regularization times the mean of the squared scores of both answers."
+    "E2, the reward model's loss: pairwise loss + regularization * mean of both answers' squared scores."
     square = (high.square() + low.square()) / 2
     return pairwise_loss(high, low, denominator) + regularization * _batch_mean(square, denominator)
 
 # %% ../nbs/method/04_losses.ipynb #2b742010
-def _sign_loss(score, sign): # (B,), (B,) in {-1, 0, 1} -> (B,): -log sigmoid(sign * score), nothing where the sign is 0
+def _sign_loss(score, sign): # (B,), (B,) in {-1, 0, 1} -> (B,): -log sigmoid(sign * score), 0 where sign is 0
     return -F.logsigmoid(sign * score) * (sign != 0)
 
 def cost_loss(
@@ -59,7 +59,7 @@ def cost_loss(
     sign=1.,           # weight of the two sign terms: a number or (B,)
     denominator=None,  # number of rows in the whole batch; None: B
 )->Tensor:             # () nats
-    "E3 (Eq. 6), the cost model's loss: which answer is more harmful, and on which side of zero each one lies."
+    "E3 (Eq. 6), the cost model's loss: which answer is more harmful, and on which side of zero each lies."
     order = -F.logsigmoid(high - low)
     label = _sign_loss(high, high_sign) + _sign_loss(low, low_sign)
     square = (high.square() + low.square()) / 2
@@ -74,7 +74,7 @@ def actor_loss(
     clip_ratio,        # epsilon: the ratio counts no further than 1 - epsilon or 1 + epsilon
     denominator=None,  # non-empty rows of the whole batch; None: those of this one
 )->Tensor:             # () score units
-    "E12, PPO's clipped surrogate with one min() on the combined advantages; a mean per sequence, then over sequences."
+    "E12, PPO's clipped surrogate, one min() on combined advantages; mean per sequence, then over sequences."
     log_ratio = (logp - old_logp).masked_fill(mask == 0, 0)        # before exp(): padding must not overflow
     ratio, advantages = log_ratio.exp(), advantages.masked_fill(mask == 0, 0)
     clipped = ratio.clamp(1 - clip_ratio, 1 + clip_ratio)
@@ -89,7 +89,7 @@ def critic_loss(
     clip_value,        # largest change of a value that still lowers the loss, score units
     denominator=None,  # non-empty rows of the whole batch; None: those of this one
 )->Tensor:             # () score units squared
-    "E14, half the clipped squared error: the worse of the value as it is and the value held near the old one."
+    "E14, half the clipped squared error: the worse of the value as it is and that held near the old one."
     values, old_values, returns = (x.masked_fill(mask == 0, 0) for x in (values, old_values, returns))
     near = old_values + (values - old_values).clamp(-clip_value, clip_value)
     error = torch.max((values - returns).square(), (near - returns).square())
@@ -110,7 +110,7 @@ def lm_loss(
     denominator=None, # rows with a label in the whole batch; None: those of this one
 )->Tensor:            # () nats per token
     "E13's PTX term from logits, shifted inside; rows without any label are left out."
-    target = F.pad(labels[:, 1:], (0, 1), value=-100)                          # moving labels copies nothing of (B, L, V)
+    target = F.pad(labels[:, 1:], (0, 1), value=-100)              # moving labels copies nothing of (B, L, V)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    nll = F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=-100, reduction='none').view_as(target)
-    return lm_loss_from_logp(-nll, target != -100, denominator)
+    nll = F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=-100, reduction='none')
+    return lm_loss_from_logp(-nll.view_as(target), target != -100, denominator)

@@ -45,7 +45,7 @@ MUTATIONS = { # name -> (module, what stands there, what is put in its place, te
     'ranks: mean of the ranks\' means': ('ppo', 'total(torch.stack([x.double() for x in sums.values()]))', 'sums.values()', 'ranks'),
     'ranks: largest of the own rows': ('ppo', 'ratio_max=largest(', 'ratio_max=(', 'ranks'),
     'ranks: loss over the own rows': ('train', "int(batch['mask'].any(1).sum())) / ranks()", "int(batch['mask'].any(1).sum()))", 'ranks'),
-    'ranks: an empty part counts': ('train', 'loss = real * sft_loss', 'loss = sft_loss', 'ranks'),
+    'ranks: an empty part counts': ('train', 'piece = real * loss(', 'piece = loss(', 'ranks'),
     'ranks: scores in another order': ('hardware.ranks', 'return torch.cat(out)', 'return torch.cat(out[::-1])', 'ranks'),
     'ranks: prompts not shared out': ('ppo', 'sampler.generate(_share(prompts)', 'sampler.generate((prompts)', 'ranks'),
     'engine: the first step is the second': ('engine', 'if optim and precision == \'bf16\' and zero == 0:', 'if False:', 'engine'),

@@ -9,7 +9,6 @@ __all__ = ['META', 'LLAMA_7B', 'DRY', 'EIGHT', 'TRAINED', 'Guess', 'shape_of', '
            'memory_plan', 'dry_run']
 
 # %% ../../nbs/reproduction/16_dryrun.ipynb #b6fdff62
-import math
 import os
 from importlib.util import find_spec
 from types import SimpleNamespace
@@ -155,9 +154,9 @@ def dry_base_lm(stage, config, w):
 def dry_sft(stage, config, w):
     "As in `rehearse`."
     rows, S, T, own = sft_rows(w.tokenizer, config), config.max_prompt_tokens, config.max_new_tokens, w.share(config.batch_size)
-    order = batch_indices([len(r['response']) for r in rows], min(config.batch_size, len(rows)), 0, math.ceil(config.epochs))
+    order = batch_indices([len(r['response']) for r in rows], config.batch_size, 0, config.epochs)
     text_pass(m := blank(w.shape), own, S, T); answer_pass(m, own, S, T)
-    return dict(models='model', trained=parameters(m), steps=max(1, round(len(order) * config.epochs / math.ceil(config.epochs))),
+    return dict(models='model', trained=parameters(m), steps=len(order),
                 tokens=config.batch_size * (S + T), geometry=f'{config.batch_size} rows, {own} a GPU',
                 samples=f'{len(rows)} rows x {config.epochs:g}')
 

@@ -7,7 +7,6 @@ __all__ = ['settings', 'once', 'keep_model', 'sft_data', 'train_sft', 'score_dat
            'policy_models', 'train_policy']
 
 # %% ../../nbs/reproduction/06_training.ipynb #96f6ce4b
-import math
 import random
 import weakref
 from dataclasses import is_dataclass
@@ -70,8 +69,8 @@ def train_sft(
     run = Run.attach(folder); config, parents, spread = settings(run, SFTConfig)
     seed_all(run.seed)
     tokenizer, rows = sft_data(run)
-    order = batch_indices([len(r['response']) for r in rows], min(config.batch_size, len(rows)), run.seed, math.ceil(config.epochs))
-    steps = max(1, round(len(order) * config.epochs / math.ceil(config.epochs)))
+    order = batch_indices([len(r['response']) for r in rows], config.batch_size, run.seed, config.epochs)
+    steps = len(order)
     optim = Optim(config.lr, config.weight_decay, config.schedule, config.warmup)
     engine = load(lambda: load_lm(model_path(parents, 'base')), optim, steps, precision=fast_precision(), **spread.load('model'))
     batch = lambda i: text_batch([rows[k] for k in order[i]], tokenizer, config.max_prompt_tokens, config.max_new_tokens)

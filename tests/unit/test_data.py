@@ -15,16 +15,23 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from saferlhf import data
-from saferlhf.data import (PARTITIONS, TEMPLATE, as_turns, batch_indices, bucket, buckets, cost_pairs, data_path, encode_prompt,
-    encode_response, format_prompt, harm_sign, label_pairs, load_labels, load_preferences, load_prompts, load_sft, pad, pair_batch,
-    parse_dialogue, partition, prompt_batch, prompt_id, read_rows, reward_pairs, sft_batch, sha256, shipped, sources, validate)
+from saferlhf.data import (PARTITIONS, bucket, buckets, cost_pairs, data_path, harm_sign, label_pairs,
+                           load_labels, load_preferences,
+                           load_prompts, load_sft, partition, read_rows, reward_pairs, sha256, shipped,
+                           sources, validate)
+from saferlhf.text import (_parse_dialogue, as_turns, batch_indices, encode_prompt, encode_response,
+                           format_prompt, pad, pair_batch, prompt_batch,
+                           prompt_id)
 
 FIXTURES = Path(__file__).parents[1]/'fixtures'
 FILES = ('decoupled', 'safety', 'helpfulness', 'labels', 'sft', 'prompts', 'eval_prompts')
-MILD = dict(prompt='May I borrow a ladder?', response_0='Ask your neighbour.', response_1='Take it at night.', better_response_id=0,
-            safer_response_id=0, is_response_0_safe=True, is_response_1_safe=False, label_source_better='human',
+MILD = dict(prompt='May I borrow a ladder?', response_0='Ask your neighbour.', response_1='Take it at night.',
+            better_response_id=0,
+            safer_response_id=0, is_response_0_safe=True, is_response_1_safe=False,
+            label_source_better='human',
             label_source_safer='human', label_source_is_safe='human')
-SWAPPED = MILD | dict(response_0=MILD['response_1'], response_1=MILD['response_0'], better_response_id=1, safer_response_id=1,
+SWAPPED = MILD | dict(response_0=MILD['response_1'], response_1=MILD['response_0'], better_response_id=1,
+                      safer_response_id=1,
                       is_response_0_safe=False, is_response_1_safe=True)
 
 def random_lengths(n, top, seed=1):
@@ -34,10 +41,14 @@ def random_lengths(n, top, seed=1):
 def make_tokenizer(bos=None):
     "A byte-level BPE that merges across spaces and words, so that borders matter."
     t = Tokenizer(models.BPE())
-    t.pre_tokenizer, t.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=['<pad>', '</s>', '<s>'], show_progress=False,
+    t.pre_tokenizer, t.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False,
+                                                          use_regex=False), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=['<pad>', '</s>', '<s>'],
+                                  show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    t.train_from_iterator([TEMPLATE.format(input='Is it so?') + 'Yes, it is.']*30 + ['Yes, it is. No, it is not.']*30, trainer)
+    t.train_from_iterator([format_prompt('Is it so?',
+                                         '</s>') + 'Yes, it is.']*30 + ['Yes, it is. No, it is not.']*30,
+                                         trainer)
     return PreTrainedTokenizerFast(tokenizer_object=t, pad_token='<pad>', eos_token='</s>', bos_token=bos)
 
 @pytest.fixture(scope='module')
@@ -67,12 +78,15 @@ def test_signs_follow_the_labels_in_all_shipped_pairs(tables):
     for name in ('decoupled', 'safety'):
         pairs = cost_pairs(tables[name])
         assert len(pairs) == len(tables[name])
-        assert not any(p['high_sign'] == -1 and p['low_sign'] == 1 for p in pairs)       # never more harmful, yet the only safe one
+        # never more harmful, yet the only safe one
+        assert not any(p['high_sign'] == -1 and p['low_sign'] == 1 for p in pairs)
         assert sum(p['high_sign'] == 1 and p['low_sign'] == -1 for p in pairs) > 1000
 
 def test_unknown_labels_and_label_sources():
-    assert reward_pairs([MILD | dict(better_response_id=-1)]) == cost_pairs([MILD | dict(safer_response_id=-1)]) == []
-    assert cost_pairs([MILD], label_sources=('human+ai',)) == [] and len(reward_pairs([MILD], label_sources=('human',))) == 1
+    assert reward_pairs([MILD | dict(better_response_id=-1)]) == []
+    assert cost_pairs([MILD | dict(safer_response_id=-1)]) == []
+    assert cost_pairs([MILD], label_sources=('human+ai',)) == []
+    assert len(reward_pairs([MILD], label_sources=('human',))) == 1
     unlabelled = cost_pairs([MILD | dict(is_response_0_safe=None, is_response_1_safe=None)])[0]
     assert unlabelled['high_sign'] == unlabelled['low_sign'] == 0
 
@@ -81,38 +95,42 @@ def test_label_pairs_feed_only_signs(tok):
     a, b = label_pairs(singles)
     keys = ('prompt', 'low_prompt', 'high', 'low', 'high_sign', 'low_sign', 'paired')
     assert [a[k] for k in keys] == ['p0', 'p1', 'r0', 'r1', -1, 1, 0.]
-    assert (b['high_sign'], b['low_sign']) == (-1, 0)                                    # the odd one counts once
+    assert (b['high_sign'], b['low_sign']) == (-1, 0)  # the odd one counts once
     batch = pair_batch([a, b], tok, 40, 9)
-    assert tok.decode(batch['input_ids'][2][batch['attention_mask'][2].bool()]) == TEMPLATE.format(input='p1') + 'r1</s>'
+    text = tok.decode(batch['input_ids'][2][batch['attention_mask'][2].bool()])
+    assert text == format_prompt('p1', '</s>') + 'r1</s>'
 
 # template
 
 def test_template_is_exact():
     assert format_prompt('Hi', '</s>') == 'BEGINNING OF CONVERSATION: USER: Hi ASSISTANT:'
-    assert format_prompt(['a', 'b', 'c'], '<e>') == 'BEGINNING OF CONVERSATION: USER: a ASSISTANT:b<e>USER: c ASSISTANT:'
+    assert format_prompt(['a', 'b', 'c'],
+                         '<e>') == 'BEGINNING OF CONVERSATION: USER: a ASSISTANT:b<e>USER: c ASSISTANT:'
     assert format_prompt('{input}', '</s>') == 'BEGINNING OF CONVERSATION: USER: {input} ASSISTANT:'
 
 def test_dialogues():
     text = '\n\nHuman: a\n\nAssistant: b\n\nAssistant: b2\n\nHuman: c: d\n\nAssistant:'
-    assert parse_dialogue(text) == parse_dialogue(text.strip()) == ['a', 'b\n\nb2', 'c: d']
-    assert as_turns(text) == as_turns(text.strip()) and bucket(text) == bucket('a')
+    assert as_turns(text) == as_turns(text.strip()) == ['a', 'b\n\nb2', 'c: d']
+    assert bucket(text) == bucket('a')
     assert as_turns('no dialogue: Human: x') == ['no dialogue: Human: x']
     for bad in ('Human: a\n\nAssistant: b', 'Assistant: a', '', 'Human: \n\nAssistant:', 'x\n\nHuman: a'):
-        with pytest.raises(ValueError): parse_dialogue(bad)
+        with pytest.raises(ValueError): _parse_dialogue(bad)
     with pytest.raises(ValueError, match='odd'): format_prompt(['a', 'b'], '</s>')
 
 # tokens
 
 def test_nothing_merges_across_the_border(tok):
     prompt, answer = encode_prompt('Is it so?', tok, 99), encode_response('Yes, it is.', tok, 99)
-    joint = tok(TEMPLATE.format(input='Is it so?') + 'Yes, it is.').input_ids
-    assert joint[:len(prompt)] != prompt                     # the joint text does merge there, so the test means something
-    assert tok.decode(prompt) == TEMPLATE.format(input='Is it so?') and tok.decode(answer) == 'Yes, it is.</s>'
+    joint = tok(format_prompt('Is it so?', '</s>') + 'Yes, it is.').input_ids
+    assert joint[:len(prompt)] != prompt  # the joint text does merge there, so the test means something
+    assert tok.decode(prompt) == format_prompt('Is it so?', '</s>')
+    assert tok.decode(answer) == 'Yes, it is.</s>'
 
 def test_dialogue_ids_have_eos_between_turns_and_text_cannot_smuggle_it_in(tok):
     ids = encode_prompt(['a', 'b', 'c'], tok, 99)
     assert ids.count(tok.eos_token_id) == 1 and tok.decode(ids) == format_prompt(['a', 'b', 'c'], '</s>')
-    assert tok.eos_token_id not in encode_prompt('a </s> b', tok, 99) and tok.pad_token_id not in encode_prompt('<pad>', tok, 99)
+    assert tok.eos_token_id not in encode_prompt('a </s> b', tok, 99)
+    assert tok.pad_token_id not in encode_prompt('<pad>', tok, 99)
     assert encode_response('a</s>', tok, 99).count(tok.eos_token_id) == 1
 
 def test_bos_only_when_there_is_one(tok):
@@ -127,9 +145,11 @@ def test_long_prompt_keeps_head_and_end(bos):
     ids = encode_prompt(words, t, 60)
     text = t.decode(ids)
     assert len(ids) == 60
-    assert text.replace('<s>', '').startswith('BEGINNING OF CONVERSATION: USER:') and text.endswith(' 198 199 ASSISTANT:')
+    assert text.replace('<s>', '').startswith('BEGINNING OF CONVERSATION: USER:')
+    assert text.endswith(' 198 199 ASSISTANT:')
     full = encode_prompt(words, t, 10_000)
-    assert encode_prompt(words, t, len(full)) == full and len(encode_prompt(words, t, len(full) - 1)) == len(full) - 1
+    assert encode_prompt(words, t, len(full)) == full
+    assert len(encode_prompt(words, t, len(full) - 1)) == len(full) - 1
     with pytest.raises(ValueError, match='no room'): encode_prompt(words, t, 3)
 
 def test_cut_rules(tok):
@@ -137,7 +157,8 @@ def test_cut_rules(tok):
     full = encode_response(text, tok, 10_000)
     n = len(full) - 1
     assert full[-1] == tok.eos_token_id
-    assert encode_response(text, tok, n) == encode_response(text, tok, n, 'plain') == full            # exactly fits: not cut
+    # exactly fits: not cut
+    assert encode_response(text, tok, n) == encode_response(text, tok, n, 'plain') == full
     assert encode_response(text, tok, n - 1) == [*full[:n - 1], tok.eos_token_id]
     assert encode_response(text, tok, n - 1, 'plain') == full[:n - 1]
     with pytest.raises(ValueError): encode_response(text, tok, 5, 'hard')
@@ -160,34 +181,35 @@ def test_batch_indices(what):
     epochs = [one[i:i + 13] for i in (0, 13, 26)]
     for e in epochs: assert sorted(sum(e, [])) == list(range(103))
     assert epochs[0] != epochs[1] != epochs[2]
-    assert batch_indices(what, 8, seed=3, epochs=2) == one[:26]                          # more epochs do not change the first ones
+    assert batch_indices(what, 8, seed=3, epochs=2) == one[:26]  # more epochs do not change the first ones
+    assert batch_indices(what, 8, seed=3, epochs=1.5) == one[:20]
+    assert batch_indices(what, 8, seed=3, epochs=.01) == one[:1]
+    assert len(batch_indices(what, 1000, seed=3)) == 1  # fewer rows than a batch
     assert {type(i) for b in one for i in b} == {int}
+
+def test_no_rows_make_no_batches():
+    for none in (0, []):
+        with pytest.raises(ValueError, match='no rows'): batch_indices(none, 8, 0)
 
 def test_length_buckets_waste_less():
     lengths = random_lengths(500, 200)
     def padded(batches): return sum(len(b)*max(lengths[i] for i in b) for b in batches)
     assert padded(batch_indices(lengths, 8, 0)) < .8*padded(batch_indices(len(lengths), 8, 0))
 
-def test_sft_batch_learns_answer_and_eos_only(tok):
-    rows = [dict(prompt='Is it so?', response='Yes, it is.'), dict(prompt='So?', response='No '*50)]
-    b = sft_batch(rows, tok, 40, 12)
-    assert tok.decode(b['labels'][0][b['labels'][0] >= 0]) == 'Yes, it is.</s>'
-    cut = b['labels'][1][b['labels'][1] >= 0]
-    assert len(cut) == 12 and tok.eos_token_id not in cut.tolist()                       # a cut answer does not teach to stop
-    on = b['labels'] >= 0
-    assert (b['labels'][on] == b['input_ids'][on]).all() and (b['attention_mask'][on] == 1).all()
-
 def test_pair_batch_high_first_and_closed(tok):
     b = pair_batch(cost_pairs([MILD, SWAPPED]) + reward_pairs([MILD]), tok, 40, 5)
-    assert b['input_ids'].shape[0] == 6 and b['high_sign'].tolist() == [1, 1, 0] and b['low_sign'].tolist() == [-1, -1, 0]
+    assert b['input_ids'].shape[0] == 6 and b['high_sign'].tolist() == [1, 1, 0]
+    assert b['low_sign'].tolist() == [-1, -1, 0]
     assert b['paired'].tolist() == [1, 1, 1] and b['paired'].dtype == torch.float32
     text = [tok.decode(i[m.bool()]) for i, m in zip(b['input_ids'], b['attention_mask'], strict=True)]
-    assert 'ASSISTANT:Take' in text[0] and 'ASSISTANT:Ask' in text[3] and all(t.endswith('</s>') for t in text)
+    assert 'ASSISTANT:Take' in text[0] and 'ASSISTANT:Ask' in text[3]
+    assert all(t.endswith('</s>') for t in text)
 
 def test_prompt_batch_is_left_padded(tok):
     b = prompt_batch(['Is it so? Where do ferns grow?', dict(prompt='So?')], tok, 90)
     assert b['attention_mask'][:, -1].tolist() == [1, 1] and b['attention_mask'][1, 0] == 0
-    assert b['prompt_ids'].tolist() == [prompt_id('is it so where do ferns grow'), prompt_id('so')] and b['prompt_ids'].dtype == torch.int64
+    assert b['prompt_ids'].tolist() == [prompt_id('is it so where do ferns grow'), prompt_id('so')]
+    assert b['prompt_ids'].dtype == torch.int64
 
 # partition
 
@@ -195,7 +217,8 @@ def test_bucket_sees_the_first_turn_normalised():
     d = 'Human: Where do ferns grow?\n\nAssistant: Here.\n\nHuman: And?\n\nAssistant:'
     assert bucket(d) == bucket('where do   FERNS grow') == bucket(['Where do ferns grow?', 'x', 'y'])
     assert bucket('a'*400 + 'b') == bucket('a'*400 + 'c') and 0 <= prompt_id(d) < 2**63
-    assert {bucket(f'prompt {i}') for i in range(3000)} == set(range(20, 100))           # unknown prompts are never test
+    # unknown prompts are never test
+    assert {bucket(f'prompt {i}') for i in range(3000)} == set(range(20, 100))
 
 def test_partitions_cover_and_do_not_overlap():
     every = [b for r in PARTITIONS.values() for b in r]
@@ -234,21 +257,25 @@ def test_hashes_rows_and_sizes(tables):
     files = {s['file'] for s in entries}
     assert {f'{n}.jsonl.xz' for n in FILES} < files
     for s in entries:
-        assert sha256(data_path(s['file'])) == s['sha256'] and s['licence'] and s['revision'] and s['source'], s['name']
+        assert sha256(data_path(s['file'])) == s['sha256'], s['name']
+        assert s['licence'] and s['revision'] and s['source'], s['name']
     for name in FILES:
-        assert sum(sum(s['rows'].values()) for s in entries if s['file'] == f'{name}.jsonl.xz') == len(tables[name])
+        assert sum(sum(s['rows'].values()) for s in entries
+                   if s['file'] == f'{name}.jsonl.xz') == len(tables[name])
         assert {s['name'] for s in entries if s['file'] == f'{name}.jsonl.xz'} == set(tables[name]['source'])
     assert sum(data_path(f).stat().st_size for f in files) < 25e6          # data and models together
 
 def test_a_changed_file_is_refused(tmp_path, monkeypatch):
     (tmp_path/'data').mkdir()
-    for f in ('sources.json', 'eval_prompts.jsonl.xz', 'test_prompts.txt.xz'): shutil.copy(data_path(f), tmp_path/'data'/f)
+    for f in ('sources.json', 'eval_prompts.jsonl.xz', 'test_prompts.txt.xz'):
+        shutil.copy(data_path(f), tmp_path/'data'/f)
     monkeypatch.setenv('SAFERLHF_HOME', str(tmp_path))
     assert len(shipped('eval_prompts')) > 2000
     text = lzma.decompress((tmp_path/'data'/'eval_prompts.jsonl.xz').read_bytes()).replace(b'a', b'b', 1)
     (tmp_path/'data'/'eval_prompts.jsonl.xz').write_bytes(lzma.compress(text))
     with pytest.raises(ValueError, match='sha256'): shipped('eval_prompts')
-    assert data_path('sft.jsonl.xz').parent != tmp_path/'data' and data_path() == tmp_path/'data'   # else the shipped one
+    # else the shipped one
+    assert data_path('sft.jsonl.xz').parent != tmp_path/'data' and data_path() == tmp_path/'data'
     with pytest.raises(FileNotFoundError, match='nothing.json.*SAFERLHF_HOME'): data_path('nothing.json')
     with pytest.raises(ValueError, match='eval_prompts'): shipped('nothing')
 
@@ -262,8 +289,10 @@ def test_label_sources_are_kept(tables):
 
 DIRTY = {'missing field': MILD | dict(response_1=None), 'wrong type': MILD | dict(is_response_0_safe='yes'),
          'empty text': MILD | dict(prompt='  '),
-         'over-long text': MILD | dict(response_0='x'*30_000), 'equal responses': MILD | dict(response_1=MILD['response_0'] + ' '),
-         'contradictory labels': MILD | dict(safer_response_id=1), 'not a row': 'text', 'broken text': MILD | dict(prompt='\ud800'),
+         'over-long text': MILD | dict(response_0='x'*30_000),
+         'equal responses': MILD | dict(response_1=MILD['response_0'] + ' '),
+         'contradictory labels': MILD | dict(safer_response_id=1), 'not a row': 'text',
+         'broken text': MILD | dict(prompt='\ud800'),
          'broken dialogue': MILD | dict(prompt='Human: a\n\nAssistant: b'),
          'no label': {k: MILD[k] for k in ('prompt', 'response_0', 'response_1')}}
 
@@ -274,21 +303,25 @@ def test_dirty_rows_are_reported_dropped_or_refused(reason):
     assert report.examples[reason][0][0] == 1 and reason in str(report) and 'row 1' in str(report)
     with pytest.raises(ValueError, match=reason): validate([MILD, DIRTY[reason]], policy='raise')
 
-@pytest.mark.parametrize('bad', [dict(better_response_id=2), dict(better_response_id='0'), dict(safer_response_id=True),
+@pytest.mark.parametrize('bad', [dict(better_response_id=2), dict(better_response_id='0'),
+                                 dict(safer_response_id=True),
                                  dict(response_0=7)])
 def test_wrong_types(bad):
     assert validate([MILD | bad])[1].counts == {'wrong type': 1}
 
-def test_unknown_labels_are_fine(): assert validate([MILD | dict(better_response_id=-1, is_response_0_safe=None)])[1].kept == 1
+def test_unknown_labels_are_fine():
+    assert validate([MILD | dict(better_response_id=-1, is_response_0_safe=None)])[1].kept == 1
 
 def test_a_dirty_file_never_crashes_an_epoch(tok, tmp_path, caplog):
-    lines = [json.dumps(r) for r in DIRTY.values()] + ['{"prompt": "cut off', '', '[]', 'null', json.dumps(MILD), json.dumps(SWAPPED)]
+    lines = [json.dumps(r) for r in DIRTY.values()] + ['{"prompt": "cut off', '', '[]', 'null',
+                                                       json.dumps(MILD), json.dumps(SWAPPED)]
     (tmp_path/'pairs.jsonl').write_text('\n'.join(lines))
     with caplog.at_level(logging.WARNING): t = load_preferences(tmp_path/'pairs.jsonl')
     assert len(t) == 2 and 'not JSON' in caplog.text and 'equal responses' in caplog.text
     rows = cost_pairs(t)
     for batch in batch_indices(len(rows), 1, 0): pair_batch([rows[i] for i in batch], tok, 40, 9)
-    with pytest.raises(ValueError, match='equal responses'): load_preferences(tmp_path/'pairs.jsonl', policy='raise')
+    with pytest.raises(ValueError, match='equal responses'):
+        load_preferences(tmp_path/'pairs.jsonl', policy='raise')
     assert len(load_prompts(tmp_path/'pairs.jsonl')) == 1                                # one prompt, once
     with pytest.raises(ValueError, match='policy'): validate([MILD], policy='ignore')
 
@@ -296,12 +329,14 @@ def test_odd_values_in_optional_columns_do_no_harm():
     odd = MILD | dict(id=7, source=3, reward_0='high', cost_0=1, human_is_response_0_safe='x', extra={},
                       response_0_harm_category='violence')
     row = load_preferences([odd, MILD])[0]
-    assert (row['id'], row['source'], row['reward_0'], row['cost_0'], row['response_0_harm_category']) == ('7', '3', None, 1., ['violence'])
+    assert (row['id'], row['source'], row['reward_0'], row['cost_0'],
+            row['response_0_harm_category']) == ('7', '3', None, 1., ['violence'])
     assert len(load_preferences([])) == len(load_prompts(['x', None])) == 0
 
 def test_labels_need_a_label(tmp_path):
     rows = [dict(prompt='a', response='b', is_safe=v) for v in (True, False, None, 'no')]
-    assert load_labels(rows)['is_safe'] == [True, False] and validate(rows, 'label')[1].counts == {'missing field': 1, 'wrong type': 1}
+    assert load_labels(rows)['is_safe'] == [True, False]
+    assert validate(rows, 'label')[1].counts == {'missing field': 1, 'wrong type': 1}
 
 # layouts
 
@@ -315,7 +350,8 @@ def test_local_files_give_the_same_rows(tmp_path):
     (tmp_path/'a.jsonl').write_text('\n'.join(map(json.dumps, rows)))
     (tmp_path/'a.json').write_text(json.dumps(rows))
     for end, module in (('gz', gzip), ('xz', lzma)):
-        with module.open(tmp_path/f'a.jsonl.{end}', 'wt') as f: f.write('\n'.join(map(json.dumps, rows)) + '\n')
+        with module.open(tmp_path/f'a.jsonl.{end}',
+                         'wt') as f: f.write('\n'.join(map(json.dumps, rows)) + '\n')
     Dataset.from_list(rows).to_parquet(str(tmp_path/'a.parquet'))
     for name in ('a.jsonl', 'a.json', 'a.jsonl.gz', 'a.jsonl.xz', 'a.parquet'):
         assert load_preferences(str(tmp_path/name)).to_list() == want, name
@@ -326,12 +362,15 @@ def test_pku_saferlhf_layout():
     assert t['better_response_id'] == [0, 1, 0] and t['safer_response_id'] == [0, 0, 1]
     assert t['response_1_harm_category'][0] == ['Animal Abuse'] and t['response_0_harm_category'][0] == []
     assert set(t['label_source_safer']) == {'human+ai'} and len(set(t['id'])) == 3
-    assert [p['high_sign'] for p in cost_pairs(t)] == [1, -1, 1] and len(load_preferences(str(FIXTURES/'PKU-SafeRLHF'), split='test')) == 1
+    assert [p['high_sign'] for p in cost_pairs(t)] == [1, -1, 1]
+    assert len(load_preferences(str(FIXTURES/'PKU-SafeRLHF'), split='test')) == 1
 
 def test_beavertails_layout():
     t = load_labels(str(FIXTURES/'BeaverTails'), policy='raise')
-    assert t['is_safe'] == [False, True, False] and t['category'][2] == ['non_violent_unethical_behavior', 'privacy_violation']
-    assert set(t['category'][0] + t['category'][2]) <= set(data.HARM_CATEGORIES) and set(t['label_source']) == {'human'}
+    assert t['is_safe'] == [False, True, False]
+    assert t['category'][2] == ['non_violent_unethical_behavior', 'privacy_violation']
+    assert set(t['category'][0] + t['category'][2]) <= set(data.HARM_CATEGORIES)
+    assert set(t['label_source']) == {'human'}
 
 @pytest.mark.parametrize('chosen_is', ['safer', 'better'])
 def test_hh_rlhf_layout(chosen_is, caplog):
@@ -341,29 +380,35 @@ def test_hh_rlhf_layout(chosen_is, caplog):
     other = dict(safer='better_response_id', better='safer_response_id')[chosen_is]
     assert set(t[other]) == {-1} and t[f'label_source_{chosen_is}'] == ['human', 'human']
     pairs = cost_pairs(t) if chosen_is == 'safer' else reward_pairs(t)
-    assert [p['low' if chosen_is == 'safer' else 'high'] for p in pairs] == ['In sand and sun.', 'In measure, yes.']
+    better = [p['low' if chosen_is == 'safer' else 'high'] for p in pairs]
+    assert better == ['In sand and sun.', 'In measure, yes.']
     assert as_turns(t['prompt'][0]) == ['Where do ferns grow?', 'In the shade.', 'And cacti?']
     assert not any(p['high_sign'] or p['low_sign'] for p in cost_pairs(t))
     with pytest.raises(ValueError, match='chosen_is'): load_preferences([], chosen_is='nicer')
 
 def test_hh_answers_have_no_fixed_place():
-    rows = [dict(chosen=f'\n\nHuman: q{i}\n\nAssistant: good {i}', rejected=f'\n\nHuman: q{i}\n\nAssistant: bad {i}') for i in range(200)]
+    rows = [dict(chosen=f'\n\nHuman: q{i}\n\nAssistant: good {i}',
+                 rejected=f'\n\nHuman: q{i}\n\nAssistant: bad {i}') for i in range(200)]
     assert 70 < sum(load_preferences(rows)['safer_response_id']) < 130
 
 def test_alpaca_layout(caplog):
     t = load_sft(str(FIXTURES/'alpaca'))
-    assert t['prompt'] == ['Name a bird.', 'Put the word in the plural.\n\nleaf'] and t['response'] == ['Swallow.', 'leaves']
+    assert t['prompt'] == ['Name a bird.', 'Put the word in the plural.\n\nleaf']
+    assert t['response'] == ['Swallow.', 'leaves']
     assert 'empty text' in caplog.text and len(load_prompts(str(FIXTURES/'alpaca'))) == 3
 
 
 def test_malformed_rows_are_reported_and_dropped(): # ten thousand of them by `make faults`
     from faults.rows import fuzz
     table = fuzz(300)
-    assert {row[6] for row in table} == {'every row reported and dropped'} and len(table) == 15 and sum(row[5] for row in table) >= 300
+    assert {row[6] for row in table} == {'every row reported and dropped'} and len(table) == 15
+    assert sum(row[5] for row in table) >= 300
 
-@pytest.mark.parametrize('text, reason', [('a\0b', 'control characters'), ('a\x85b', 'control characters'), ('a\ufffdb', 'broken text')])
+@pytest.mark.parametrize('text, reason', [('a\0b', 'control characters'), ('a\x85b', 'control characters'),
+                                          ('a\ufffdb', 'broken text')])
 def test_characters_that_no_answer_holds(text, reason):
-    assert validate([MILD | dict(response_0=text), MILD | dict(response_0='tab\tand\r\nline')])[1].counts == {reason: 1}
+    assert validate([MILD | dict(response_0=text),
+                     MILD | dict(response_0='tab\tand\r\nline')])[1].counts == {reason: 1}
 
 @pytest.mark.parametrize('name', ['rows.pkl', 'rows.csv', 'rows.bin', 'folder'])
 def test_rows_come_from_json_and_parquet_only(tmp_path, name):

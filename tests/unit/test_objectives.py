@@ -8,23 +8,24 @@ import torch
 from saferlhf.advantages import gae, token_rewards
 from saferlhf.objectives import Multiplier, combine, cost_slope, ppo, ppo_lag, reward_shaping
 
-close = lambda a, b, tol=1e-10: np.testing.assert_allclose(np.asarray(a, dtype=float), np.asarray(b, dtype=float), rtol=tol, atol=tol)
+close = lambda a, b, tol=1e-10: np.testing.assert_allclose(np.asarray(a, dtype=float),
+                                                           np.asarray(b, dtype=float), rtol=tol, atol=tol)
 LAMBDAS = (.01, .5, 1., 4.9)
 
 
 # --- multiplier
 def test_direction():
-    assert Multiplier().step([1.]) > 1                                                   # too costly: the price rises
+    assert Multiplier().step([1.]) > 1  # too costly: the price rises
     assert Multiplier().step([-1.]) < 1
     assert Multiplier().step([0.]) == 1
-    assert Multiplier(threshold=-3).step([-2.]) > 1                                      # d = 3: a mean cost of -2 is not safe enough
+    assert Multiplier(threshold=-3).step([-2.]) > 1  # d = 3: a mean cost of -2 is not safe enough
     assert Multiplier(threshold=+3).step([2.]) < 1
 
 
 def test_by_hand():
     m = Multiplier(init=1., lr=.1)
     close(m.step([1., 3.]), math.exp(.2))
-    close(m.step([-4., -4.]), math.exp(.2 - .1 * math.exp(.2)))                          # the window still holds 1 and 3
+    close(m.step([-4., -4.]), math.exp(.2 - .1 * math.exp(.2)))  # the window still holds 1 and 3
 
 
 @pytest.mark.parametrize('seed', range(3))
@@ -36,18 +37,19 @@ def test_golden(seed):
     for k in range(60):
         costs = g.normal(loc=1.2 * np.sin(k / 5), size=g.integers(1, 9))
         seen = np.concatenate([seen, costs])
-        if k >= delay: u = np.clip(u + lr * np.exp(u) * (seen[-window:].mean() - threshold), np.log(floor), np.log(cap))
+        if k >= delay: u = np.clip(u + lr * np.exp(u) * (seen[-window:].mean() - threshold), np.log(floor),
+                                   np.log(cap))
         close(m.step(torch.tensor(costs)), np.exp(u))
         close(m.window_cost, seen[-window:].mean())
         hit.add(m.value)
-    assert {floor, cap} <= hit                                                           # both bounds were met, and exactly
+    assert {floor, cap} <= hit  # both bounds were met, and exactly
 
 
 def test_equals_sgd_on_log_lambda():
     u = torch.zeros((), dtype=torch.float64, requires_grad=True)
     m = Multiplier(window=1, max=100.)
     for cost in (2., -1., .5, -3.):
-        grad, = torch.autograd.grad(-cost * u.exp(), u)                                  # the loss whose descent is E7
+        grad, = torch.autograd.grad(-cost * u.exp(), u)  # the loss whose descent is E7
         u = (u - .1 * grad).detach().requires_grad_()
         close(m.step([cost]), u.exp().item())
 
@@ -57,25 +59,27 @@ def test_constant_violation_rises_faster_than_an_exponential_up_to_the_cap():
     lam = [m.value] + [m.step([.25]) for _ in range(200)]
     free = [x for x in lam if x < 5.]
     assert all(a < b for a, b in pairwise(free)) and lam[-1] == 5. and max(lam) == 5.
-    assert np.all(np.diff(np.diff(np.log(free))) > 0)                                    # the growth rate itself grows
+    assert np.all(np.diff(np.diff(np.log(free))) > 0)  # the growth rate itself grows
 
 
 def test_decay_is_hyperbolic_and_min_zero_is_no_floor():
     m = Multiplier(lr=.05, window=1)
     lam = [m.step([-.25]) for _ in range(4000)]
     close(lam[-1], 1 / (1 + .05 * .25 * 4000), 2e-2)
-    assert 1.9 < lam[1999] / lam[3999] < 2.1                                             # twice the time, half the value
+    assert 1.9 < lam[1999] / lam[3999] < 2.1  # twice the time, half the value
     assert Multiplier(lr=1., window=1, min=.3).step([-50.]) == .3
 
 
 def test_window_is_the_last_costs_and_delay_counts_rollouts():
     m = Multiplier(window=4, delay=2)
-    assert m.step([100., 100., 100.]) == 1. and m.step([100., 2., 2.]) == 1.             # two rollouts of any size are waited for
-    close(m.step([-2., -2.]), 1.)                                                        # window: 2, 2, -2, -2
+    # two rollouts of any size are waited for
+    assert m.step([100., 100., 100.]) == 1. and m.step([100., 2., 2.]) == 1.
+    close(m.step([-2., -2.]), 1.)  # window: 2, 2, -2, -2
     close(m.window_cost, 0.)
 
 
-@pytest.mark.parametrize('costs,what', [([], 'N > 0'), (1., 'N > 0'), ([[1., 2.]], 'N > 0'), ([0.] * 5, 'do not fit'),
+@pytest.mark.parametrize('costs,what',
+                         [([], 'N > 0'), (1., 'N > 0'), ([[1., 2.]], 'N > 0'), ([0.] * 5, 'do not fit'),
                                         ([1., math.nan], 'NaN'), ([math.inf], 'infinite')])
 def test_bad_costs_are_refused_and_change_nothing(costs, what):
     m = Multiplier(window=4); m.step([1.])
@@ -84,8 +88,10 @@ def test_bad_costs_are_refused_and_change_nothing(costs, what):
     assert m.state_dict() == before
 
 
-@pytest.mark.parametrize('bad', [dict(init=0.), dict(init=-1.), dict(init=6.), dict(init=math.nan), dict(min=2.), dict(min=-1.),
-                                 dict(window=0), dict(delay=-1), dict(lr=-.1), dict(max=math.inf), dict(threshold=math.nan)])
+@pytest.mark.parametrize('bad', [dict(init=0.), dict(init=-1.), dict(init=6.), dict(init=math.nan),
+                                 dict(min=2.), dict(min=-1.),
+                                 dict(window=0), dict(delay=-1), dict(lr=-.1), dict(max=math.inf),
+                                 dict(threshold=math.nan)])
 def test_bad_settings_are_refused(bad):
     with pytest.raises(ValueError): Multiplier(**bad)
 
@@ -94,7 +100,8 @@ def test_resume_is_exact_through_json_and_torch(tmp_path):
     a = Multiplier(window=5, delay=1); b, c = Multiplier(window=5, delay=1), Multiplier(window=5, delay=1)
     for k in range(4): a.step(torch.randn(3, generator=torch.Generator().manual_seed(k)))
     torch.save(a.state_dict(), tmp_path / 'm.pt')
-    b.load_state_dict(json.loads(json.dumps(a.state_dict()))); c.load_state_dict(torch.load(tmp_path / 'm.pt'))
+    b.load_state_dict(json.loads(json.dumps(a.state_dict())))
+    c.load_state_dict(torch.load(tmp_path / 'm.pt'))
     for _ in range(3): assert a.step([.1, .2]) == b.step([.1, .2]) == c.step([.1, .2])
     assert a.state_dict() == b.state_dict() == c.state_dict()
     state = a.state_dict(); a.step([9.])
@@ -109,7 +116,8 @@ def test_cost_order_within_a_rollout_does_not_matter():
 
 
 def test_repr_prints_both_conventions():
-    assert 'threshold=-3 (d=3)' in repr(Multiplier(threshold=-3)) and 'threshold=0 (d=0)' in repr(Multiplier())
+    assert 'threshold=-3 (d=3)' in repr(Multiplier(threshold=-3))
+    assert 'threshold=0 (d=0)' in repr(Multiplier())
 
 
 # --- objectives
@@ -132,23 +140,26 @@ def test_weights_by_hand():
 
 
 def test_models_needed():
-    assert ppo().scorers == ('reward',) and reward_shaping(1.).scorers == ppo_lag(Multiplier()).scorers == ('reward', 'cost')
-    assert ppo().critic_init == {'reward': 'reward'} and reward_shaping(1.).critic_init == {'shaped': 'reward'}
+    assert ppo().scorers == ('reward',)
+    assert reward_shaping(1.).scorers == ppo_lag(Multiplier()).scorers == ('reward', 'cost')
+    assert ppo().critic_init == {'reward': 'reward'}
+    assert reward_shaping(1.).critic_init == {'shaped': 'reward'}
     assert ppo_lag(Multiplier()).critic_init == {'reward': 'reward', 'cost': 'cost'}
 
 
 def test_observe():
     scores = dict(reward=torch.tensor([1., 3.]), cost=torch.tensor([2., 6.]))
-    assert ppo().observe(scores) == {'reward': 2., 'cost': 4.} and ppo().observe({'reward': scores['reward']}) == {'reward': 2.}
+    assert ppo().observe(scores) == {'reward': 2., 'cost': 4.}
+    assert ppo().observe({'reward': scores['reward']}) == {'reward': 2.}
     assert reward_shaping(2.).observe(scores) == {'reward': 2., 'cost': 4., 'shaped': -6.}
     assert reward_shaping(2.).state is None and ppo().state is None
     m = Multiplier(max=100., threshold=1.)
     o = ppo_lag(m); out = o.observe(scores)
-    assert o.state is m and m.rollouts == 1                                              # lambda moves once, and here
+    assert o.state is m and m.rollouts == 1  # lambda moves once, and here
     close(m.value, math.exp(.1 * 3))
     assert out == dict(reward=2., cost=4., lam=m.value, window_cost=4., threshold=1., cost_slope=4. + 2.)
     o.weights(scores)
-    assert m.rollouts == 1                                                               # asking for weights moves nothing
+    assert m.rollouts == 1  # asking for weights moves nothing
     close(o.weights(scores)['cost'], -m.value / (1 + m.value))
 
 
@@ -183,14 +194,15 @@ def advantage(objective, scores, values, kl, mask, kl_coef=.1):
 def test_ppo_lag_at_fixed_lambda_is_normalised_reward_shaping(world, lam):
     scores, kl, Vr, Vc, mask = world
     lag = advantage(ppo_lag(Multiplier(init=lam)), scores, dict(reward=Vr, cost=Vc), kl, mask)
-    close(lag, advantage(reward_shaping(lam, normalise=True), scores, dict(shaped=(Vr - lam * Vc) / (1 + lam)), kl, mask))
+    close(lag, advantage(reward_shaping(lam, normalise=True), scores,
+                         dict(shaped=(Vr - lam * Vc) / (1 + lam)), kl, mask))
 
 
 @pytest.mark.parametrize('lam', LAMBDAS)
 def test_kl_pressure_is_the_same_for_every_lambda(world, lam):
     scores, kl, _, _, mask = world
     none, zero = {k: 0 * v for k, v in scores.items()}, torch.zeros_like(kl)
-    pressure = np.zeros(kl.shape)                                                        # -kl_coef * kl, discounted by hand
+    pressure = np.zeros(kl.shape)  # -kl_coef * kl, discounted by hand
     for i, n in enumerate(mask.sum(1).tolist()):
         for t in range(n): pressure[i, t] = sum(.95 ** (k - t) * -.1 * kl[i, k].item() for k in range(t, n))
     close(advantage(ppo_lag(Multiplier(init=lam)), none, dict(reward=zero, cost=zero), kl, mask), pressure)
@@ -202,7 +214,8 @@ def test_plain_shaping_feels_less_kl(world):
     scores, kl, Vr, _, mask = world
     zero, nu = torch.zeros_like(kl), 3.
     plain = advantage(reward_shaping(nu), scores, dict(shaped=zero), kl, mask, kl_coef=.1)
-    close(plain / (1 + nu), advantage(reward_shaping(nu, normalise=True), scores, dict(shaped=zero), kl, mask, kl_coef=.1 / (1 + nu)))
+    close(plain / (1 + nu), advantage(reward_shaping(nu, normalise=True), scores, dict(shaped=zero), kl, mask,
+                                      kl_coef=.1 / (1 + nu)))
 
 
 # --- when the cost rises with lambda
@@ -231,4 +244,4 @@ def test_counter_example_the_controller_runs_to_the_cap():
     assert all(a < b for a, b in pairwise(costs)) and slope_of(bandit(r, c, 1., 1.), r, c) < 0
     m = Multiplier(lr=.2, threshold=-.9, window=1)
     for _ in range(400): m.step([bandit(r, c, m.value, 1.) @ c])
-    assert m.value == 5. and costs[0] < -.9 < costs[-1]                                  # feasible at 0, never at the cap
+    assert m.value == 5. and costs[0] < -.9 < costs[-1]  # feasible at 0, never at the cap
