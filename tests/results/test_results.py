@@ -13,7 +13,7 @@ from nbclient import NotebookClient
 from project import COLUMNS, ROOT, notebooks
 from readme import INDEX, readme
 
-from saferlhf.apps.pipeline import main
+from saferlhf.apps.commands import main
 from saferlhf.apps.report import made_by, page, report
 from saferlhf.record.execute import execute, warm_kernel
 

@@ -219,7 +219,7 @@ def test_what_cannot_be_planned_is_refused():
 
 
 def test_the_command_prints_a_plan(capsys, monkeypatch):
-    from saferlhf.apps.pipeline import main
+    from saferlhf.apps.commands import main
     monkeypatch.delenv('SAFERLHF_BASE', raising=False)
     assert main(['plan', 'paper', '--gpus', '8', '--gpu-memory', '80', '--host-memory', '1000']) == 0
     said = capsys.readouterr().out
