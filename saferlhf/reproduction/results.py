@@ -34,7 +34,7 @@ def _finished(name, profile, seed): # a stage's run, or None
 def _put(profile, seed, table, run, rows): # merge into data/results/<profile>/<table>.csv
     if rows: publish([dict(r, seed=seed) for r in rows], f'{profile}/{table}.csv', run.id, _KEYS[table])
 
-# %% ../../nbs/reproduction/09_results.ipynb #e479fc6c
+# %% ../../nbs/reproduction/09_results.ipynb #12a327ad
 def _lagrange(run, round): # how lambda, the cost and the diagnostics of the constraint moved in a PPO-Lag run
     m = run.metrics(); m['kl_weight'] = (1 + m.lam) * run.config['kl_coef']
     columns = 'step lam cost window_cost reward kl threshold kl_weight cost_slope harmful'.split()
@@ -60,7 +60,7 @@ def _model_tables(runs): # stage -> run; yields table, run, rows
                                        **{k: b[k] for k in ('low', 'high', 'n')})
                                   for b in run.summary['prevalence']]
 
-# %% ../../nbs/reproduction/09_results.ipynb #a874e1bd
+# %% ../../nbs/reproduction/09_results.ipynb #6b9b5f5f
 def _round_tables(runs, seed): # the same, of collections and policies
     for r in [r for r in (1, 2, 3) if f'policy-{r}' in runs]:
         collect, policy = runs[f'collect-{r}'], runs[f'policy-{r}']
@@ -87,7 +87,7 @@ def _evaluation_tables(runs): # the same, of evaluations
         drops = run.summary['drops']
         yield 'differences', run, [_difference(p, what, v) for p, d in drops.items() for what, v in d.items()]
 
-# %% ../../nbs/reproduction/09_results.ipynb #e7b427c0
+# %% ../../nbs/reproduction/09_results.ipynb #7ea76544
 def publish_all(profile:str, seed:int): # of the reproduction
     "Merge the finished stages' aggregates into data/results/<profile>/; what was not run is left out."
     runs = {s.name: run for s in graph(profile) if (run := _finished(s.name, profile, seed))}
@@ -96,7 +96,7 @@ def publish_all(profile:str, seed:int): # of the reproduction
 
 def publish_arms(profile:str): # of the common part
     "Merge the rows of finished arms and of their comparisons into data/results/<profile>/."
-    for group, seed in [(group, seed) for group in arms(profile) for seed in SEEDS[group]]:
+    for group, seed in [(g, k) for g in arms(profile) for k in SEEDS[g]]:
         if run := _finished(f'compare-{group}', profile, seed):
             rows, first = read_jsonl(run.path('arms.jsonl')), (group, seed) == ('core', 0)
             rows = [r for r in rows if first or r['arm'] != 'initial']       # 'initial' is in all
@@ -111,7 +111,9 @@ def publish_arms(profile:str): # of the common part
                 rows = [dict(arm=arm) | row for row in _lagrange(run, stage.round)]
                 _put(profile, seed, 'threshold_curves', run, rows)
 
-# %% ../../nbs/reproduction/09_results.ipynb #7ad87eac
+# %% ../../nbs/reproduction/09_results.ipynb #e479fc6c
+def _rows(table, columns): return table[columns].apply(tuple, axis=1)
+
 def join(
     folder,      # of CSV files as in data/results/<profile>, made on another machine
     profile:str, # whose results take them in
@@ -125,8 +127,7 @@ def join(
         keys, again, target = ['seed', *_KEYS[path.stem]], read(path), home / path.name
         first = read(target) if target.exists() else again[:0]
         common = [c for c in again if c in first and c != 'run_id']      # older rows may lack some columns
-        known = lambda names: again[names].apply(tuple, axis=1).isin(set(first[names].apply(tuple, axis=1)))
-        both, same = known(keys), known(common)
+        both, same = (_rows(again, names).isin(set(_rows(first, names))) for names in (keys, common))
         if path.stem in ('table1', 'policies'): compared += _compare(first, again, path.stem, keys)
         elif path.stem != 'times' and both.any():
             compared.append([path.stem, '', '', 'rows', both.sum(), (both & same).sum()])
@@ -139,7 +140,7 @@ def join(
     return out
 
 
-# %% ../../nbs/reproduction/09_results.ipynb #c947b98e
+# %% ../../nbs/reproduction/09_results.ipynb #be86c452
 def _compare(first, again, table, keys): # rows of two machines; yields a row of remade.csv a number
     for row in first.merge(again, on=keys, suffixes=('', ' again')).to_dict('records'):
         for what in [c for c in row if f'{c} again' in row and c not in ('run_id', 'paper')]:

@@ -12,7 +12,7 @@ import torch
 from project import ROOT
 
 from saferlhf.apps import plan
-from saferlhf.apps.bench import SIZES
+from bench import SIZES
 from saferlhf.engine import Optim, load
 from saferlhf.models import ScoreModel, token_logps
 from saferlhf.ppo import PPOConfig
