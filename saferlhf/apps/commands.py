@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['main']
 
-# %% ../../nbs/apps/07_commands.ipynb #46b47b10
+# %% ../../nbs/apps/07_commands.ipynb #faf5ab9e
 import argparse
 import json
 import os
 import sys
 
-# %% ../../nbs/apps/07_commands.ipynb #a7f9f32a
+# %% ../../nbs/apps/07_commands.ipynb #9aedb633
 _PROFILE = {'--profile': dict(default='', help='smoke, cpu, gpu, paper (default: by whether there is a GPU)')}
 _SEED = {'--seed': dict(type=int, default=0, help='seed of the reproduction (default: 0)')}
 _JOBS = {'--jobs': dict(type=int, default=1, help='stages at a time (default: 1)'),
@@ -28,7 +28,7 @@ _SPREAD = _GPUS | {
                           'fine-tuning and score models (default: 0, all)'),
     '--keep': dict(action='store_true', help="under ZeRO 3, keep the sampler's weights between rollouts")}
 
-# %% ../../nbs/apps/07_commands.ipynb #62c23d6f
+# %% ../../nbs/apps/07_commands.ipynb #8ee2708c
 def _list(a):
     "List the stages of a profile and what each one reads."
     from saferlhf.reproduction.graph import graph
@@ -48,7 +48,7 @@ def _run(a):
     print(f'{"done before" if skipped else "done"}: {folder}')
     print(json.dumps(Run.open(folder).summary, indent=1)[:3000])
 
-# %% ../../nbs/apps/07_commands.ipynb #1c2deeca
+# %% ../../nbs/apps/07_commands.ipynb #449346a7
 def _reproduce(a):
     """Run every stage that is not done, publish and draw.
     With several jobs or a limit of time, `saferlhf figures` draws afterwards."""
@@ -71,7 +71,7 @@ def _figures(a):
     from saferlhf.reproduction.pipeline import draw
     draw(a.profile, a.seed)
 
-# %% ../../nbs/apps/07_commands.ipynb #52591c0f
+# %% ../../nbs/apps/07_commands.ipynb #3b073479
 def _status(a):
     "List finished and unfinished runs."
     from saferlhf.record.run import Run, runs_home
@@ -96,7 +96,7 @@ def _join(a):
     from saferlhf.reproduction.results import join
     print(join(a.folder, a.profile).to_string(index=False))
 
-# %% ../../nbs/apps/07_commands.ipynb #4f5beaa5
+# %% ../../nbs/apps/07_commands.ipynb #db64538d
 def _dry_run(a):
     "Build every stage without weights. Models, sizes, steps and commands are shown."
     from saferlhf.reproduction.dryrun import dry_run
@@ -113,7 +113,7 @@ def _plan(a):
     shape, _ = shape_of(a.profile, configs)
     plan(shape, configs, a.gpus * a.nodes, a.gpu_memory, a.host_memory, a.zero or None)
 
-# %% ../../nbs/apps/07_commands.ipynb #bedc3808
+# %% ../../nbs/apps/07_commands.ipynb #19bae242
 _STAGE = {'stage': dict(help='its name, see `saferlhf list`')}
 _SET = {'--set': dict(nargs='*', default=[], metavar='FIELD=VALUE', help='overrides, e.g. kl_coef=0.1')}
 _SEEDS = {'--seeds': dict(type=int, nargs='*', default=[], help='several seeds (default: that of --seed)')}
@@ -134,7 +134,7 @@ _COMMANDS = {   # name -> function, options
     'report': (_report, _PROFILE | _SEED | _OUT),
     'join': (_join, {'folder': dict(help='its CSV files, e.g. again/data/results/gpu')} | _PROFILE)}
 
-# %% ../../nbs/apps/07_commands.ipynb #bf66e6b7
+# %% ../../nbs/apps/07_commands.ipynb #0c9234e0
 def _parser():
     p = argparse.ArgumentParser('saferlhf', description='Safe RLHF: run it, resume it, draw it.',
                                 epilog='`saferlhf COMMAND --help` says what a command takes.')
@@ -146,7 +146,7 @@ def _parser():
         c.set_defaults(function=function, refuse=c.error)
     return p
 
-# %% ../../nbs/apps/07_commands.ipynb #d4868772
+# %% ../../nbs/apps/07_commands.ipynb #fdd4460e
 def main(
     argv=None, # arguments; those of the process when None
 )->int:        # exit status: 0, or 1 after an error, 130 after Ctrl-C; SystemExit(2) for wrong arguments
@@ -165,7 +165,7 @@ def main(
     return status
 
 
-# %% ../../nbs/apps/07_commands.ipynb #1245223a
+# %% ../../nbs/apps/07_commands.ipynb #3fddf50c
 def _profile(a): # the one that is named, or what suits this machine
     from saferlhf.reproduction.profiles import PROFILES, default_profile
     name = getattr(a, 'of', None) or a.profile or default_profile()

@@ -16,7 +16,7 @@ from ..record.execute import execute, warm_kernel
 from ..record.files import atomic_write
 from ..record.run import provenance, results_home, runs_home
 
-# %% ../../nbs/apps/02_report.ipynb #beae5688
+# %% ../../nbs/apps/02_report.ipynb #e44d4abe
 _CELLS = '''{%- extends 'basic/index.html.j2' -%}
 {%- block input_group -%}<details><summary>code</summary>{{ super() }}</details>{%- endblock input_group -%}
 {%- block stream_stderr -%}{%- endblock stream_stderr -%}'''
@@ -35,6 +35,8 @@ def _exporter(): # of notebooks to HTML
         extra_loaders=[DictLoader({'cells.html.j2': _CELLS})],
         exclude_input_prompt=True, exclude_output_prompt=True, exclude_anchor_links=True)
 
+
+# %% ../../nbs/apps/02_report.ipynb #745b023a
 def _formulas(page): # formulas between dollar signs as MathML; code, and what is no TeX, stays as it is
     from latex2mathml.converter import convert
     def mathml(m):
@@ -44,7 +46,6 @@ def _formulas(page): # formulas between dollar signs as MathML; code, and what i
     formula = r'\$\$(.+?)\$\$|\$([^$]+?)\$'
     return ''.join(p if p.startswith('<') else re.sub(formula, mathml, p) for p in parts)
 
-# %% ../../nbs/apps/02_report.ipynb #d494c098
 def _section(path, name, names): # executed notebook, names; HTML, headings (level, name, text)
     body, heads = _formulas(_exporter().from_filename(str(path))[0]), []
     def heading(m):
@@ -56,7 +57,7 @@ def _section(path, name, names): # executed notebook, names; HTML, headings (lev
     link = lambda m: f'href="#{m[1]}"' if m[1] in names else ''
     return '<section>' + re.sub(r'href="(?:[^"]*/)?(\w+)\.ipynb"', link, body) + '</section>', heads
 
-# %% ../../nbs/apps/02_report.ipynb #9e9f5f83
+# %% ../../nbs/apps/02_report.ipynb #a9ff64ea
 _STYLE = '''*{box-sizing:border-box} a{color:#0061a8} a:not([href]){color:inherit}
 body{margin:0;font:15px/1.55 system-ui,"Segoe UI",Roboto,"DejaVu Sans",sans-serif;color:#222}
 nav{position:fixed;inset:0 auto 0 0;width:250px;overflow:auto;padding:18px 14px;background:#f4f6f8}
@@ -75,7 +76,7 @@ details{margin:5px 0;color:#7a8490;font-size:12px} summary{cursor:pointer} .runs
 @media print{nav,details{display:none} main{margin:0}}'''
 
 
-# %% ../../nbs/apps/02_report.ipynb #9c550767
+# %% ../../nbs/apps/02_report.ipynb #38ee865e
 def _page(parts, profile, runs): # name -> executed notebook; as from `_made_by`; HTML that needs nothing else
     sections, contents = [], []
     for name, path in parts.items():
@@ -97,7 +98,7 @@ def _page(parts, profile, runs): # name -> executed notebook; as from `_made_by`
 {"".join(sections)}<section><h2 id="runs">Runs</h2><p>Each with the results that hold its rows.</p>
 <div class="runs">{"".join(listed)}</div></section></main></body></html>'''
 
-# %% ../../nbs/apps/02_report.ipynb #5b4ad034
+# %% ../../nbs/apps/02_report.ipynb #32029d05
 _ORDER = 'overview hypotheses table1 rounds lagrange ablations annotation beyond cost config'.split()
 
 def _executed(profile, seed, papers): # name -> executed paper notebook
@@ -109,8 +110,9 @@ def _executed(profile, seed, papers): # name -> executed paper notebook
         for source in sorted(papers.glob('*.ipynb'), key=place):
             path = out[source.stem] = runs_home() / 'notebooks' / f'{profile}-{seed}-report-{source.name}'
             if path.exists() and path.stat().st_mtime > max(changed, source.stat().st_mtime): continue
-            given = dict(profile=profile, seed=seed, figures_dir=str(runs_home() / 'report-figures' / profile))
-            execute(source, path, given, progress=False, km=km)
+            figures = str(runs_home() / 'report-figures' / profile)
+            told = dict(profile=profile, seed=seed, figures_dir=figures)
+            execute(source, path, told, progress=False, km=km)
     return out
 
 def _made_by(profile): # run id -> results files that hold its rows
@@ -118,7 +120,7 @@ def _made_by(profile): # run id -> results files that hold its rows
     made = {name: set(t.run_id.dropna()) for name, t in tables.items() if 'run_id' in t}
     return {run: [name for name in made if run in made[name]] for run in sorted(set().union(*made.values()))}
 
-# %% ../../nbs/apps/02_report.ipynb #2ca5ebcb
+# %% ../../nbs/apps/02_report.ipynb #11e6a55d
 def report(
     profile:str,      # whose results
     seed:int,         # the seed that is looked at; tables over seeds show all

@@ -34,7 +34,7 @@ def _finished(name, profile, seed): # a stage's run, or None
 def _put(profile, seed, table, run, rows): # merge into data/results/<profile>/<table>.csv
     if rows: publish([dict(r, seed=seed) for r in rows], f'{profile}/{table}.csv', run.id, _KEYS[table])
 
-# %% ../../nbs/reproduction/09_results.ipynb #12a327ad
+# %% ../../nbs/reproduction/09_results.ipynb #a2b96f7f
 def _lagrange(run, round): # how lambda, the cost and the diagnostics of the constraint moved in a PPO-Lag run
     m = run.metrics(); m['kl_weight'] = (1 + m.lam) * run.config['kl_coef']
     columns = 'step lam cost window_cost reward kl threshold kl_weight cost_slope harmful'.split()
@@ -60,7 +60,7 @@ def _model_tables(runs): # stage -> run; yields table, run, rows
                                        **{k: b[k] for k in ('low', 'high', 'n')})
                                   for b in run.summary['prevalence']]
 
-# %% ../../nbs/reproduction/09_results.ipynb #6b9b5f5f
+# %% ../../nbs/reproduction/09_results.ipynb #2e43aa93
 def _round_tables(runs, seed): # the same, of collections and policies
     for r in [r for r in (1, 2, 3) if f'policy-{r}' in runs]:
         collect, policy = runs[f'collect-{r}'], runs[f'policy-{r}']
@@ -87,7 +87,7 @@ def _evaluation_tables(runs): # the same, of evaluations
         drops = run.summary['drops']
         yield 'differences', run, [_difference(p, what, v) for p, d in drops.items() for what, v in d.items()]
 
-# %% ../../nbs/reproduction/09_results.ipynb #7ea76544
+# %% ../../nbs/reproduction/09_results.ipynb #8cc098ba
 def publish_all(profile:str, seed:int): # of the reproduction
     "Merge the finished stages' aggregates into data/results/<profile>/; what was not run is left out."
     runs = {s.name: run for s in graph(profile) if (run := _finished(s.name, profile, seed))}
@@ -111,7 +111,7 @@ def publish_arms(profile:str): # of the common part
                 rows = [dict(arm=arm) | row for row in _lagrange(run, stage.round)]
                 _put(profile, seed, 'threshold_curves', run, rows)
 
-# %% ../../nbs/reproduction/09_results.ipynb #e479fc6c
+# %% ../../nbs/reproduction/09_results.ipynb #416f968c
 def _rows(table, columns): return table[columns].apply(tuple, axis=1)
 
 def join(
@@ -140,7 +140,7 @@ def join(
     return out
 
 
-# %% ../../nbs/reproduction/09_results.ipynb #be86c452
+# %% ../../nbs/reproduction/09_results.ipynb #114a2dd0
 def _compare(first, again, table, keys): # rows of two machines; yields a row of remade.csv a number
     for row in first.merge(again, on=keys, suffixes=('', ' again')).to_dict('records'):
         for what in [c for c in row if f'{c} again' in row and c not in ('run_id', 'paper')]:
