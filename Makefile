@@ -15,10 +15,11 @@ report: .venv/.installed
 	@$(BIN)/saferlhf report $(if $(PROFILE),--profile $(PROFILE)) $(if $(OUT),--out $(OUT))
 
 bench: .venv/.installed
-	@$(BIN)/python -c 'from saferlhf.apps.bench import main; main()'
+	@$(BIN)/python tools/bench.py
 
+# JupyterLab in the project's folder, where the index finds its pictures.
 lab: .venv/.installed
-	@$(BIN)/jupyter lab nbs
+	@$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/nbs/index.ipynb
 
 docs: .venv/.installed
 	@$(BIN)/python tests/readme.py

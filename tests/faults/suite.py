@@ -55,7 +55,7 @@ class Lab:
     def _reproduce(self):
         home = self.folder/'home'; home.mkdir(exist_ok=True)
         print('making the parents: saferlhf reproduce --profile smoke', flush=True)
-        code = 'from saferlhf.apps.pipeline import main; import sys; sys.exit(main(["reproduce", "--profile", "smoke"]))'
+        code = 'from saferlhf.apps.commands import main; import sys; sys.exit(main(["reproduce", "--profile", "smoke"]))'
         env = self.env(self.base) | {'SAFERLHF_HOME': str(home)}
         subprocess.run([sys.executable, '-c', code], env=env, check=True, stdout=subprocess.DEVNULL)
 
@@ -65,7 +65,7 @@ class Lab:
 
     def job(self, stage):
         "Where the parameters of a stage are written down."
-        from saferlhf.apps.pipeline import find
+        from saferlhf.reproduction.graph import find
         path = self.folder/f'{stage}.json'
         if not path.exists():
             book, s = json.loads((self.base/'ledger-smoke-0.json').read_text()), find(stage, 'smoke')

@@ -1,9 +1,9 @@
 "The benchmarks run in miniature, and the committed figures are whole, over no floor, and what the page says."
 import pandas as pd
 import pytest
+from bench import COLUMNS, chosen, efficiency
 from project import ROOT
 
-from saferlhf.apps.bench import COLUMNS, chosen
 from saferlhf.record.execute import execute
 
 RESULTS = ROOT/'data/results/bench'
@@ -24,7 +24,7 @@ def test_a_benchmark_runs_in_miniature(name, tmp_path):
 
 
 def test_scale_runs_in_miniature_and_goes_on(tmp_path, capsys):
-    from saferlhf.apps.scale import COLUMNS, efficiency, measure
+    from scale import COLUMNS, measure
     told = dict(results_dir=str(tmp_path), overrides=dict(zeros=[3], steps=1, run_id='mini'))
     execute(ROOT/'nbs/bench/scale.ipynb', tmp_path/'out.ipynb', told, progress=False)
     t = pd.read_csv(tmp_path/'scale.csv')

@@ -13,8 +13,8 @@ from nbclient import NotebookClient
 from project import COLUMNS, ROOT, notebooks
 from readme import INDEX, readme
 
-from saferlhf.apps.pipeline import main
-from saferlhf.apps.report import made_by, page, report
+from saferlhf.apps.commands import main
+from saferlhf.apps.report import _made_by, _page, report
 from saferlhf.record.execute import execute, warm_kernel
 
 RESULTS, FIGURES = ROOT/'data/results', ROOT/'figures'
@@ -113,10 +113,10 @@ def test_what_has_no_data_says_so(drawn):
 
 def test_report_holds_everything(drawn):
     parts = {p.stem: drawn/'cpu'/p.name for p in notebooks('paper')}
-    text = page(parts, 'cpu', made_by('cpu'))
+    text = _page(parts, 'cpu', _made_by('cpu'))
     assert len(text) < 8e6 and not re.search('(?:src|href)="(?!data:|#)', text), 'it must stand alone'
     for name in parts: assert f'id="{name}"' in text and f'href="#{name}"' in text
-    assert text.count('data:image/png') >= len(entries(FIGURES/'index.json')) and '<details class="code">' in text
+    assert text.count('data:image/png') >= len(entries(FIGURES/'index.json')) and '<details>' in text and '<math' in text
     for run in pd.read_csv(RESULTS/'cpu/times.csv').run_id: assert run in text
     assert not re.search(r'(?<![\w.])/(?:home|root|work|tmp)/', re.sub('data:image/png[^"]*', '', text)), 'a path of one machine'
 

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from project import COLUMNS, ROOT, cells, notebooks
 
-from saferlhf.apps.pipeline import graph
+from saferlhf.reproduction.graph import graph
 
 STAGES = {s.name: s for s in graph('smoke')}
 
@@ -197,8 +197,8 @@ def test_a_sample_of_the_fault_suite(smoke, tmp_path):
 
 def test_arms_run_and_are_published(smoke):
     "Other limits in one round, and three rounds with stricter ones: `saferlhf arms thresholds strict`, of one seed."
-    one = 'from saferlhf.reproduction import graph as graphs; from saferlhf.apps import pipeline; graphs.SEEDS["strict"] = (0,); '
-    command = one + 'raise SystemExit(pipeline.main(["arms", "thresholds", "strict", "--profile", "smoke", "--jobs", "2"]))'
+    one = 'from saferlhf.reproduction import graph as graphs; from saferlhf.apps import commands; graphs.SEEDS["strict"] = (0,); '
+    command = one + 'raise SystemExit(commands.main(["arms", "thresholds", "strict", "--profile", "smoke", "--jobs", "2"]))'
     env = os.environ | dict(SAFERLHF_RUNS=str(smoke.runs), SAFERLHF_HOME=str(smoke.home))
     run = subprocess.run([sys.executable, '-c', command], cwd=smoke.folder, env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]

@@ -14,7 +14,8 @@ from project import ROOT, notebooks
 SAY = '''
 import json, saferlhf
 from saferlhf.data import data_path, shipped
-from saferlhf.apps.pipeline import main, papers_home
+from saferlhf.apps.commands import main
+from saferlhf.reproduction.pipeline import papers_home
 from saferlhf.record.run import results_home, runs_home, templates_home
 try: results = str(results_home())
 except FileNotFoundError as e: results = f'error: {e}'

@@ -11,7 +11,9 @@ import saferlhf.reproduction.dryrun as dryrun
 from saferlhf.data import shipped
 from saferlhf.models import tiny_model
 from saferlhf.reproduction.paper import PAPER_CONFIG, PAPER_ROUNDS, compare, optims, own_base, verdict
-from saferlhf.apps.pipeline import ROUNDS, config_of, folder_of, graph, main, parents_of
+from saferlhf.apps.commands import main
+from saferlhf.reproduction.graph import ROUNDS, config_of, graph
+from saferlhf.reproduction.ledger import folder_of, parents_of
 from saferlhf.reproduction.prompts import model_path, policy_prompts
 from saferlhf.ppo import PPOConfig
 from saferlhf.reproduction.profiles import PROFILES

@@ -12,7 +12,7 @@ import torch
 from project import ROOT
 
 from saferlhf.apps import plan
-from saferlhf.apps.bench import SIZES
+from bench import SIZES
 from saferlhf.engine import Optim, load
 from saferlhf.models import ScoreModel, token_logps
 from saferlhf.ppo import PPOConfig
@@ -219,7 +219,7 @@ def test_what_cannot_be_planned_is_refused():
 
 
 def test_the_command_prints_a_plan(capsys, monkeypatch):
-    from saferlhf.apps.pipeline import main
+    from saferlhf.apps.commands import main
     monkeypatch.delenv('SAFERLHF_BASE', raising=False)
     assert main(['plan', 'paper', '--gpus', '8', '--gpu-memory', '80', '--host-memory', '1000']) == 0
     said = capsys.readouterr().out

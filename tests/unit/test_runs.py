@@ -404,7 +404,8 @@ def test_threads_are_left_alone(monkeypatch):
 
 
 def test_a_changed_size_is_another_stage(monkeypatch): # a stage that is done with other sizes is not done
-    from saferlhf.apps.pipeline import graph, key_of
+    from saferlhf.reproduction.graph import graph
+    from saferlhf.reproduction.ledger import key_of
     from saferlhf.reproduction.profiles import PROFILES
     stage = next(s for s in graph('cpu') if s.name == 'collect-2')
     key = key_of(stage, dict(profile='cpu', seed=0))
@@ -417,10 +418,10 @@ def test_gpus_are_dealt_out_to_workers(monkeypatch):
     from contextlib import nullcontext
     from queue import SimpleQueue
 
-    from saferlhf.apps import pipeline
+    from saferlhf.reproduction import pipeline
     for name, value in dict(CUDA_VISIBLE_DEVICES='3,5', OMP_NUM_THREADS='9').items():
         monkeypatch.setenv(name, value)
-    assert pipeline.dealt(3) == ['3', '5', '3']
+    assert pipeline._gpus(3) == ['3', '5', '3']
     gpus = SimpleQueue(); gpus.put('5'); gpus.put('')
     monkeypatch.setattr(pipeline, 'warm_kernel', nullcontext)
     pipeline._open(2, gpus)
@@ -429,7 +430,7 @@ def test_gpus_are_dealt_out_to_workers(monkeypatch):
     pipeline._open(2, gpus); assert os.environ['CUDA_VISIBLE_DEVICES'] == '5'
     monkeypatch.delenv('CUDA_VISIBLE_DEVICES')
     monkeypatch.setattr(pipeline.torch.cuda, 'device_count', lambda: 0)
-    assert pipeline.dealt(2) == ['', '']
+    assert pipeline._gpus(2) == ['', '']
 
 
 def test_rounds_without_red_teaming_have_a_table_of_their_own(tmp_path, monkeypatch):

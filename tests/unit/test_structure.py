@@ -20,7 +20,7 @@ ONLY_IN = {'deepspeed': {'engine'}, 'papermill': {'record.execute'}, 'matplotlib
 PROVIDED = {'triton': 'torch',
             'PIL': 'matplotlib', 'sklearn': 'scikit-learn',
             'jupyter_client': 'ipykernel', 'jupyter_core': 'ipykernel', 'nbclient': 'papermill'}
-DEVELOPERS = {'apps.report': {'nbconvert', 'jinja2', 'traitlets'}}     # imported when called; without them it says what to install
+DEVELOPERS = {'apps.report': {'nbconvert', 'jinja2', 'traitlets', 'latex2mathml'}}     # imported when called; without them it says what to install
 BLOCKED = ('nbdev fastcore execnb papermill jupyter_client jupyter_core jupyterlab ipykernel IPython '
            'nbformat nbclient nbconvert deepspeed').split()
 

@@ -1,0 +1,110 @@
+"The command line: pages of help, options that are refused, errors in one line; and results of two machines."
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+
+from saferlhf.apps import commands
+from saferlhf.record.execute import publish
+from saferlhf.reproduction import pipeline
+from saferlhf.reproduction.results import join
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv('SAFERLHF_RUNS', str(tmp_path/'runs')); monkeypatch.setenv('SAFERLHF_HOME', str(tmp_path))
+    return tmp_path
+
+
+def test_help_imports_nothing_heavy():
+    code = '''import sys
+from saferlhf.apps.commands import main
+try: main(['--help'])
+except SystemExit: print(sorted({m.split('.')[0] for m in sys.modules} & {'torch', 'pandas', 'numpy', 'transformers'}))'''
+    shown = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout.splitlines()
+    assert shown[-1] == '[]'
+    listed = [line.split()[0] for line in shown if line.startswith('    ') and not line.startswith('     ')]
+    assert listed == list(commands._COMMANDS)
+
+
+@pytest.mark.parametrize('name', commands._COMMANDS)
+def test_a_command_has_its_page_and_refuses_other_options(name, capsys):
+    function, options = commands._COMMANDS[name]
+    with pytest.raises(SystemExit) as stopped: commands.main([name, '--help'])
+    page = capsys.readouterr().out
+    assert stopped.value.code == 0 and ' '.join(function.__doc__.split()) in ' '.join(page.split())
+    for option, how in options.items(): assert how['help'] and (how.get('metavar') or option) in page
+    given = ['x'] if {'stage', 'folder'} & set(options) else []
+    for wrong in ('--unheard-of', '--gpu-mem' if name == 'plan' else '--gpu-memory'):         # no abbreviations either
+        with pytest.raises(SystemExit) as stopped: commands.main([name, *given, wrong, '1'])
+        assert stopped.value.code == 2 and f'unrecognized arguments: {wrong}' in capsys.readouterr().err
+
+
+def test_errors_end_in_one_line_and_a_status(monkeypatch, capsys):
+    def stop(profile, seed): raise KeyboardInterrupt
+    monkeypatch.setattr(pipeline, 'reproduce', stop)
+    assert commands.main(['reproduce', '--profile', 'cpu']) == 130
+    assert commands.main(['join', 'nowhere', '--profile', 'cpu']) == 1
+    assert commands.main(['run', 'sft', '--profile', 'cpu', '--set', 'lr']) == 1
+    assert commands.main(['run', 'sft', '--profile', 'cpu', '--offload', 'actor']) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 4 and all(line.startswith('saferlhf: ') for line in said)
+    for line, part in zip(said, ('goes on', 'no results', 'FIELD=VALUE', 'ROLE=WHAT'), strict=True): assert part in line
+    with pytest.raises(SystemExit) as stopped: commands.main(['list', '--profile', 'huge'])
+    assert stopped.value.code == 2 and "no profile 'huge'" in capsys.readouterr().err
+
+
+def test_a_limit_of_time_is_kept_by_one_job_too(monkeypatch):
+    asked = []
+    monkeypatch.setattr(pipeline, 'campaign', lambda wanted, *how: asked.append((len(wanted), *how)))
+    monkeypatch.setattr(pipeline, 'reproduce', lambda profile, seed: asked.append(seed))
+    assert commands.main(['reproduce', '--profile', 'cpu', '--minutes', '7']) == 0
+    assert commands.main(['reproduce', '--profile', 'cpu', '--seeds', '1', '2']) == 0
+    assert asked[0][1:] == ('cpu', 1, 7.) and asked[1:] == [1, 2]
+
+
+def test_the_spread_of_ranks_reaches_the_stage_alone(monkeypatch):
+    import os
+    seen = []
+    def run(*a, **k): seen.append(json.loads(os.environ['SAFERLHF_SPREAD'] or '{}')); raise ValueError('enough')
+    monkeypatch.setattr(pipeline, 'run_stage', run)
+    base = ['run', 'sft', '--profile', 'cpu']
+    assert commands.main([*base, '--gpus', '8', '--zero', '3', '--offload', 'model=all']) == commands.main(base) == 1
+    assert seen[0].items() >= dict(gpus=8, zero=3, offload={'model': 'all'}, engine='deepspeed').items() and seen[1] == {}
+    assert not os.environ['SAFERLHF_SPREAD']
+
+
+def test_status_lists_runs_of_earlier_versions_too(home, monkeypatch, capsys):
+    import saferlhf.record.run as records
+    for name in ('sft/new', 'sft/old'):
+        (home/'runs'/name).mkdir(parents=True); (home/'runs'/name/'manifest.json').write_text('{}')
+    new = SimpleNamespace(done=True, manifest=dict(seconds=3), seed=0)
+    def read(folder):
+        if folder.name == 'old': raise RuntimeError('made by another version')
+        return new
+    monkeypatch.setattr(records.Run, 'open', staticmethod(read))
+    assert commands.main(['status']) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ['sft/new', 'seed', '0', 'done', '3'] and 'made by an earlier version: delete it' in lines[1]
+    monkeypatch.undo(); monkeypatch.setenv('SAFERLHF_RUNS', str(home/'runs'))
+    assert commands.main(['status']) == 0 and capsys.readouterr().out.count('earlier version') == 2   # as they are
+
+
+def test_results_of_two_machines(home):
+    "Joining again changes nothing; a column that only one of them has is no difference."
+    def machine(name, cost, *arms, **more):
+        rows = [dict(seed=0, round=1, arm=arm, step=step, gold_cost=cost) | more for arm in arms for step in (0, 10)]
+        publish([dict(seed=0, round=1, cost=cost, steps=40)], f'{name}/policies.csv', 'policy/1', ['round'])
+        publish(rows, f'{name}/probes.csv', 'policy/1', ['arm', 'round'])
+    results = home/'data/results'; results.mkdir(parents=True)
+    machine('gpu', -.2, 'ppo-lag'); machine('second', -.3, 'ppo-lag', 'classifier')
+    for _ in range(2): compared = join(results/'second', 'gpu')
+    rows = compared.query('what == "rows"')[['table', 'first', 'again']]
+    assert rows.values.tolist() == [['probes', 4, 2]]                          # `classifier` joined before
+    assert set(pd.read_csv(results/'gpu/probes.csv').arm) == {'ppo-lag', 'ppo-lag-again', 'classifier'}
+    machine('old', -.2, 'ppo-lag'); machine('new', -.2, 'ppo-lag', refused=.1); join(results/'new', 'old')
+    assert set(pd.read_csv(results/'old/probes.csv').arm) == {'ppo-lag'}
+    with pytest.raises(FileNotFoundError, match='has no results'): join(results/'nowhere', 'gpu')
