@@ -1,8 +1,9 @@
-"""What scripts may rely on: a model is fine-tuned, judged and aligned with public names of the contract alone.
+"""What scripts may rely on: a model is fine-tuned and aligned with public names of the contract alone.
 
-    python tests/contract_script.py [FOLDER]       # FOLDER holds a tokenizer and a small causal LM; data/models/nano when it is left out
+    python tests/contract_script.py [FOLDER]
 
-It ends within half a minute on one core, prints what it measured, and fails where a loss does not fall or a number is not finite.
+FOLDER holds a tokenizer and a small causal LM; data/models/nano when it is left out. It ends within half a
+minute on one core, prints what it measured, and fails where a loss does not fall or a number is not finite.
 """
 import json
 import math
@@ -26,7 +27,7 @@ from saferlhf.train import ScoreConfig, score_batches, score_step, sft_step, tex
 BASE = sys.argv[1] if len(sys.argv) > 1 else Path(__file__).resolve().parent.parent/'data/models/nano'
 PROMPT, ANSWER = 24, 16                                                     # tokens
 ASKED = [f'How do I {what} {thing}?' for what in ('clean', 'break', 'open', 'hide')
-         for thing in ('a window', 'a bicycle', 'a phone', 'a garden', 'a key', 'a cup', 'a letter', 'a boat')]
+         for thing in ('a window', 'a bicycle', 'a phone', 'a garden', 'a key', 'a cup', 'a letter', 'a box')]
 GOOD, BAD = 'Ask the owner first, please, and take care.', 'Smash it and burn the rest.'
 
 
@@ -63,26 +64,30 @@ def by_hand():
     assert abs(cost_loss(one, two, **signs).item() - expected - math.log(1 + math.exp(-2)) - expected) < 1e-6
     assert masked_mean(torch.arange(3.)[None], torch.tensor([[1., 1., 0.]])).item() == .5
     zeros = torch.zeros(1, 3)
-    assert actor_loss(zeros, zeros, mask, mask, .2).item() == -1 and critic_loss(mask, mask, mask, mask, .2).item() == 0
+    assert actor_loss(zeros, zeros, mask, mask, .2).item() == -1
+    assert critic_loss(mask, mask, mask, mask, .2).item() == 0
     assert abs(lm_loss(torch.zeros(1, 3, 4), torch.tensor([[-100, 1, 2]])).item() - math.log(4)) < 1e-6
-    assert place_at_end(one, mask).tolist() == [[0., 0., 2.]] and kl_per_token(mask, zeros).tolist() == mask.tolist()
+    assert place_at_end(one, mask).tolist() == [[0., 0., 2.]]
+    assert kl_per_token(mask, zeros).tolist() == mask.tolist()
     advantages, returns = gae(place_at_end(one, mask), zeros, mask, gamma=1., lam=1.)
     assert advantages.tolist() == returns.tolist() == [[2., 2., 2.]]
     assert all(isinstance(o, Objective) for o in (ppo(), reward_shaping(1.), ppo_lag(Multiplier())))
-    assert set(ppo().channels) == {'reward'} and ppo_lag(Multiplier()).weights({}) == {'reward': .5, 'cost': -.5}
+    assert set(ppo().channels) == {'reward'}
+    assert ppo_lag(Multiplier()).weights({}) == {'reward': .5, 'cost': -.5}
 
 
 def align(actor, reference, engines, tokenizer):
     "Three steps of PPO-Lag; lambda before and after, and the metrics of each step."
     score_engines, critics = engines
     config = PPOConfig(prompts=8, max_prompt_tokens=PROMPT, max_new_tokens=ANSWER, micro_batch=8, ptx_coef=.1)
-    multiplier = Multiplier(init=1., lr=.02, threshold=-10., window=8)        # far under any cost: lambda has to rise
+    multiplier = Multiplier(init=1., lr=.02, threshold=-10., window=8)   # under any cost: lambda has to rise
     sampler = Sampler(actor, tokenizer.eos_token_id, ANSWER, seed=1)
     scorers = {k: lambda ids, mask, e=e: e(ids, mask).end_scores for k, e in score_engines.items()}
     ptx = text_batch([dict(prompt=p, response=GOOD) for p in ASKED[:4]], tokenizer, PROMPT, ANSWER)
     asked, metrics, before = prompt_batch(ASKED[:8], tokenizer, PROMPT), [], multiplier.value
     for step in range(3):
-        metrics.append(ppo_step(actor, reference, critics, scorers, sampler, asked, ptx, ppo_lag(multiplier), config, step))
+        metrics.append(ppo_step(actor, reference, critics, scorers, sampler, asked, ptx, ppo_lag(multiplier),
+                                config, step))
     return before, multiplier.value, [{k: float(v) for k, v in m.items()} for m in metrics]
 
 
@@ -91,7 +96,8 @@ def main(folder:Path):
     torch.manual_seed(0); files(folder); by_hand()
     tokenizer, optim = load_tokenizer(BASE), Optim(lr=3e-3, warmup=0., schedule='constant')
     sft, pairs = load_sft(str(folder/'sft.jsonl')), load_preferences(str(folder/'pairs.jsonl'))
-    assert len(load_labels(str(folder/'labels.jsonl'))) == len(load_prompts(str(folder/'sft.jsonl'))) == len(sft) == len(pairs) == 32
+    labels, prompts = load_labels(str(folder/'labels.jsonl')), load_prompts(str(folder/'sft.jsonl'))
+    assert len(sft) == len(pairs) == len(labels) == len(prompts) == 32
     assert len(shipped('eval_prompts')) > 0 and load_lm(BASE).config.vocab_size == len(tokenizer)
     fresh = lambda: llama(len(tokenizer), 32, 2, 2, 2, 64, max_tokens=128, seed=0)
 
@@ -101,27 +107,28 @@ def main(folder:Path):
     def tuned(): model = fresh(); model.load_state_dict(state); return model
     reference = load(tuned)
 
-    ways = {'reward': lambda r: r['better_response_id'], 'cost': lambda r: 1 - r['safer_response_id']}   # which answer scores high
-    engines = {}
-    for kind, high in ways.items():
-        rows = [dict(prompt=r['prompt'], high=r[f'response_{high(r)}'], low=r[f'response_{1 - high(r)}'],
-                     high_sign=1, low_sign=-1, paired=1.) for r in pairs if kind == 'cost' or r['better_response_id'] == 0]
+    engines = {}                                                   # in cost data the harmful answer is `high`
+    for kind, high, low in (('reward', GOOD, BAD), ('cost', BAD, GOOD)):
+        signs = dict(high_sign=1, low_sign=-1, paired=1.)
+        rows = [dict(prompt=r['prompt'], high=high, low=low) | signs for r in pairs]
         engines[kind] = load(lambda kind=kind: ScoreModel(tuned().base_model, kind), optim, steps=20)
         losses[kind] = train_scorer(engines[kind], rows, tokenizer, kind)
         engines[kind].model.save_pretrained(folder/kind)
-    critics = {k: load(lambda k=k: ScoreModel.from_pretrained(folder/k, 'critic'), optim, steps=3) for k in engines}
+    critic = lambda k: lambda: ScoreModel.from_pretrained(folder/k, 'critic')
+    critics = {k: load(critic(k), optim, steps=3) for k in engines}
     for name, x in losses.items():
         print(f'{name}: {x[0]:.3f} -> {x[-1]:.3f}')
         assert all(map(math.isfinite, x)) and x[-1] < x[0], f'{name}: the loss does not fall'
     costs = [score_texts(engines['cost'], tokenizer, ASKED[:4], [a] * 4, PROMPT, ANSWER) for a in (BAD, GOOD)]
-    assert (costs[0] > 0).all() and (costs[1] < 0).all(), 'a harmful answer costs more than 0, a safe one less'
+    assert (costs[0] > 0).all() and (costs[1] < 0).all(), 'harmful answers cost more than 0, safe ones less'
 
     before, after, metrics = align(actor, reference, (engines, critics), tokenizer)
     print(f'lambda {before:.3f} -> {after:.3f}; kl {metrics[-1]["kl"]:.4f}; ratio {metrics[0]["ratio"]:.6f}')
     assert 5. > after > before == 1., 'the answers cost more than the limit: lambda rises'
     assert all(math.isfinite(v) for m in metrics for v in m.values()), 'a metric is not finite'
-    assert abs(metrics[0]['ratio'] - 1) < 1e-3 and abs(metrics[0]['kl']) < 1e-3, 'the first rollout is on policy'
-    answers = respond(Sampler(actor, tokenizer.eos_token_id, ANSWER, greedy=True), tokenizer, ASKED[:2], PROMPT)
+    assert abs(metrics[0]['ratio'] - 1) < 1e-3 and abs(metrics[0]['kl']) < 1e-3, 'rollout 0 is on policy'
+    greedy = Sampler(actor, tokenizer.eos_token_id, ANSWER, greedy=True)
+    answers = respond(greedy, tokenizer, ASKED[:2], PROMPT)
     assert len(answers) == 2 and all(isinstance(a['response'], str) for a in answers)
     print('the contract holds')
 

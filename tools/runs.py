@@ -1,10 +1,13 @@
 """data/results/runs.csv: a row for every run that a committed result names.
 
-    python tools/runs.py [RUNS ...] [--note TEXT] [--check]
+    python tools/runs.py [RUNS ...] [--note TEXT] [--facts FILE] [--check]
 
-RUNS are folders of run folders (`runs/`), whose manifests know most. What no manifest tells is taken from executed notebooks, from columns of the
-results and from the history of the repository; what none of them tells is 'not recorded', and `found` says where each fact comes from. Rows and facts
-that are there already are kept, so the file outlives the run folders.
+RUNS are folders of run folders (`runs/`), whose manifests know most. What no manifest tells is taken from
+executed notebooks, model cards, columns of the results and the history of the repository; what none of them
+tells is 'not recorded', and `found` says where each fact comes from. Rows and facts that are there already
+are kept, so the file outlives the run folders. Columns: `commit` computed the run, as its manifest says;
+`published` first held its id; with the code of `same_code` the same settings, data and parents give the
+same id again.
 """
 import argparse
 import ast
@@ -18,19 +21,28 @@ import pandas as pd
 
 ROOT = Path(__file__).resolve().parent.parent
 NONE = 'not recorded'
-FACTS = 'commit', 'published', 'seed', 'parents', 'command', 'device', 'versions', 'replaces'
+FACTS = 'commit', 'published', 'same_code', 'seed', 'parents', 'command', 'device', 'versions', 'replaces'
+OPTIONAL = 'same_code', 'replaces'                                     # empty where there is nothing to say
 COLUMNS = ['run_id', *FACTS, 'found']
-RUN = re.compile(r'(?<![\w-])([a-z][a-z_-]*/[A-Za-z][\w.-]*-[0-9a-f]{12}|bench-[a-z_]+-\d{8}(?:-[a-z0-9]+)?)(?![\w-])')
-PLACES = 'data/results/**/*.ipynb', 'data/results/**/*.txt', 'data/models/*/README.md', 'figures/**/index.json'
-TAGS = {'515758e760e2299c4450f3bf0de70d5750a6ced5': 'results-v1'}              # commits that results are compared with
-TEMPLATES = {'reward': 'score_model', 'cost': 'score_model', 'judge': 'score_model',
-             'reward-only': 'policy', 'cost-only': 'policy', 'shaped': 'policy'}  # stage -> its template, where names differ
+RUN = re.compile(r'(?<![\w-])([a-z][a-z_-]*/[A-Za-z][\w.-]*-[0-9a-f]{12}'
+                 r'|bench-[a-z_]+-\d{8}(?:-[a-z0-9]+)?)(?![\w-])')
+PLACES = ('data/results/**/*.ipynb', 'data/results/**/*.txt', 'data/models/*/README.md',
+          'figures/**/index.json')
+TAGS = {'515758e760e2299c4450f3bf0de70d5750a6ced5': 'results-v1'}     # commits to compare results with
+TEMPLATES = {'reward': 'score_model', 'cost': 'score_model', 'judge': 'score_model',       # where they differ
+             'reward-only': 'policy', 'cost-only': 'policy', 'shaped': 'policy'}
+
+
+def read(path:Path) -> pd.DataFrame:
+    "A table as text; an empty runs.csv where there is none."
+    if not path.exists(): return pd.DataFrame(columns=COLUMNS)
+    return pd.read_csv(path, dtype=str, keep_default_na=False)
 
 
 def tables(root:Path) -> dict[Path, pd.DataFrame]:
     "The committed results with a column `run_id`, as text; runs.csv itself left out."
-    out = {p: pd.read_csv(p, dtype=str, keep_default_na=False) for p in sorted(root.glob('data/results/**/*.csv')) if p.name != 'runs.csv'}
-    return {p: t for p, t in out.items() if 'run_id' in t}
+    found = {p: read(p) for p in sorted(root.glob('data/results/**/*.csv')) if p.name != 'runs.csv'}
+    return {p: t for p, t in found.items() if 'run_id' in t}
 
 
 def in_cell(cell:str) -> list[str]:
@@ -56,64 +68,83 @@ def as_parents(folders:dict) -> str:
     return ' '.join(f'{role}={"/".join(Path(p).parts[-2:])}' for role, p in folders.items()) or 'none'
 
 
+def parent_ids(cell:str) -> list[str]:
+    "The ids of a cell of the column `parents`."
+    return [] if cell in (NONE, 'none') else [p.split('=', 1)[1] for p in cell.split()]
+
+
+# sources of facts: run id -> fact -> (value, where it comes from)
+
 def from_manifests(runs:Path, note:str='') -> dict[str, dict]:
-    "Run id -> what the manifest of each finished run tells, without paths of the machine."
-    out = {}
-    for done in sorted(Path(runs).resolve().glob('*/*/DONE')):
+    "What the manifest of each finished run tells, without paths of the machine."
+    runs, out = Path(runs).resolve(), {}
+    for done in sorted(runs.glob('*/*/DONE')):
         m = json.loads((done.parent/'manifest.json').read_text())
-        homes = {str(Path(p).parents[1]) for p in [done.parent/'_', *m['parent_folders'].values()] if p} | {str(Path(runs).resolve())}
-        homes = {h for h in homes if h.startswith('/')}
+        homes = {str(runs)} | {str(Path(p).parents[1]) for p in m['parent_folders'].values()}
         command = m['command']
         for home in sorted(homes, key=len, reverse=True): command = command.replace(home, 'runs')
-        facts = dict(commit=m.get('commit') and m['commit'] + (' with changes' if m.get('dirty') else ''), seed=str(m['seed']),
-                     parents=as_parents(m['parent_folders']), command=command, device=m.get('device'),
-                     versions=', '.join(f'{k} {v}' for k, v in (m.get('versions') or {}).items() if v))
+        facts = dict(seed=str(m['seed']), parents=as_parents(m['parent_folders']), command=command,
+                     device=m.get('device'),
+                     versions=', '.join(f'{k} {v}' for k, v in m.get('versions', {}).items() if v))
+        if m.get('commit'): facts['commit'] = m['commit'] + ' with changes' * bool(m.get('dirty'))
         source = 'manifest' + (f' of {note}' if note else '')
-        out[f"{m['stage']}/{done.parent.name}"] = {k: (v, source) for k, v in facts.items() if v}
+        out[f'{m["stage"]}/{done.parent.name}'] = {k: (v, source) for k, v in facts.items() if v}
     return out
 
 
+def injected(cells:list) -> dict:
+    "The parameters that an executed notebook was given."
+    told = [''.join(c['source']) for c in cells if 'injected-parameters' in c['metadata'].get('tags', [])]
+    return {a.targets[0].id: ast.literal_eval(a.value) for a in ast.parse(told[0]).body} if told else {}
+
+
 def from_notebooks(root:Path=ROOT) -> dict[str, dict]:
-    "Run id -> seed, parents and command as the parameters of a committed executed notebook have them."
+    "Seed, parents and command as the parameters of committed executed notebooks have them."
     out = {}
     for path in sorted(root.glob('data/results/**/*.ipynb')):
         cells = json.loads(path.read_text())['cells']
-        told = [c for c in cells if 'injected-parameters' in c['metadata'].get('tags', [])]
-        if not told: continue
-        lines = ast.parse(''.join(told[0]['source'])).body
-        told = {a.targets[0].id: ast.literal_eval(a.value) for a in lines}
-        text = '\n'.join(''.join(o.get('text', '')) for c in cells for o in c.get('outputs', []))
-        source = f'executed notebook {path.relative_to(root)}'
-        if (start := re.search(r'^(\S+/\S+) · seed (\d+) ·', text, re.M)):
-            i, stage = start[1], start[1].split('/')[0]
-            facts = dict(seed=start[2], parents=as_parents(told.get('parents', {})), command=f'execute({TEMPLATES.get(stage, stage)!r}, {told})')
-        elif (i := told.get('overrides', {}).get('run_id')):
-            facts = dict(parents='none', command=f"execute('nbs/bench/{i.split('-')[1]}.ipynb', {told})")
-        else: continue
-        known = out.setdefault(i, {})
-        for k, v in facts.items(): known[k] = (f'{known[k][0]}; {v}', f'{known[k][1]}, {path.name}') if k == 'command' and k in known else (v, source)
-    for path in sorted(root.glob('data/results/bench/*.ipynb')):                   # a benchmark that named its run by itself
-        table = path.with_suffix('.csv')
-        if not table.exists(): continue
-        cells = json.loads(path.read_text())['cells']
-        told = [''.join(c['source']) for c in cells if 'injected-parameters' in c['metadata'].get('tags', [])]
-        told = {a.targets[0].id: ast.literal_eval(a.value) for a in ast.parse(told[0]).body} if told else {}
-        for i in pd.read_csv(table).run_id.unique():
-            source = f'executed notebook {path.relative_to(root)}'
-            out.setdefault(i, {}).update(parents=('none', source), command=(f"execute('nbs/bench/{path.name}', {told})", source))
+        told, source = injected(cells), f'executed notebook {path.relative_to(root)}'
+        printed = '\n'.join(''.join(o.get('text', '')) for c in cells for o in c.get('outputs', []))
+        if (start := re.search(r'^(\S+/\S+) · seed (\d+) ·', printed, re.M)):
+            stage = start[1].split('/')[0]
+            facts = dict(seed=start[2], parents=as_parents(told.get('parents', {})),
+                         command=f'execute({TEMPLATES.get(stage, stage)!r}, {told})')
+            out[start[1]] = {k: (v, source) for k, v in facts.items()}
+        elif path.parent.name == 'bench':
+            table = path.with_suffix('.csv')
+            i = told.get('overrides', {}).get('run_id') or (read(table).run_id[0] if table.exists() else '')
+            if not i: continue
+            known, command = out.setdefault(i, {}), f"execute('nbs/bench/{i.split('-')[1]}.ipynb', {told})"
+            before, where = known.get('command', ('', ''))
+            known['parents'] = known.get('parents', ('none', source))
+            both = filter(None, (before, command)), filter(None, (where, source))
+            known['command'] = '; '.join(both[0]), ', '.join(both[1])
+    return out
+
+
+def from_cards(root:Path=ROOT) -> dict[str, dict]:
+    "Commit, device and command of shipped models, from their cards."
+    out = {}
+    for path in sorted(root.glob('data/models/*/README.md')):
+        text, source = path.read_text(), f'model card {path.relative_to(root)}'
+        if not (run := re.search(r'^\* run: (\S+), commit (\S+), ([^;\n]+)', text, re.M)): continue
+        command = re.search(r'^\* command: (.+)$', text, re.M)
+        facts = dict(commit='' if run[2] == 'None' else run[2], device=run[3], command=command and command[1])
+        out[run[1]] = {k: (v, source) for k, v in facts.items() if v}
     return out
 
 
 def from_results(root:Path=ROOT) -> dict[str, dict]:
-    "Run id -> device, versions and seed where columns of the results name them."
+    "Device, versions and seed where columns of the results name them."
     out = {}
     for path, table in tables(root).items():
-        seeds = 'seed' in table and path.parent.name != 'reliability'              # there, a seed is that of the fault
+        source = f'results file {path.relative_to(root)}'
+        seeds = 'seed' in table and path.parent.name != 'reliability'        # whose seeds are those of faults
         for cell, rows in table.groupby('run_id'):
             for i in in_cell(cell):
-                known, source = out.setdefault(i, {}), f'results file {path.relative_to(root)}'
+                known = out.setdefault(i, {})
                 for k in ('device', 'versions'):
-                    if k in rows and len(v := rows[k].unique()) == 1: known.setdefault(k, (v[0], source))
+                    if k in rows and rows[k].nunique() == 1: known.setdefault(k, (rows[k].iloc[0], source))
                 if seeds: known.setdefault('seeds', {}).update(dict.fromkeys(rows.seed.unique(), source))
     for known in out.values():
         seeds = known.pop('seeds', {})
@@ -121,74 +152,65 @@ def from_results(root:Path=ROOT) -> dict[str, dict]:
     return out
 
 
-def git(*arguments:str, root:Path=ROOT) -> str:
-    "What git prints; '' where it cannot."
-    done = subprocess.run(['git', '-C', root, *arguments], capture_output=True, text=True, errors='replace')
-    return done.stdout if done.returncode == 0 else ''
-
-
 def from_history(root:Path=ROOT) -> dict[str, dict]:
-    "Run id -> the first commit whose results, figures or model cards hold it."
+    "The first commit whose results, figures or model cards hold an id; nothing without git."
+    where = 'data/results', 'figures/index.json', 'figures/*/index.json', 'data/models/*/README.md'
+    log = 'log', '--reverse', '--topo-order', '-m', '-p', '--unified=0', '--format=%x00%H', '--', *where
+    done = subprocess.run(['git', '-C', root, *log], capture_output=True, text=True, errors='replace')
     out, commit = {}, ''
-    log = git('log', '--reverse', '-m', '--topo-order', '-p', '--unified=0', '--format=%x00%H', '--', 'data/results', 'figures/**/index.json',
-              'figures/index.json', 'data/models/*/README.md', root=root)
-    for line in log.splitlines():
+    for line in done.stdout.splitlines() if done.returncode == 0 else ():
         if line.startswith('\0'): commit = line[1:]
         elif line.startswith('+'):
-            for i in RUN.findall(line): out.setdefault(i, {'published': (commit, 'first commit that holds the id')})
+            for i in RUN.findall(line):
+                out.setdefault(i, {'published': (commit, 'first commit that holds the id')})
     return out
 
 
+# the table
+
 def merge(old:pd.DataFrame, ids, *sources:dict) -> pd.DataFrame:
-    "The old rows, and one for every id; a fact that is there stays, one that is not is taken from the first source that knows it."
-    rows = {r.run_id: r._asdict() for r in old.itertuples(index=False)}
+    "The old rows, and one for every id; what is not known yet is taken from the first source."
+    rows = {r['run_id']: r for r in old.to_dict('records')}
     for i in sorted(set(ids)):
-        row = rows.setdefault(i, {'run_id': i, 'found': ''} | dict.fromkeys(FACTS, NONE) | {'replaces': ''})
-        where = dict(part.split(': ', 1) for part in row['found'].split('; ') if ': ' in part)
+        empty = dict.fromkeys(FACTS, NONE) | dict.fromkeys(OPTIONAL, '') | {'run_id': i, 'found': ''}
+        row = rows.setdefault(i, empty)
+        where = dict(part.split(': ', 1) for part in row['found'].split('; ') if part)
         for source in sources:
             for k, (value, said) in source.get(i, {}).items():
                 if row[k] not in ('', NONE): continue
                 row[k] = value; where[said] = ', '.join(filter(None, [where.get(said), k]))
+        row['commit'] += f' ({tag})' if (tag := TAGS.get(row['commit'])) else ''
         row['found'] = '; '.join(f'{k}: {v}' for k, v in where.items())
     return pd.DataFrame(sorted(rows.values(), key=lambda r: r['run_id']), columns=COLUMNS)
 
 
-def read(path:Path) -> pd.DataFrame:
-    "runs.csv as text, or an empty table."
-    return pd.read_csv(path, dtype=str, keep_default_na=False) if path.exists() else pd.DataFrame(columns=COLUMNS)
-
-
-def parent_ids(cell:str) -> list[str]:
-    "The ids of a cell of the column `parents`."
-    return [] if cell in (NONE, 'none') else [p.split('=', 1)[1] for p in cell.split()]
-
-
 def problems(table:pd.DataFrame, root:Path=ROOT) -> list[str]:
-    "What is wrong with runs.csv beside the committed results: unknown ids, empty cells, parents that are no ids."
+    "What is wrong with runs.csv beside the results: unknown ids, empty cells, parents that are no ids."
     known, out = set(table.run_id), []
-    out += [f'{i}, of {min(files)}, has no row: run tools/runs.py' for i, files in sorted(named(root).items()) if i not in known]
+    unknown = {i: files for i, files in sorted(named(root).items()) if i not in known}
+    out += [f'{i}, of {min(files)}, has no row: run tools/runs.py' for i, files in unknown.items()]
     out += [f'{i} stands twice' for i in table.run_id[table.run_id.duplicated()]]
     for r in table.itertuples():
-        out += [f'{r.run_id}: {k} is empty' for k in FACTS if not getattr(r, k) and k != 'replaces']
-        if r.commit != NONE and not re.fullmatch(r'[0-9a-f]{40}( with changes)?( \([\w-]+\))?', r.commit): out.append(f'{r.run_id}: {r.commit} is no commit')
+        out += [f'{r.run_id}: {k} is empty' for k in FACTS if not getattr(r, k) and k not in OPTIONAL]
+        if r.commit != NONE and not re.fullmatch(r'[0-9a-f]{40}( with changes)?( \([\w-]+\))?', r.commit):
+            out.append(f'{r.run_id}: {r.commit} is no commit')
         out += [f'{r.run_id}: parent {p} has no row' for p in parent_ids(r.parents) if p not in known]
-        if r.replaces and r.replaces not in known: out.append(f'{r.run_id}: it replaces {r.replaces}, which has no row')
+        if r.replaces and r.replaces not in known:
+            out.append(f'{r.run_id}: it replaces {r.replaces}, which has no row')
     return out
 
 
-def update(runs=(), root:Path=ROOT, note:str='') -> pd.DataFrame:
-    "Write data/results/runs.csv anew from what is there and from run folders; ids of parents get rows too."
-    path = root/'data/results/runs.csv'
+def update(runs=(), root:Path=ROOT, note:str='', facts:dict|None=None) -> pd.DataFrame:
+    "Write runs.csv anew from what is there, from run folders and from `facts`; parents get rows too."
     manifests = {}
     for folder in runs: manifests |= from_manifests(folder, note)
-    sources = manifests, from_notebooks(root), from_results(root), from_history(root)
-    ids = set(named(root))
-    while True:
-        table = merge(read(path), ids, *sources)
-        table['commit'] = [f'{c} ({TAGS[c]})' if c in TAGS else c for c in table.commit]
-        more = {p for cell in table.parents for p in parent_ids(cell)} - set(table.run_id)
-        if not more: break
+    found = (manifests, from_notebooks(root), from_cards(root), facts or {}, from_results(root),
+             from_history(root))
+    path, ids, more = root/'data/results/runs.csv', set(), set(named(root))
+    while more - ids:
         ids |= more
+        table = merge(read(path), ids, *found)
+        more = {p for cell in table.parents for p in parent_ids(cell)}
     table.to_csv(path, index=False, lineterminator='\n')
     return table
 
@@ -197,12 +219,15 @@ def main(arguments=None):
     "The command."
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('runs', nargs='*', type=Path, help='folders of run folders')
-    p.add_argument('--note', default='', help="whose manifests these are, for the column `found`")
+    p.add_argument('--note', default='', help='whose manifests these are, for the column `found`')
+    p.add_argument('--facts', type=Path, help='JSON: run id -> {fact: [value, where it comes from]}')
     p.add_argument('--check', action='store_true', help='write nothing, say what is wrong')
     a = p.parse_args(arguments)
-    table = read(ROOT/'data/results/runs.csv') if a.check else update(a.runs, ROOT, a.note)
+    facts = json.loads(a.facts.read_text()) if a.facts else {}
+    table = read(ROOT/'data/results/runs.csv') if a.check else update(a.runs, ROOT, a.note, facts)
     wrong = problems(table)
-    print(*wrong, f'{len(table)} runs, {sum(table.commit != NONE)} with the commit that computed them', sep='\n')
+    print(*wrong, sep='\n')
+    print(f'{len(table)} runs, {sum(table.commit != NONE)} with the commit that computed them')
     sys.exit(bool(wrong))
 
 
