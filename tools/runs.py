@@ -83,10 +83,11 @@ def from_manifests(runs:Path, note:str='') -> dict[str, dict]:
         homes = {str(runs)} | {str(Path(p).parents[1]) for p in m['parent_folders'].values()}
         command = m['command']
         for home in sorted(homes, key=len, reverse=True): command = command.replace(home, 'runs')
-        facts = dict(seed=str(m['seed']), parents=as_parents(m['parent_folders']), command=command,
+        commit = m.get('commit') and m['commit'] + ' with changes' * bool(m.get('dirty'))
+        facts = dict(commit=commit, seed=str(m['seed']), command=command,
+                     parents=as_parents(m['parent_folders']),
                      device=m.get('device'),
                      versions=', '.join(f'{k} {v}' for k, v in m.get('versions', {}).items() if v))
-        if m.get('commit'): facts['commit'] = m['commit'] + ' with changes' * bool(m.get('dirty'))
         source = 'manifest' + (f' of {note}' if note else '')
         out[f'{m["stage"]}/{done.parent.name}'] = {k: (v, source) for k, v in facts.items() if v}
     return out
@@ -206,11 +207,12 @@ def update(runs=(), root:Path=ROOT, note:str='', facts:dict|None=None) -> pd.Dat
     for folder in runs: manifests |= from_manifests(folder, note)
     found = (manifests, from_notebooks(root), from_cards(root), facts or {}, from_results(root),
              from_history(root))
-    path, ids, more = root/'data/results/runs.csv', set(), set(named(root))
-    while more - ids:
-        ids |= more
+    path, ids = root/'data/results/runs.csv', set(named(root))
+    while True:
         table = merge(read(path), ids, *found)
-        more = {p for cell in table.parents for p in parent_ids(cell)}
+        more = {p for cell in table.parents for p in parent_ids(cell)} - ids
+        if not more: break
+        ids |= more
     table.to_csv(path, index=False, lineterminator='\n')
     return table
 
