@@ -84,8 +84,8 @@ def from_manifests(runs:Path, note:str='') -> dict[str, dict]:
         command = m['command']
         for home in sorted(homes, key=len, reverse=True): command = command.replace(home, 'runs')
         commit = m.get('commit') and m['commit'] + ' with changes' * bool(m.get('dirty'))
-        facts = dict(commit=commit, seed=str(m['seed']), command=command,
-                     parents=as_parents(m['parent_folders']),
+        facts = dict(commit=commit, seed=str(m['seed']),
+                     parents=as_parents(m['parent_folders']), command=command,
                      device=m.get('device'),
                      versions=', '.join(f'{k} {v}' for k, v in m.get('versions', {}).items() if v))
         source = 'manifest' + (f' of {note}' if note else '')
