@@ -60,6 +60,10 @@ def test_it_works_outside_the_checkout(installed, tmp_path):
     assert said['results'] == str(tmp_path/'home/data/results') and Path(said['data']).resolve() == inside/'_data'
 
 
+def test_it_says_that_it_is_typed(installed):
+    assert (installed/'saferlhf/py.typed').exists() and 'saferlhf/py.typed' in (ROOT/'MANIFEST.in').read_text()
+
+
 def test_it_ships_what_the_checkout_has(installed):
     for folder, name in {'templates': '_templates', 'paper': '_paper'}.items():
         assert {p.name for p in notebooks(folder)} == {p.name for p in (installed/'saferlhf'/name).glob('*.ipynb')}

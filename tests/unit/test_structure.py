@@ -161,35 +161,3 @@ def test_drift_is_found(tmp_path):
     nb = json.loads(notebook.read_text()); nb['cells'][1]['metadata']['collapsed'] = True
     notebook.write_text(json.dumps(nb, indent=1) + '\n')
     assert drifted(tmp_path) == ['nbs/method/05_advantages.ipynb', 'saferlhf/advantages.py', 'saferlhf/gone.py']
-
-# the contract: names, parameters and defaults that scripts rely on
-
-CONTRACT = {
-    'losses': dict(masked_mean='x, mask, denominator=None', pairwise_loss='high, low', reward_loss='high, low, regularization=0.0',
-                   cost_loss='high, low, high_sign, low_sign, regularization=0.0, pairwise=1.0, sign=1.0',
-                   actor_loss='logp, old_logp, advantages, mask, clip_ratio', critic_loss='values, old_values, returns, mask, clip_value',
-                   lm_loss='logits, labels', lm_loss_from_logp='logp, mask'),
-    'advantages': dict(kl_per_token='logp, ref_logp', place_at_end='score, mask', gae='rewards, values, mask, gamma=1.0, lam=0.95'),
-    'objectives': dict(Multiplier='init=1.0, lr=0.1, max=5.0, threshold=0.0, window=256, delay=0, min=0.0', ppo='',
-                       reward_shaping='nu, normalise=False', ppo_lag='multiplier'),
-    'data': dict(load_preferences='source', load_prompts='source', load_sft='source'),
-}
-
-
-@pytest.mark.parametrize('module, name', [(m, n) for m, names in CONTRACT.items() for n in names])
-def test_contract(module, name):
-    parameters = list(inspect.signature(getattr(importlib.import_module(f'saferlhf.{module}'), name)).parameters.values())
-    shown = [p.name if p.default is p.empty else f'{p.name}={p.default!r}' for p in parameters]
-    wanted = [w for w in CONTRACT[module][name].split(', ') if w]
-    assert shown[:len(wanted)] == wanted
-    assert all('=' in s for s in shown[len(wanted):]), 'what was added must have a default'
-
-
-def test_contract_of_objects():
-    from saferlhf.models import ScoreModel
-    from saferlhf.objectives import Multiplier, ppo_lag
-    assert all(hasattr(ScoreModel, n) for n in ('from_pretrained', 'save_pretrained'))
-    assert 'kind' in inspect.signature(ScoreModel.from_pretrained).parameters
-    m = Multiplier(); m.step([1.]); state = m.state_dict(); other = Multiplier(); other.load_state_dict(state)
-    assert other.value == m.value > 1 and ppo_lag(m).state is m
-    assert set(vars(ppo_lag(m))) >= {'channels', 'weights', 'observe', 'state'}
