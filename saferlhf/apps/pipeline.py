@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PLAN', 'COMMANDS', 'run_stage', 'Ticker', 'planned', 'reproduce', 'dealt', 'side_by_side', 'campaign', 'show',
-           'papers_home', 'draw', 'main', 'CLASSES', 'ROUNDS', 'Stage', 'config_of', 'find', 'folder_of', 'graph',
-           'ledger', 'parents_of', 'policy_stage', 'score_stage']
+           'papers_home', 'draw', 'main', 'Stage', 'config_of', 'find', 'folder_of', 'graph', 'ledger', 'parents_of',
+           'policy_stage', 'score_stage']
 
 # %% ../../nbs/apps/03_pipeline.ipynb #f976f5b1
 import argparse
@@ -23,11 +23,11 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from ..reproduction.dryrun import dry_run, shape_of
-from ..reproduction.graph import (CLASSES, ROUNDS, Stage, arm_stages, config_of, find, graph, policy_stage, reads, score_stage,
-                             with_parents)
+from ..reproduction.graph import (Stage, arm_stages, config_of, find, graph, policy_stage, reads, score_stage,
+                                         with_parents)
 from ..reproduction.ledger import folder_of, key_of, ledger, note, parents_of
 from .plan import plan
+from ..reproduction.rehearsal import commands, dry_run, shape_of
 from ..reproduction.results import join, publish_all, publish_arms
 from .report import report
 from ..hardware.ranks import Spread
@@ -35,7 +35,7 @@ from ..reproduction.profiles import PROFILES, default_profile
 from ..record.run import Run, results_home, runs_home, templates_home
 from ..record.execute import execute, warm_kernel
 
-_all_ = ['CLASSES', 'ROUNDS', 'Stage', 'config_of', 'find', 'folder_of', 'graph', 'ledger', 'parents_of', 'policy_stage', 'score_stage']
+_all_ = ['Stage', 'config_of', 'find', 'folder_of', 'graph', 'ledger', 'parents_of', 'policy_stage', 'score_stage']
 
 # %% ../../nbs/apps/03_pipeline.ipynb #c96a1ec1
 def run_stage(
@@ -261,7 +261,10 @@ def _status(a, profile):
         r = Run.open(m.parent)
         print(f'{r.id:40} seed {r.seed} {"done" if r.done else "unfinished: run the same command again"} {r.manifest.get("seconds", "")}')
 
-def _dry_run(a, profile): dry_run(profile, stages := graph(profile), {s.name: config_of(s, profile) for s in stages}, a.seed)
+def _dry_run(a, profile):
+    told = '--gpus 8 ' if profile == 'paper' else ''
+    print(f'memory: saferlhf plan {profile} {told}--gpu-memory 80', *commands(profile, a.seed), '', sep='\n', flush=True)
+    with warm_kernel() as km: dry_run(profile, lambda *stage: run_stage(*stage, km=km), a.seed)
 
 def _report(a, profile): print(f'report: {report(profile, a.seed, papers_home(), a.out)}')
 
@@ -273,7 +276,7 @@ def _plan(a, profile):
     if a.stage and a.stage[0] not in PROFILES: raise ValueError(f'no profile {a.stage[0]!r}; there are {sorted(PROFILES)}')
     profile = a.stage[0] if a.stage else profile
     configs = {s.name: config_of(s, profile) for s in graph(profile)}
-    plan(shape_of(profile, configs)[0], configs, a.gpus * a.nodes, a.gpu_memory, a.host_memory, a.zero or None)
+    plan(shape_of(profile), configs, a.gpus * a.nodes, a.gpu_memory, a.host_memory, a.zero or None)
 
 COMMANDS = {'list': _list, 'run': _run, 'status': _status, 'figures': lambda a, profile: draw(profile, a.seed), 'dry-run': _dry_run,
             'plan': _plan, 'report': _report, 'reproduce': _reproduce, 'join': _join,

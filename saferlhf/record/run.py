@@ -204,6 +204,7 @@ class Run(Journal):
         parents:dict|None=None, # role -> folder of a finished run
         seed:int=0, name:str='', profile:str='', # `name` labels the folder (the profile when empty)
         sources=(), data:dict|None=None, # modules whose text decides the numbers; file or data set -> sha256
+        paper:dict|None=None,            # field -> (the paper's value, why it is another here), see `deviations`
     )->'Run':
         "Make, resume or find a run and print its configuration; RuntimeError when it is held, ValueError for a bad name or parent."
         what = identity(stage, config, parents, seed, sources, data)
@@ -211,11 +212,11 @@ class Run(Journal):
         if (old := _OPEN.pop(str(folder), None)): old.close()
         with ExitStack() as stack:
             if not (folder/'DONE').exists(): stack.enter_context(lock(folder))
-            if not (folder/'manifest.json').exists(): _first(folder, what, config, parents, profile)
+            if not (folder/'manifest.json').exists(): _first(folder, what, config, parents, profile, paper)
             run = cls(folder)
             if not run.done: stack.enter_context(polite(run._again))
             run._stack = stack.pop_all()
-        _OPEN[str(folder)] = run; run._open(config)
+        _OPEN[str(folder)] = run; run._open(config, paper)
         return run
 
     @classmethod
@@ -262,11 +263,11 @@ class Run(Journal):
         "Let go of the folder."
         self._stack.close()
 
-    def _open(self, config):
+    def _open(self, config, paper):
         before = len(self.manifest['starts'])
         state = 'finished: read back' if self.done else f'start {before + 1}, the one before was interrupted' if before else 'new'
         print(f'{self.id} · seed {self.seed} · {state} · {self.folder}')
-        self.config = config; show(config); self._began, self._before = time.time(), 0.
+        self.config = config; show(config, paper); self._began, self._before = time.time(), 0.
         self.checkpoint = newest(self.folder/'checkpoint')
         if not self.done:
             self.resume_step(json.loads((self.checkpoint/'manifest.json').read_text())['step'] if self.checkpoint else -1)
@@ -281,13 +282,13 @@ def _folder(stage, label, digest):
     if '/' in f'{stage}{label}': raise ValueError(f'the name {label!r} of this {stage} run leads out of its folder: leave the slash away')
     return inside(runs_home(), f'{stage}/{label}-{digest}')
 
-def _first(folder, what, config, parents, profile):
+def _first(folder, what, config, parents, profile, paper):
     "config.json and manifest.json of a new run."
     folders = {role: str(Path(p).resolve()) for role, p in (parents or {}).items()}
     parameters = dict(profile=profile, seed=what['seed'], parents=folders, overrides=what['config'])
     command = os.environ.get('SAFERLHF_COMMAND') or command_for(what['stage'], f'{what["stage"]}.ipynb', parameters)
     facts = {k: v for k, v in what.items() if k != 'config'} | provenance()
-    facts |= dict(parent_folders=folders, profile=profile, deviations=deviations(config), buckets=[], command=command, starts=[])
+    facts |= dict(parent_folders=folders, profile=profile, deviations=deviations(config, paper), buckets=[], command=command, starts=[])
     atomic_write(folder/'config.json', json.dumps(what['config'], indent=1))
     atomic_write(folder/'manifest.json', json.dumps(facts, indent=1))
 
