@@ -23,7 +23,7 @@ _CONTEXT, _FRAGMENTS, _NODE = 1.5e9, .05, 8                                     
 # %% ../../nbs/apps/01_plan.ipynb #51194224
 def _sizes(shape): # D, F, L, H, K, d, V and tied; ValueError for a family without a gated MLP
     c = shape if isinstance(shape, dict) else shape.to_dict()
-    if 'intermediate_size' not in c: raise ValueError(f'plans know the Llama family, not {c.get("model_type")}')
+    if 'intermediate_size' not in c: raise ValueError(f'plans know Llamas, not {c.get("model_type")}')
     D, H = c['hidden_size'], c['num_attention_heads']
     return SimpleNamespace(D=D, F=c['intermediate_size'], L=c['num_hidden_layers'], H=H, V=c['vocab_size'],
                            K=c.get('num_key_value_heads') or H, d=c.get('head_dim') or D // H,
@@ -132,13 +132,13 @@ def _acting(shape, config, n, rows, stage, fill, dense): # -> what always stays,
     asked = {role: _forward(shape, tokens, answers * head) | _gathered(n[role], stage)
              for role, (head, _) in _roles(config).items() if role != 'actor'}
     top = max(asked, key=lambda role: sum(asked[role].values()))
-    ids = config.prompts * config.samples * (24 * (S + T) + 64 * T)    # all ranks' ids and masks, a dozen numbers
+    ids = config.prompts * config.samples * (24 * (S + T) + 64 * T)    # all ranks' ids, masks, numbers
     always = _lines('all', dict(rollout=ids)) + _lines('actor', decoder if stays else {})
     return always, dict(rollout=_lines('actor', copied | prefill), scoring=_lines(top, asked[top]))
 
 def _gathered(n, stage): return {'gathered weights': 2 * min(n, _LIVE)} if stage == 3 else {}
 
-def _lines(role, parts, host=False): return [(role, p, *((0, x) if host else (x, 0))) for p, x in parts.items()]
+def _lines(role, parts, host=0): return [(role, p, *((0, x) if host else (x, 0))) for p, x in parts.items()]
 
 # %% ../../nbs/apps/01_plan.ipynb #51718f02
 def _predict(
@@ -148,7 +148,7 @@ def _predict(
     recompute=False, compile=False, # trained models keep their layers' inputs only; layers are compiled
     engine='',              # 'torch' or 'deepspeed'; '': torch on one GPU without ZeRO and offload
     fill=1.,                # share of the answers' budget in use
-    dense='freed',          # or 'kept': at ZeRO 3, the decoder's copy of weights and its cache, between rollouts
+    dense='freed',          # or 'kept': at ZeRO 3, the decoder's weights and cache, between rollouts
 ): # who holds what in every phase -> table: phase, role, part, gpu (bytes on each), host (bytes for each GPU)
     if dense not in ('freed', 'kept'): raise ValueError(f"dense is 'freed' or 'kept', not {dense!r}")
     offload, roles, policy = offload or {}, _roles(config), isinstance(config, PPOConfig)
@@ -228,7 +228,7 @@ def fit(
     return best
 
 # %% ../../nbs/apps/01_plan.ipynb #27687ff3
-def _changes(shape, config, gpus, gpu_memory, host_memory, zero): # single changes that are enough, as sentences
+def _changes(shape, config, gpus, gpu_memory, host_memory, zero): # single changes that are enough
     def ok(c=config, g=gpus, G=gpu_memory, H=host_memory):
         return fit(shape, c, g, G, H, zero, advise=False)['fits']
     def least(options, ok): # each is more than the one before
@@ -242,8 +242,9 @@ def _changes(shape, config, gpus, gpu_memory, host_memory, zero): # single chang
     g = least([gpus << k for k in range(1, 8)], lambda g: ok(g=g))
     h = least([host_memory * 2 ** k for k in range(1, 6)], lambda h: ok(H=h))
     G = least([G for G in (24, 40, 48, 80, 96, 141, 192) if G > gpu_memory], lambda G: ok(G=G))
-    for n, text in ((g, f'{g} GPUs instead of {gpus}'), (h, f'{h or 0:g} GB on each host'), (G, f'GPUs of {G} GB')):
-        if n: out.append(text)
+    if g: out.append(f'{g} GPUs instead of {gpus}')
+    if h: out.append(f'{h:g} GB on each host')
+    if G: out.append(f'GPUs of {G} GB')
     return out or ['no single change is enough: lower the budgets of tokens, or take a smaller model']
 
 # %% ../../nbs/apps/01_plan.ipynb #a78ed665

@@ -22,7 +22,7 @@ def resolve(
     config_class:type, # a frozen dataclass
     *values:dict,      # field -> value; later ones win
 ):                     # an instance of `config_class`
-    "Values become one configuration; ValueError for an unknown field or a value of another type than the default's."
+    "Values become one configuration; ValueError for an unknown field, or a type that is not the default's."
     known, out = {f.name: f for f in fields(config_class)}, {}
     for k, v in (item for d in values for item in d.items()):
         if k not in known: raise ValueError(f'{config_class.__name__} has no field {k!r}{nearest(k, known)}')
@@ -31,8 +31,8 @@ def resolve(
         if isinstance(default, float) and type(v) is int: v = float(v)
         if isinstance(default, tuple) and isinstance(v, list): v = tuple(v)
         if default is not None and default is not MISSING and type(v) is not type(default):
-            wanted = type(default).__name__
-            raise ValueError(f'{config_class.__name__}.{k} is {v!r}, a {type(v).__name__}: it wants a {wanted}')
+            kinds = f'a {type(v).__name__}: it wants a {type(default).__name__}'
+            raise ValueError(f'{config_class.__name__}.{k} is {v!r}, {kinds}')
         out[k] = v
     return config_class(**out)
 

@@ -29,9 +29,11 @@ class Stage(NamedTuple):
     overrides:dict={}     # what makes this stage differ from others of its template
     seed:int|None=None    # the one seed of a stage that all seeds share
 
-_GOLD_BASE = dict(hidden=512, layers=12, heads=8, kv_heads=4, ffn=1408, epochs=3., lr=3e-3) # larger than the rounds' models
+# larger than the rounds' models
+_GOLD_BASE = dict(hidden=512, layers=12, heads=8, kv_heads=4, ffn=1408, epochs=3., lr=3e-3)
 
-def _base(profile): return {} if profile == 'cpu' else {'base': 'base_lm'}    # the role that reads a base LM; see `own_base`
+# roles that read a base LM (of `paper`: see `own_base`) and gold annotators; else the shipped ones are read
+def _base(profile): return {} if profile == 'cpu' else {'base': 'base_lm'}
 def _gold(profile): return {'gold': 'gold'} if profile in ('smoke', 'gpu') else {}
 
 def _first(profile): # the stages that make base LM and gold annotators
@@ -41,7 +43,7 @@ def _first(profile): # the stages that make base LM and gold annotators
     larger = Stage('gold_base', 'base_lm', {}, overrides=_GOLD_BASE, seed=0)
     return [base, larger, Stage('gold', 'gold', {'base': 'gold_base'}, seed=0)]
 
-def _score(profile, name, round, parents, **overrides): # a score model; those of round 1 are shared by all seeds
+def _score(profile, name, round, parents, **overrides): # a score model; seeds share those of round 1
     read = _base(profile) | {'sft': 'sft'} | parents
     return Stage(name, 'score_model', read, round, overrides, 0 if round == 1 else None)
 
@@ -84,12 +86,13 @@ def graph(
     return out + ([Stage('two_token', 'two_token', {})] if profile == 'smoke' else [])
 
 # made once and shipped, or beside the reproduction
-_BESIDE = [Stage('base_lm', 'base_lm', {}), Stage('gold', 'gold', {'base': 'base_lm'}), Stage('two_token', 'two_token', {})]
+_BESIDE = [Stage('base_lm', 'base_lm', {}), Stage('gold', 'gold', {'base': 'base_lm'}),
+           Stage('two_token', 'two_token', {})]
 
 # %% ../../nbs/reproduction/07_graph.ipynb #e5f5587b
-SEEDS = dict(core=range(5), shaped=(0,), thresholds=(0,), data=(0, 1), strict=range(3)) # group of arms -> its seeds
+SEEDS = dict(core=range(5), shaped=(0,), thresholds=(0,), data=(0, 1), strict=range(3)) # of groups of arms
 _STRICT = -.5      # added to the thresholds of three rounds
-_THRESHOLDS = {'threshold-0.5': .5, 'threshold-m0.15': -3 / COST_SD, 'threshold-m0.5': -.5, 'threshold-m1': -1.}
+_THRESHOLDS = {'0.5': .5, 'm0.15': -3 / COST_SD, 'm0.5': -.5, 'm1': -1.}
 
 def arms(
     profile:str, # that of the common part
@@ -98,33 +101,37 @@ def arms(
     common = {s.name: s for s in graph(profile)}
     lag = common['policy-1']
     def arm(name, parents=None, **o): return Stage(name, 'policy', lag.parents | (parents or {}), 1, o)
-    def shaped(nu, end='', **o): return arm(f'shaped-{nu:g}{end}', objective='reward_shaping', nu=float(nu), **o)
+    shaping = dict(objective='reward_shaping')
+    def shaped(nu, end='', **o): return arm(f'shaped-{nu:g}{end}', **shaping, nu=float(nu), **o)
     prices = {f'lag-{k}': f'policy-1@{k}' for k in SEEDS['core']}
-    matched = arm('shaped-matched', prices, objective='reward_shaping', normalise=True)
+    matched = arm('shaped-matched', prices, **shaping, normalise=True)
     clipped = shaped(100, '-clipped', score_clip=50 / COST_SD)
     data = [arm('classifier', {'cost': 'cost-classifier'}), arm('no-sign', {'cost': 'cost-no-sign'})]
-    data += [arm(f'decoupled-{k}', {'reward': f'reward-{k}', 'cost': f'cost-{k}'}) for k in ('half', 'quarter')]
+    data += [arm(f'decoupled-{k}', dict(reward=f'reward-{k}', cost=f'cost-{k}')) for k in ('half', 'quarter')]
     data += [arm(f'single-{w}', {'reward': f'single-model-{w}'}, objective='ppo') for w in (.25, .5, .75)]
     groups = dict(core=[matched, *map(shaped, (.5, 1, 2))],
                   shaped=[*map(shaped, (.01, 5, 10, 100)), clipped, arm('cost-only', objective='cost_only')],
-                  thresholds=[arm(k, threshold=v) for k, v in _THRESHOLDS.items()], data=data)
+                  thresholds=[arm(f'threshold-{k}', threshold=v) for k, v in _THRESHOLDS.items()], data=data)
     out = {g: {s.name: s for s in stages} for g, stages in groups.items()}
     out['core'] = {'ppo-lag': lag, 'reward-only': common['reward-only']} | out['core']
-    out['data'] = {'ppo-lag': lag} | out['data']             # beside these arms too: from the same common part
-    return out | dict(strict={f'strict-{r}': _one_round(profile, r, '-strict', _STRICT)[-1] for r in (1, 2, 3)})
+    out['data'] = {'ppo-lag': lag} | out['data']     # beside these arms too: from the same common part
+    out['strict'] = {f'strict-{r}': _one_round(profile, r, '-strict', _STRICT)[-1] for r in (1, 2, 3)}
+    return out
 
-def _arm_models(profile): # the score models and collections that only arms need; `hand=False`: collected pairs alone
+def _arm_models(profile): # what only arms read; `hand=False`: collected pairs alone
     def model(name, kind, parents=None, **o):
         return _score(profile, name, 1, {'collect-1': 'collect-1'} | (parents or {}), kind=kind, **o)
-    parts = dict(half=.5, quarter=.25)
-    return [model('cost-classifier', 'cost', labels='sign'), model('cost-no-sign', 'cost', {'main': 'cost-1'}, labels='rank'),
-            *(model(f'{kind}-{k}', kind, hand=False, collected=x) for k, x in parts.items() for kind in ('reward', 'cost')),
-            *(model(f'single-model-{w}', 'reward', hand=False, labels='single', help_weight=w) for w in (.25, .5, .75)),
-            *(s for r in (2, 3) for s in _one_round(profile, r, '-strict', _STRICT)[:-1])]
+    out = [model('cost-classifier', 'cost', labels='sign'),
+           model('cost-no-sign', 'cost', {'main': 'cost-1'}, labels='rank')]
+    for part, share in (('half', .5), ('quarter', .25)):
+        out += [model(f'{kind}-{part}', kind, hand=False, collected=share) for kind in ('reward', 'cost')]
+    for w in (.25, .5, .75):
+        out.append(model(f'single-model-{w}', 'reward', hand=False, labels='single', help_weight=w))
+    return out + [s for r in (2, 3) for s in _one_round(profile, r, '-strict', _STRICT)[:-1]]
 
 def _comparisons(profile): # one a group: it asks and judges all arms
     read = _base(profile) | _gold(profile) | {'sft': 'sft', 'judge': 'judge'}
-    more = dict(shaped={'reward': 'reward-1', 'cost': 'cost-1'},     # best of n is judged with the arms of more shaping
+    more = dict(shaped={'reward': 'reward-1', 'cost': 'cost-1'},     # best of n is judged with these arms
                 data={'model-classifier': 'cost-classifier', 'model-no-sign': 'cost-no-sign'})
     return [Stage(f'compare-{g}', 'compare', read | more.get(g, {}) | {a: s.name for a, s in members.items()})
             for g, members in arms(profile).items()]
@@ -170,28 +177,32 @@ def arm_stages(
     profile:str, *groups:str, # those of SEEDS; none: all
 )->list:                      # (name, seed) of comparisons
     "The comparisons that ablations come to."
-    if unknown := set(groups) - set(SEEDS): raise ValueError(f'no arms {sorted(unknown)}; there are {list(SEEDS)}')
+    if not set(groups) <= set(SEEDS): raise ValueError(f'no arms {list(groups)}; there are {list(SEEDS)}')
     return [(f'compare-{g}', seed) for g in (groups or SEEDS) for seed in SEEDS[g]]
 
 # %% ../../nbs/reproduction/07_graph.ipynb #618cd287
-CLASSES = dict(base_lm=LMConfig, sft=SFTConfig, gold=ScoreConfig, reward=ScoreConfig, cost=ScoreConfig, judge=ScoreConfig,
-               collect=CollectConfig, policy=PPOConfig, evaluate=EvalConfig, two_token=WorldConfig)
-_READ_BY = dict(ppo_lag=('threshold', 'lambda_init', 'lambda_lr', 'lambda_max'), reward_shaping=('nu', 'normalise', 'score_clip'))
+CLASSES = dict(base_lm=LMConfig, sft=SFTConfig, gold=ScoreConfig, reward=ScoreConfig, cost=ScoreConfig,
+               judge=ScoreConfig, collect=CollectConfig, policy=PPOConfig, evaluate=EvalConfig,
+               two_token=WorldConfig)
+_READ_BY = dict(ppo_lag=('threshold', 'lambda_init', 'lambda_lr', 'lambda_max'),     # fields of an objective
+                reward_shaping=('nu', 'normalise', 'score_clip'))
 
 def configure(
     stage:str,            # the folder of its runs: a key of CLASSES, or as from `policy_stage`
     profile:str,          # of `PROFILES`
     overrides:dict,       # field -> value, of an arm or asked for by hand: they win
     round:int|None=None,  # for stages with rounds
-)->tuple:                 # its configuration; field -> (the paper's value in our units, why this stage has another)
-    "What a stage is told, and what the paper tells it. ValueError for an unknown field, or a value of another type."
-    kind, asked = stage if stage in CLASSES else 'policy', {k: v for k, v in overrides.items() if k != 'judge'}
+)->tuple:                 # its configuration; field -> (the paper's value in our units, why this is another)
+    "What a stage is told, and what the paper tells it. ValueError for an unknown field or a wrong type."
+    kind = stage if stage in CLASSES else 'policy'
     told = [PROFILES[profile].get(key, {}) for key in dict.fromkeys((kind, f'{kind}-{round}', stage))]
+    asked = {k: v for k, v in overrides.items() if k != 'judge'}
     config, paper = resolve(CLASSES[kind], *told, asked), of(kind, round) | of(stage)
-    unread = {f for objective, names in _READ_BY.items() if objective != getattr(config, 'objective', '') for f in names}
-    paper |= {f: getattr(config, f) for f in unread | {'kind'} if hasattr(config, f)}      # nothing to compare
-    why = {f.name: 'asked for in this stage' if f.name in asked else REASONS.get(f.name, '') for f in fields(config)}
-    return config, {f.name: (paper.get(f.name, f.default), why[f.name]) for f in fields(config)}
+    objective = getattr(config, 'objective', '')
+    unread = {'kind', *(f for o, names in _READ_BY.items() if o != objective for f in names)}
+    def beside(f): return getattr(config, f.name) if f.name in unread else paper.get(f.name, f.default)
+    def why(f): return 'asked for in this stage' if f.name in asked else REASONS.get(f.name, '')
+    return config, {f.name: (beside(f), why(f)) for f in fields(config)}
 
 def score_stage(
     overrides:dict, # as a template gets them
@@ -210,5 +221,5 @@ def config_of(
     stage:Stage, profile:str, # from `graph`
 ):                            # its configuration, as its template resolves it
     "What a stage will be told."
-    folder = dict(score_model=score_stage, policy=policy_stage).get(stage.template, lambda overrides: stage.template)
-    return configure(folder(stage.overrides), profile, stage.overrides, stage.round)[0]
+    name = {'score_model': score_stage, 'policy': policy_stage}.get(stage.template, lambda _: stage.template)
+    return configure(name(stage.overrides), profile, stage.overrides, stage.round)[0]

@@ -70,7 +70,8 @@ def dry_run(
     "Run every stage with few rows, `paper` with narrow models. RuntimeError or ValueError names what fails."
     stages = graph(profile)
     own = dict(SAFERLHF_RUNS='{}/runs', SAFERLHF_HOME='{}')
-    with tempfile.TemporaryDirectory() as home, patch.dict(os.environ, {k: v.format(home) for k, v in own.items()}):
+    with tempfile.TemporaryDirectory() as home, patch.dict(os.environ):
+        os.environ.update({k: v.format(home) for k, v in own.items()})
         if profile == 'paper':
             _narrow(f'{home}/base'); os.environ['SAFERLHF_BASE'] = f'{home}/base'
         tokenizer = load_tokenizer(f'{home}/base' if profile == 'paper' else data_path('models/nano'))
@@ -86,7 +87,8 @@ def commands(
     profile:str, seed:int, # of the graph; of the runs
 )->list:                   # lines for a shell; comments among them
     "The commands of all stages, in order."
-    spread = dict.fromkeys(('sft', 'score_model', 'policy') if profile == 'paper' else (), ' --gpus 8 --zero 3 --recompute')
+    trained = ('sft', 'score_model', 'policy') if profile == 'paper' else ()
+    spread = dict.fromkeys(trained, ' --gpus 8 --zero 3 --recompute')
     command = f'saferlhf run {{}} --profile {profile} --seed {seed}{{}}'
     lines = [command.format(s.name, spread.get(s.template, '')) for s in graph(profile)]
     if profile != 'paper': return lines

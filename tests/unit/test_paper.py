@@ -1,4 +1,4 @@
-"The profile paper: every number explained, deviations true and with reasons, a rehearsal of all stages, a base of one's own."
+"The profile paper: every number explained, true deviations with reasons, a rehearsal, a base of one's own."
 import re
 from dataclasses import fields, replace
 
@@ -46,7 +46,7 @@ def test_no_cell_lets_another_value_pass():
         said = verdict(cell, other)
         assert said.startswith('UNEXPLAINED') or (other == cell.paper and said == 'equal'), cell
         if cell.how.startswith('converted') and cell.paper != cell.ours and isinstance(cell.ours, float):
-            assert verdict(cell, cell.paper).startswith('UNEXPLAINED'), f'{cell}: a number without its unit passes'
+            assert verdict(cell, cell.paper).startswith('UNEXPLAINED'), f'{cell}: a number without its unit'
         if cell.paper != cell.ours: assert cell.how, f'{cell} deviates without a reason'
 
 
@@ -58,9 +58,11 @@ def test_a_changed_default_profile_or_optimizer_is_seen(monkeypatch):
     assert unexplained(configs()) == {'policy-3.threshold'}
     monkeypatch.undo()
     for name in ('actor_optim', 'critic_optim', 'model_optim'):
-        monkeypatch.setattr(paper, name, lambda config, make=getattr(paper, name): replace(make(config), warmup=.1))
+        make = getattr(paper, name)
+        monkeypatch.setattr(paper, name, lambda config, make=make: replace(make(config), warmup=.1))
     seen = unexplained(configs())
-    assert seen == {c.where for c in PAPER_CONFIG if c.where.endswith('.warmup')} and 'policy-1:critic.warmup' in seen
+    assert seen == {c.where for c in PAPER_CONFIG if c.where.endswith('.warmup')}
+    assert 'policy-1:critic.warmup' in seen
 
 
 def test_optimizers_are_told_by_the_configuration():
@@ -75,13 +77,14 @@ def test_optimizers_are_told_by_the_configuration():
 def test_units_are_converted():
     first, second = of('policy', 1), of('policy', 2)
     assert (first['threshold'], second['threshold']) == (0., pytest.approx(-3 / 20.1))
-    assert first['lambda_lr'] == pytest.approx(.01 * 6.4 * 4) and second['lambda_lr'] == pytest.approx(.04 * 6.4 * 8)
-    assert second['lambda_init'] == pytest.approx(.5 * 20.1 / 6.4) and first['nu'] == pytest.approx(20.1 / 6.4)
-    assert first['kl_coef'] == pytest.approx(.05 / 6.4) and of('reward-only')['kl_coef'] == pytest.approx(.1 / 6.4)
-    assert first['ptx_coef'] == pytest.approx(8 / 6.4)
+    for value, wanted in ((first['lambda_lr'], .01 * 6.4 * 4), (second['lambda_lr'], .04 * 6.4 * 8),
+                          (second['lambda_init'], .5 * 20.1 / 6.4), (first['nu'], 20.1 / 6.4),
+                          (first['kl_coef'], .05 / 6.4), (of('reward-only')['kl_coef'], .1 / 6.4),
+                          (first['ptx_coef'], 8 / 6.4)):
+        assert value == pytest.approx(wanted)
     theirs = Multiplier(.5, lr=.04, max=50., threshold=-3.)
     ours = Multiplier(.5 * COST_SD / REWARD_SD, lr=.04 * REWARD_SD, max=150., threshold=-3 / COST_SD)
-    for cost in (5., -20., 2., 0.):                              # step for step the same trade of reward for cost
+    for cost in (5., -20., 2., 0.):                              # step for step the same trade
         assert ours.step([cost / COST_SD]) == pytest.approx(theirs.step([cost]) * COST_SD / REWARD_SD)
 
 
@@ -89,50 +92,57 @@ def told(profile):
     "Each stage of a profile, arms included, with its configuration and what the paper has."
     for s in graphs._every(profile).values():
         if s.template == 'compare': continue
-        folder = dict(score_model=graphs.score_stage, policy=graphs.policy_stage).get(s.template, lambda o, s=s: s.template)
-        yield s, *configure(folder(s.overrides), profile, s.overrides, s.round)
+        folder = dict(score_model=graphs.score_stage, policy=graphs.policy_stage).get(s.template)
+        name = folder(s.overrides) if folder else s.template
+        yield s, *configure(name, profile, s.overrides, s.round)
 
 
 @pytest.mark.parametrize('profile', PROFILES)
 def test_every_deviation_has_its_reason(profile):
     for s, config, theirs in told(profile):
-        for field, d in deviations(config, theirs).items(): assert d['reason'], f'{profile}, {s.name}: {field} {d}'
+        for field, d in deviations(config, theirs).items(): assert d['reason'], f'{s.name}: {field} {d}'
     known = {*CLASSES, 'reward-only', *(f'{kind}-{r}' for kind in CLASSES for r in (1, 2, 3))}
     assert set(PROFILES[profile]) <= known, 'a stage that nobody reads'
 
 
 def test_only_sizes_are_scale_and_the_profile_paper_has_no_deviation():
-    sizes = set(('rows pairs steps prompts samples batch_size batch micro_batch minibatches window epochs prompt_epochs block '
-                 'vocab hidden layers heads kv_heads ffn max_prompt_tokens max_new_tokens collected related unrelated '
-                 'candidates holdout unsafe safe last probes').split())
-    for cls in set(CLASSES.values()): assert {f.name for f in fields(cls) if f.metadata.get('scale')} <= sizes, cls
+    sizes = ('rows pairs steps prompts samples batch_size batch micro_batch minibatches window epochs prompt_epochs '
+             'block vocab hidden layers heads kv_heads ffn max_prompt_tokens max_new_tokens collected related '
+             'unrelated candidates holdout unsafe safe last probes').split()
+    for cls in set(CLASSES.values()):
+        assert {f.name for f in fields(cls) if f.metadata.get('scale')} <= set(sizes), cls
     own = {s.name: deviations(c, p) for s, c, p in told('paper') if not s.overrides.get('objective')}
     assert all(not own[s.name] for s in graph('paper') if s.name in own)
-    hidden = [c for c in PAPER_CONFIG if c.how.startswith('deviates') and c.table != 'scripts' and '.' in c.where]
-    assert {c.where.rpartition('.')[2] for c in hidden} == {'batch_size', 'schedule', 'weight_decay'}   # a size, two optimizers'
+    hidden = [c for c in PAPER_CONFIG if c.how.startswith('deviates') and c.table != 'scripts' and c.where]
+    fields_of = {c.where.rpartition('.')[2] for c in hidden}
+    assert fields_of == {'batch_size', 'schedule', 'weight_decay'}, 'a size, and two of optimizers'
 
 
 def test_deviations_of_the_profiles_that_are_run():
     found = {(s.name, k): d for s, c, p in told('gpu') for k, d in deviations(c, p).items()}
-    assert found['policy-1', 'lambda_lr'] == dict(value=.3, paper=.256, reason='set for the number of rollouts of the profile')
+    rate = found['policy-1', 'lambda_lr']
+    assert rate == dict(value=.3, paper=.256, reason='set for the number of rollouts of the profile')
     assert found['policy-2', 'threshold']['value'] == -.5 and ('policy-1', 'threshold') not in found
-    assert found['shaped-100', 'nu']['reason'] == 'asked for in this stage' and ('policy-1', 'nu') not in found
+    assert found['shaped-100', 'nu']['reason'] == 'asked for in this stage'
+    assert ('policy-1', 'nu') not in found
     assert found['reward-only', 'objective']['value'] == 'ppo' and ('reward-only', 'lambda_lr') not in found
     assert ('reward-1', 'lr') in found and ('cost-1', 'kind') not in found
-    with pytest.raises(ValueError, match="did you mean 'kl_coef'"): configure('policy', 'gpu', dict(kl_coeff=.1), 1)
+    with pytest.raises(ValueError, match="did you mean 'kl_coef'"):
+        configure('policy', 'gpu', dict(kl_coeff=.1), 1)
 
 # a rehearsal
 
 def test_a_rehearsal_runs_real_stages_of_the_profile_paper(capsys, monkeypatch):
-    "The first stages that train, and a policy of two optimizers' worth of prompts, at the paper's budgets and vocabulary."
+    "Fine-tuning to the first policy, at the paper's budgets and vocabulary."
     wanted = ('sft', 'collect-1', 'reward-1', 'cost-1', 'policy-1')
     monkeypatch.setattr(rehearsal, 'graph', lambda profile: [s for s in graph(profile) if s.name in wanted])
     assert main(['dry-run', '--profile', 'paper', '--seed', '3']) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [x.split()[0] for x in lines if x.endswith(' runs')] == list(wanted)
     commands = [x for x in lines if x.startswith('saferlhf run')]
-    assert [c.split()[2] for c in commands] == list(wanted) and all('--profile paper --seed 3' in c for c in commands)
-    assert any('SAFERLHF_BASE' in x for x in lines) and any(x.startswith('memory: saferlhf plan paper') for x in lines)
+    assert [c.split()[2] for c in commands] == list(wanted)
+    assert all('--profile paper --seed 3' in c for c in commands) and any('SAFERLHF_BASE' in x for x in lines)
+    assert any(x.startswith('memory: saferlhf plan paper') for x in lines)
 
 
 def test_a_rehearsal_names_what_does_not_fit(capsys, monkeypatch):
@@ -144,19 +154,24 @@ def test_a_rehearsal_names_what_does_not_fit(capsys, monkeypatch):
     assert list(first) == ['sft', 'collect-1', 'reward-1', 'cost-1'] and first['sft']['rows'] == 64
     monkeypatch.undo()
     stage = next(s for s in graph('smoke') if s.name == 'policy-2'); config = config_of(stage, 'smoke')
-    monkeypatch.setattr('saferlhf.reproduction.prompts.prompt_pool', lambda *a: [f'prompt {i}' for i in range(90)])
+    pool = [f'prompt {i}' for i in range(90)]
+    monkeypatch.setattr('saferlhf.reproduction.prompts.prompt_pool', lambda *a: pool)
     rehearsal._check_amounts(stage, config, None)
-    for wrong, why in ((dict(window=4), 'window'), (dict(prompt_epochs=2), 'whole number of passes'), (dict(objective='pqo'), 'objective')):
-        with pytest.raises(ValueError, match=f'policy-2: .*{why}'): rehearsal._check_amounts(stage, replace(config, **wrong), None)
+    wrongs = (dict(window=4), 'window'), (dict(prompt_epochs=2), 'whole number'), (dict(objective='pqo'), 'objective')
+    for wrong, why in wrongs:
+        with pytest.raises(ValueError, match=f'policy-2: .*{why}'):
+            rehearsal._check_amounts(stage, replace(config, **wrong), None)
 
 
 def test_narrow_models_keep_vocabulary_and_ratios(tmp_path):
     from transformers import AutoConfig
     rehearsal._narrow(tmp_path/'base')
     c = AutoConfig.from_pretrained(tmp_path/'base')
-    assert (c.vocab_size, c.num_hidden_layers) == (32001, 2) and c.num_attention_heads == c.num_key_value_heads
+    assert (c.vocab_size, c.num_hidden_layers) == (32001, 2)
+    assert c.num_attention_heads == c.num_key_value_heads
     assert c.intermediate_size / c.hidden_size == pytest.approx(11008 / 4096, abs=.05)
-    assert rehearsal._fewer(next(s for s in graph('paper') if s.name == 'policy-3'), 'paper').overrides['steps'] == 4
+    third = next(s for s in graph('paper') if s.name == 'policy-3')
+    assert rehearsal._fewer(third, 'paper').overrides['steps'] == 4
 
 
 def test_commands_share_out_what_trains():

@@ -75,7 +75,7 @@ def test_states_of_the_torch_engine_are_the_counted_ones():
     assert found['after_backward'] == pytest.approx(busy, rel=.002)
 
 
-RANK = """import json, os, sys; sys.path.insert(0, {tests!r})
+RANK = """import json, os, sys; sys.path[:0] = [{tests!r}, {tests!r} + '/unit']
 import logging, warnings; warnings.filterwarnings('ignore'); logging.disable(logging.WARNING)
 import torch.distributed as dist
 from test_plan import count_states
@@ -101,7 +101,7 @@ def test_states_of_two_deepspeed_ranks_are_the_counted_ones(tmp_path):
 def saved_bytes(model, run, recompute=False, compile=False):
     if compile:
         torch._dynamo.reset()
-        for layer in model.model.layers: layer.forward = torch.compile(layer.forward, backend='aot_eager_decomp_partition')
+        for x in model.model.layers: x.forward = torch.compile(x.forward, backend='aot_eager_decomp_partition')
     prepare(model, recompute=recompute)
     own, seen = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
     def pack(x): seen[x.untyped_storage().data_ptr()] = x; return x
@@ -117,8 +117,9 @@ def test_kept_activations_are_the_counted_ones(recompute, layers, kv):
     ids = torch.randint(0, 300, (3, 24))
     found = saved_bytes(lm(shape, dtype=torch.bfloat16), lambda m: token_logps(m, ids, torch.ones_like(ids), 16).sum(), recompute)
     assert sum(plan._saved(shape, 72, 48, recompute=recompute, wide=True).values()) == pytest.approx(found, rel=.05)
-    if not recompute:                              # with the partitioner of `torch.compile`, and without its generated code
-        found = saved_bytes(lm(shape, dtype=torch.bfloat16), lambda m: token_logps(m, ids, torch.ones_like(ids), 16).sum(), compile=True)
+    if not recompute:                              # with the partitioner of `torch.compile`, without its generated code
+        logps = lambda m: token_logps(m, ids, torch.ones_like(ids), 16).sum()
+        found = saved_bytes(lm(shape, dtype=torch.bfloat16), logps, compile=True)
         assert sum(plan._saved(shape, 72, 48, compile=True, wide=True).values()) == pytest.approx(found, rel=.05)
     body = ScoreModel(lm(shape).base_model, 'critic'); body.body.to(torch.bfloat16)
     found = saved_bytes(body, lambda m: m(ids, torch.ones_like(ids)).scores.sum(), recompute)
@@ -158,7 +159,7 @@ def test_zero_shards_what_it_says():
         assert at(z, 'optimizer', 8) == (12 * n / 8 if z else 12 * n)
         assert at(z, 'weights', 8, trained=False) == at(z, 'weights', 8)
         assert at(z, 'optimizer', 8, trained=False) == 0
-    for size, rounded in ((2 ** 29, False), (n, True)):                                       # to a power of two on each rank
+    for size, rounded in ((2 ** 29, False), (n, True)):                         # to a power of two on each rank
         away = plan._states(size, gpus=8, zero=3, offload='all')
         assert away['always']['optimizer'] == away['always']['weights'] == 0
         assert (sum(away['host'].values()) > (2 + 12 + 4 + 2) * size / 8) == rounded
