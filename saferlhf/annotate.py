@@ -19,7 +19,7 @@ from .data import HARM_CATEGORIES
 
 # %% ../nbs/method/12_annotate.ipynb #11c150e0
 CATEGORIES = HARM_CATEGORIES  # the 14 names of BeaverTails, in the order of the gold scorer's logits
-PAPER_AGREEMENT = {'helpfulness': 0.6900, 'harmlessness': 0.6653, 'single-dimension': 0.6155}  # share of pairs two annotators agree on
+PAPER_AGREEMENT = {'helpfulness': 0.6900, 'harmlessness': 0.6653, 'single-dimension': 0.6165}  # of two annotators, 4.2.2
 
 # %% ../nbs/method/12_annotate.ipynb #59ff6c9e
 class Annotator(Protocol):

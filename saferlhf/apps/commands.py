@@ -98,20 +98,21 @@ def _join(a):
 
 # %% ../../nbs/apps/07_commands.ipynb #db64538d
 def _dry_run(a):
-    "Build every stage without weights. Models, sizes, steps and commands are shown."
-    from saferlhf.reproduction.dryrun import dry_run
-    from saferlhf.reproduction.graph import config_of, graph
-    stages = graph(a.profile)
-    dry_run(a.profile, stages, {s.name: config_of(s, a.profile) for s in stages}, a.seed)
+    "Run every stage once with few rows, `paper` with narrow layers; the commands of the real ones are shown."
+    from saferlhf.record.execute import warm_kernel
+    from saferlhf.reproduction.pipeline import run_stage
+    from saferlhf.reproduction.rehearsal import commands, dry_run
+    spread = '--gpus 8 ' if a.profile == 'paper' else ''
+    print(f'memory: saferlhf plan {a.profile} {spread}--gpu-memory 80', *commands(a.profile, a.seed), '', sep='\n', flush=True)
+    with warm_kernel() as km: dry_run(a.profile, lambda *stage: run_stage(*stage, km=km), a.seed)
 
 def _plan(a):
     "Say what fits into memory, and how to spread it."
     from saferlhf.apps.plan import plan
-    from saferlhf.reproduction.dryrun import shape_of
     from saferlhf.reproduction.graph import config_of, graph
+    from saferlhf.reproduction.rehearsal import shape_of
     configs = {s.name: config_of(s, a.profile) for s in graph(a.profile)}
-    shape, _ = shape_of(a.profile, configs)
-    plan(shape, configs, a.gpus * a.nodes, a.gpu_memory, a.host_memory, a.zero or None)
+    plan(shape_of(a.profile), configs, a.gpus * a.nodes, a.gpu_memory, a.host_memory, a.zero or None)
 
 # %% ../../nbs/apps/07_commands.ipynb #19bae242
 _STAGE = {'stage': dict(help='its name, see `saferlhf list`')}

@@ -171,13 +171,13 @@ def command_for(
     code = f'from saferlhf.record.execute import execute; {call}'
     return f'python -c {shlex.quote(code)}' if set(code) & set('"$`!\\') else f'python -c "{code}"'
 
-def _create(folder, facts, config, parents, profile):
+def _create(folder, facts, config, parents, profile, paper):
     "config.json and manifest.json of a new run."
     folders = {role: str(Path(p).resolve()) for role, p in (parents or {}).items()}
     parameters = dict(profile=profile, seed=facts['seed'], parents=folders, overrides=facts['config'])
     by_hand = command_for(facts['stage'], f'{facts["stage"]}.ipynb', parameters)
     manifest = {'format': _FORMAT} | {k: v for k, v in facts.items() if k != 'config'} | provenance() | dict(
-        parent_folders=folders, profile=profile, deviations=deviations(config), buckets=[], starts=[],
+        parent_folders=folders, profile=profile, deviations=deviations(config, paper), buckets=[], starts=[],
         command=os.environ.get('SAFERLHF_COMMAND') or by_hand)
     atomic_write(folder/'config.json', json.dumps(facts['config'], indent=1))
     atomic_write(folder/'manifest.json', json.dumps(manifest, indent=1))
@@ -203,6 +203,7 @@ class Run(_Log):
         parents:dict|None=None, # role -> folder of a finished run
         seed:int=0, name:str='', profile:str='', # `name` labels the folder (the profile when empty)
         sources=(), data:dict|None=None, # modules whose code decides the numbers; file or data set -> sha256
+        paper:dict|None=None,            # field -> (the paper's value, why it is another here), see `deviations`
     )->'Run':
         "Make, resume or find a run; RuntimeError when it is held, ValueError for a bad name or parent."
         facts, label = _identity(stage, config, parents, seed, sources, data), name or profile or 'run'
@@ -212,11 +213,11 @@ class Run(_Log):
         if (before := _OPEN.pop(str(folder), None)): before.close()
         with ExitStack() as stack:                        # lets go of the folder if something here fails
             if not (folder/'DONE').exists(): stack.enter_context(lock(folder))
-            if not (folder/'manifest.json').exists(): _create(folder, facts, config, parents, profile)
+            if not (folder/'manifest.json').exists(): _create(folder, facts, config, parents, profile, paper)
             run = cls(folder)
             if not run.done: stack.enter_context(exit_on_sigterm(run._again))
             run._stack = stack.pop_all()
-        _OPEN[str(folder)] = run; run._begin(config)
+        _OPEN[str(folder)] = run; run._begin(config, paper)
         return run
 
     @classmethod
@@ -224,13 +225,13 @@ class Run(_Log):
         "The run that this process holds; on a rank, the run without its lock, which stays with the launcher."
         return _OPEN.get(str(folder)) or cls(folder)
 
-    def _begin(self, config):
+    def _begin(self, config, paper):
         "Say what this start finds, cut the logs to it, and note the start."
         starts, self.config = self.manifest['starts'], config
         state = f'start {len(starts) + 1}, the one before was interrupted' if starts else 'new'
         if self.done: state = 'finished: read back'
         print(f'{self.id} · seed {self.seed} · {state} · {self.folder}')
-        show(config)
+        show(config, paper)
         if not self.done:
             found = newest(self.folder/'checkpoint')
             self._rewind(json.loads((found/'manifest.json').read_text())['step'] if found else -1)

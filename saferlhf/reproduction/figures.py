@@ -20,11 +20,12 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from PIL import Image
+from ..annotate import PAPER_AGREEMENT
 from ..data import homes
 
 # %% ../../nbs/reproduction/10_figures.ipynb #8547db86
 PAPER = {'harmful': {'initial': .5308, 'round-3': .0245},
-         'agreement': {'helpfulness': .6900, 'harmlessness': .6653, 'single-dimension': .6165},
+         'agreement': PAPER_AGREEMENT,
          'elo': {'GPT-4': {'helpfulness': 244.91, 'harmlessness': 268.31}, 'humans': {'helpfulness': 363.86, 'harmlessness': 237.98}}}
 
 # %% ../../nbs/reproduction/10_figures.ipynb #391b90e9

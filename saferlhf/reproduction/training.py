@@ -13,9 +13,9 @@ from dataclasses import is_dataclass
 from functools import wraps
 
 from ..data import batch_indices, prompt_batch
-from ..engine import Optim, load
+from ..engine import load
 from ..models import ScoreModel, load_lm, load_tokenizer
-from ..ppo import PPOConfig, make_objective, ppo_step
+from ..ppo import PPOConfig, actor_optim, critic_optim, make_objective, ppo_step
 from ..hardware.precision import fast_precision
 from ..record.run import Run
 from ..hardware.seeds import seed_all
@@ -24,7 +24,7 @@ from ..rollout import Sampler
 from ..hardware.ranks import Spread, rank
 from .stages import (gold_score, hand_pairs, headline, model_path, policy_prompts, read_jsonl, sft_rows, single_preference,
                              training_pairs)
-from ..train import ScoreConfig, SFTConfig, loop, score_batches, score_step, sft_step, text_batch
+from ..train import ScoreConfig, SFTConfig, loop, model_optim, score_batches, score_step, sft_step, text_batch
 from .trials import probe, probe_prompts, probe_steps
 
 # %% ../../nbs/reproduction/06_training.ipynb #c0b155ef
@@ -71,8 +71,7 @@ def train_sft(
     tokenizer, rows = sft_data(run)
     order = batch_indices([len(r['response']) for r in rows], config.batch_size, run.seed, config.epochs)
     steps = len(order)
-    optim = Optim(config.lr, config.weight_decay, config.schedule, config.warmup)
-    engine = load(lambda: load_lm(model_path(parents, 'base')), optim, steps, precision=fast_precision(), **spread.load('model'))
+    engine = load(lambda: load_lm(model_path(parents, 'base')), model_optim(config), steps, precision=fast_precision(), **spread.load('model'))
     batch = lambda i: text_batch([rows[k] for k in order[i]], tokenizer, config.max_prompt_tokens, config.max_new_tokens)
     loop(lambda i: sft_step(engine, batch(i), spread.micro_batch), steps, run.log, save=run.saver({'model': engine}))
     keep_model(run, engine, tokenizer)
@@ -100,9 +99,8 @@ def train_score(
     tokenizer, _, pairs = score_data(run)
     seed_all(run.seed + 1000 * run.manifest['round'])
     steps, batch = score_batches(pairs, tokenizer, config, run.seed + run.manifest['round'])
-    optim = Optim(config.lr, config.weight_decay, config.schedule, config.warmup)
     make = lambda: ScoreModel.from_pretrained(model_path(parents, 'base'), kind=config.kind)
-    engine = load(make, optim, steps, precision=fast_precision(), **spread.load('model'))
+    engine = load(make, model_optim(config), steps, precision=fast_precision(), **spread.load('model'))
     step = lambda i: score_step(engine, batch(i), config.kind, config.regularization, spread.micro_batch)
     loop(step, steps, run.log, show=('loss', 'rank_accuracy', 'sign_accuracy'), save=run.saver({'model': engine}))
     keep_model(run, engine, tokenizer)
@@ -132,10 +130,10 @@ def policy_models(
     parents, precision, updates = run.manifest['parent_folders'], fast_precision(), config.steps * config.epochs * config.minibatches
     how = lambda role: dict(precision=precision) | spread.load(role)
     score = lambda k, kind: lambda: ScoreModel.from_pretrained(model_path(parents, k), kind=kind)
-    actor = load(lambda: load_lm(start_of(run)), Optim(config.actor_lr, 0.01, 'cosine'), updates, **how('actor'))
+    actor = load(lambda: load_lm(start_of(run)), actor_optim(config), updates, **how('actor'))
     reference = load(lambda: load_lm(model_path(parents, 'sft')), **how('reference'))
     models = {k: load(score(k, k), **how(k)) for k in ('reward', 'cost')}
-    critics = {channel: load(score(k, 'critic'), Optim(config.critic_lr, 0., 'constant'), updates, **how(f'critic-{k}'))
+    critics = {channel: load(score(k, 'critic'), critic_optim(config), updates, **how(f'critic-{k}'))
                for channel, k in objective.critic_init.items()}
     return actor, reference, critics, {k: lambda ids, mask, m=m: m(ids, mask).end_scores for k, m in models.items()}
 

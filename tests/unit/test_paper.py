@@ -1,33 +1,24 @@
-"The profile paper: every number explained, every stage built without weights, and a base of one's own."
+"The profile paper: every number explained, true deviations with reasons, a rehearsal, a base of one's own."
 import re
-from dataclasses import replace
-from functools import lru_cache
-from types import SimpleNamespace as Node
+from dataclasses import fields, replace
 
 import pytest
 import torch
 
-import saferlhf.reproduction.dryrun as dryrun
-from saferlhf.data import shipped
-from saferlhf.models import tiny_model
-from saferlhf.reproduction.paper import PAPER_CONFIG, PAPER_ROUNDS, compare, optims, own_base, verdict
 from saferlhf.apps.commands import main
-from saferlhf.reproduction.graph import ROUNDS, config_of, graph
+from saferlhf.models import tiny_model
+from saferlhf.objectives import Multiplier
+from saferlhf.ppo import PPOConfig, actor_optim, critic_optim
+from saferlhf.record.config import deviations
+from saferlhf.reproduction import graph as graphs, paper, rehearsal
+from saferlhf.reproduction.graph import CLASSES, config_of, configure, graph
 from saferlhf.reproduction.ledger import folder_of, parents_of
-from saferlhf.reproduction.prompts import model_path, policy_prompts
-from saferlhf.ppo import PPOConfig
+from saferlhf.reproduction.paper import COST_SD, PAPER_CONFIG, REWARD_SD, compare, of, own_base, verdict
 from saferlhf.reproduction.profiles import PROFILES
-from saferlhf.train import ScoreConfig
+from saferlhf.reproduction.prompts import model_path, policy_prompts
+from saferlhf.train import ScoreConfig, model_optim
 
-MARKS = r'(web|code|bars only|memory (hi|med|lo|lo-med))(, (code|memory (hi|med|lo)))?(; (sd: seed|accumulation: memory lo))*'
-
-
-@pytest.fixture(autouse=True, scope='module')
-def read_once():
-    "Shipped files do not change while these tests run."
-    with pytest.MonkeyPatch.context() as m:
-        for name in ('pools', 'stages'): m.setattr(f'saferlhf.{name}.shipped', lru_cache(shipped))
-        yield
+MARKS = r'(web|code|bars only|memory (hi|med|lo|lo-med))(, (code|memory (hi|med|lo)))?(; accumulation: memory lo)?'
 
 
 @pytest.fixture(autouse=True)
@@ -52,85 +43,143 @@ def test_every_cell_is_equal_or_explained():
 
 def test_no_cell_lets_another_value_pass():
     for cell in PAPER_CONFIG:
-        other = not cell.ours if isinstance(cell.ours, bool) else 'other' if isinstance(cell.ours, str) else cell.ours * 2 + 1
+        other = 'other' if isinstance(cell.ours, str) else cell.ours * 2 + 1
         said = verdict(cell, other)
         assert said.startswith('UNEXPLAINED') or (other == cell.paper and said == 'equal'), cell
+        if cell.how.startswith('converted') and cell.paper != cell.ours and isinstance(cell.ours, float):
+            assert verdict(cell, cell.paper).startswith('UNEXPLAINED'), f'{cell}: a number without its unit'
         if cell.paper != cell.ours: assert cell.how, f'{cell} deviates without a reason'
 
 
-def test_a_changed_default_profile_or_template_is_seen(monkeypatch):
+def test_a_changed_default_profile_or_optimizer_is_seen(monkeypatch):
     c = configs()
     moved = c | {'policy-2': replace(c['policy-2'], clip_ratio=.2), 'cost-1': replace(c['cost-1'], epochs=1.)}
     assert unexplained(moved) == {'policy-2.clip_ratio', 'cost-1.epochs'}
-    monkeypatch.setitem(ROUNDS, 3, ROUNDS[3] | dict(threshold=-.1))
-    assert unexplained(configs()) == set()                                      # the paper's rounds are its own
-    monkeypatch.setitem(PAPER_ROUNDS, 'policy-3', PAPER_ROUNDS['policy-3'] | dict(threshold=-.1))
+    monkeypatch.setitem(PROFILES['paper'], 'policy-3', PROFILES['paper']['policy-3'] | dict(threshold=-.1))
     assert unexplained(configs()) == {'policy-3.threshold'}
     monkeypatch.undo()
-    monkeypatch.setitem(PROFILES['paper'], 'policy', dict(samples=2, window=1024))
-    assert unexplained(configs()) == {f'policy-{r}.temperature' for r in (1, 2, 3)}
-    monkeypatch.undo()
-    monkeypatch.setattr('saferlhf.reproduction.paper.optims', lambda template, config: [replace(o, warmup=.1) for o in optims(template, config)])
+    for name in ('actor_optim', 'critic_optim', 'model_optim'):
+        make = getattr(paper, name)
+        monkeypatch.setattr(paper, name, lambda config, make=make: replace(make(config), warmup=.1))
     seen = unexplained(configs())
-    assert seen == {c.where for c in PAPER_CONFIG if c.where.endswith('.warmup')} and 'policy-1:critic.warmup' in seen
+    assert seen == {c.where for c in PAPER_CONFIG if c.where.endswith('.warmup')}
+    assert 'policy-1:critic.warmup' in seen
 
 
-def test_optimizers_are_those_of_the_template():
-    actor, critic = optims('policy', PPOConfig(actor_lr=3e-4, critic_lr=2e-4))
-    assert (actor.lr, actor.weight_decay, actor.schedule, critic.lr, critic.schedule) == (3e-4, .01, 'cosine', 2e-4, 'constant')
-    model, = optims('score_model', ScoreConfig(weight_decay=.3)); assert model.weight_decay == .3
-    with pytest.raises(ValueError, match='makes no Optim'): optims('evaluate', None)
+def test_optimizers_are_told_by_the_configuration():
+    config = PPOConfig(actor_lr=3e-4, critic_lr=2e-4)
+    actor, critic = actor_optim(config), critic_optim(config)
+    assert (actor.lr, actor.weight_decay, actor.schedule) == (3e-4, .01, 'cosine')
+    assert (critic.lr, critic.weight_decay, critic.schedule) == (2e-4, 0., 'constant')
+    assert model_optim(ScoreConfig(weight_decay=.3)).weight_decay == .3
 
-# the dry run
+# units and deviations
 
-def test_paper_is_built_without_weights(capsys, monkeypatch):
+def test_units_are_converted():
+    first, second = of('policy', 1), of('policy', 2)
+    assert (first['threshold'], second['threshold']) == (0., pytest.approx(-3 / 20.1))
+    for value, wanted in ((first['lambda_lr'], .01 * 6.4 * 4), (second['lambda_lr'], .04 * 6.4 * 8),
+                          (second['lambda_init'], .5 * 20.1 / 6.4), (first['nu'], 20.1 / 6.4),
+                          (first['kl_coef'], .05 / 6.4), (of('reward-only')['kl_coef'], .1 / 6.4),
+                          (first['ptx_coef'], 8 / 6.4)):
+        assert value == pytest.approx(wanted)
+    theirs = Multiplier(.5, lr=.04, max=50., threshold=-3.)
+    ours = Multiplier(.5 * COST_SD / REWARD_SD, lr=.04 * REWARD_SD, max=150., threshold=-3 / COST_SD)
+    for cost in (5., -20., 2., 0.):                              # step for step the same trade
+        assert ours.step([cost / COST_SD]) == pytest.approx(theirs.step([cost]) * COST_SD / REWARD_SD)
+
+
+def told(profile):
+    "Each stage of a profile, arms included, with its configuration and what the paper has."
+    for s in graphs._every(profile).values():
+        if s.template == 'compare': continue
+        folder = dict(score_model=graphs.score_stage, policy=graphs.policy_stage).get(s.template)
+        name = folder(s.overrides) if folder else s.template
+        yield s, *configure(name, profile, s.overrides, s.round)
+
+
+@pytest.mark.parametrize('profile', PROFILES)
+def test_every_deviation_has_its_reason(profile):
+    for s, config, theirs in told(profile):
+        for field, d in deviations(config, theirs).items(): assert d['reason'], f'{s.name}: {field} {d}'
+    known = {*CLASSES, 'reward-only', *(f'{kind}-{r}' for kind in CLASSES for r in (1, 2, 3))}
+    assert set(PROFILES[profile]) <= known, 'a stage that nobody reads'
+
+
+def test_only_sizes_are_scale_and_the_profile_paper_has_no_deviation():
+    sizes = ('rows pairs steps prompts samples batch_size batch micro_batch minibatches window epochs prompt_epochs '
+             'block vocab hidden layers heads kv_heads ffn max_prompt_tokens max_new_tokens collected related '
+             'unrelated candidates holdout unsafe safe last probes').split()
+    for cls in set(CLASSES.values()):
+        assert {f.name for f in fields(cls) if f.metadata.get('scale')} <= set(sizes), cls
+    own = {s.name: deviations(c, p) for s, c, p in told('paper') if not s.overrides.get('objective')}
+    assert all(not own[s.name] for s in graph('paper') if s.name in own)
+    hidden = [c for c in PAPER_CONFIG if c.how.startswith('deviates') and c.table != 'scripts' and c.where]
+    fields_of = {c.where.rpartition('.')[2] for c in hidden}
+    assert fields_of == {'batch_size', 'schedule', 'weight_decay'}, 'a size, and two of optimizers'
+
+
+def test_deviations_of_the_profiles_that_are_run():
+    found = {(s.name, k): d for s, c, p in told('gpu') for k, d in deviations(c, p).items()}
+    rate = found['policy-1', 'lambda_lr']
+    assert rate == dict(value=.3, paper=.256, reason='set for the number of rollouts of the profile')
+    assert found['policy-2', 'threshold']['value'] == -.5 and ('policy-1', 'threshold') not in found
+    assert found['shaped-100', 'nu']['reason'] == 'asked for in this stage'
+    assert ('policy-1', 'nu') not in found
+    assert found['reward-only', 'objective']['value'] == 'ppo' and ('reward-only', 'lambda_lr') not in found
+    assert ('reward-1', 'lr') in found and ('cost-1', 'kind') not in found
+    with pytest.raises(ValueError, match="did you mean 'kl_coef'"):
+        configure('policy', 'gpu', dict(kl_coeff=.1), 1)
+
+# a rehearsal
+
+def test_a_rehearsal_runs_real_stages_of_the_profile_paper(capsys, monkeypatch):
+    "Fine-tuning to the first policy, at the paper's budgets and vocabulary."
+    wanted = ('sft', 'collect-1', 'reward-1', 'cost-1', 'policy-1')
+    monkeypatch.setattr(rehearsal, 'graph', lambda profile: [s for s in graph(profile) if s.name in wanted])
     assert main(['dry-run', '--profile', 'paper', '--seed', '3']) == 0
     lines = capsys.readouterr().out.splitlines()
-    told = {line.split()[0]: line for line in lines[:len(graph('paper'))]}
-    assert list(told) == [s.name for s in graph('paper')]
-    assert '6,738.42 M trained' in told['sft'] and '6,607.35 M trained' in told['cost-3']
-    size = '19,953.1 M trained + 19,953.1 M frozen; 21 steps of 262,144 tokens'
-    share = '256 prompts x 2, 64 rows a GPU, 16 at a time; 1792 prompts x 3'
-    assert f'{size}: {share}' in told['policy-1']
-    assert '12 steps of 524,288 tokens' in told['policy-3'] and '1536 prompts x 4' in told['policy-3']
-    assert '13,345.8 M trained' in told['reward-only']
-    commands = [line for line in lines if line.startswith('saferlhf run')]
-    assert [c.split()[2] for c in commands] == list(told) and all('--profile paper --seed 3' in c for c in commands)
-    assert any('SAFERLHF_BASE' in line for line in lines) and any(line.startswith('memory: ') for line in lines)
-    monkeypatch.setattr(dryrun, 'LLAMA_7B', dryrun.LLAMA_7B | dict(num_hidden_layers=2, num_key_value_heads=5))
-    assert main(['dry-run', '--profile', 'paper']) == 1 and 'sft cannot be built' in capsys.readouterr().err
+    assert [x.split()[0] for x in lines if x.endswith(' runs')] == list(wanted)
+    commands = [x for x in lines if x.startswith('saferlhf run')]
+    assert [c.split()[2] for c in commands] == list(wanted)
+    assert all('--profile paper --seed 3' in c for c in commands) and any('SAFERLHF_BASE' in x for x in lines)
+    assert any(x.startswith('memory: saferlhf plan paper') for x in lines)
 
 
-def test_smoke_is_built_and_what_does_not_fit_is_named(capsys, monkeypatch):
-    assert main(['dry-run', '--profile', 'smoke']) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[:len(graph('smoke'))]] == [s.name for s in graph('smoke')]
-    c, stages = configs('smoke'), {s.name: s for s in graph('smoke')}
-    world = dryrun.World(*dryrun.shape_of('smoke', c), 1, c)
-    for name, wrong, why in (('policy-2', dict(window=4), 'window'),
-                             ('policy-2', dict(steps=3, prompt_epochs=2), 'no whole number of passes'),
-                             ('collect-2', dict(candidates=9000), 'pool holds'), ('policy-3', dict(objective='pqo'), 'objective')):
-        config = replace(c[name], **wrong)
-        with pytest.raises(RuntimeError, match=f'{name} cannot be built.*{why}'): dryrun.rehearse(stages[name], config, world)
-    with pytest.raises(RuntimeError, match='which no stage before it makes'): dryrun.dry_run('smoke', [stages['policy-1']], c)
+def test_a_rehearsal_names_what_does_not_fit(capsys, monkeypatch):
+    def run(stage, profile, seed): asked.append(stage); assert stage.name != 'cost-1', 'no such width'
+    asked = []
+    monkeypatch.setattr(rehearsal, '_check_amounts', lambda *a: None)
+    with pytest.raises(AssertionError): rehearsal.dry_run('paper', run)
+    first = {s.name: s.overrides for s in asked}
+    assert list(first) == ['sft', 'collect-1', 'reward-1', 'cost-1'] and first['sft']['rows'] == 64
+    monkeypatch.undo()
+    stage = next(s for s in graph('smoke') if s.name == 'policy-2'); config = config_of(stage, 'smoke')
+    pool = [f'prompt {i}' for i in range(90)]
+    monkeypatch.setattr('saferlhf.reproduction.prompts.prompt_pool', lambda *a: pool)
+    rehearsal._check_amounts(stage, config, None)
+    wrongs = (dict(window=4), 'window'), (dict(prompt_epochs=2), 'whole number'), (dict(objective='pqo'), 'objective')
+    for wrong, why in wrongs:
+        with pytest.raises(ValueError, match=f'policy-2: .*{why}'):
+            rehearsal._check_amounts(stage, replace(config, **wrong), None)
 
 
-def test_a_pass_uses_every_weight_and_no_memory():
-    config = replace(configs('smoke')['policy-1'], prompts=4)
-    shape = tiny_model('llama').config
-    models = {k: dryrun.blank(shape) for k in ('actor', 'reference')} | {k: dryrun.blank(shape, k) for k in ('reward', 'cost')}
-    models |= {f'{k} critic': dryrun.blank(shape, 'critic') for k in ('reward', 'cost')}
-    dryrun.policy_pass(models, config, 4)
-    for role, m in models.items():
-        trained = role == 'actor' or role.endswith('critic')
-        assert all((p.grad is not None) == trained and p.device.type == 'meta' for p in m.parameters()), role
+def test_narrow_models_keep_vocabulary_and_ratios(tmp_path):
+    from transformers import AutoConfig
+    rehearsal._narrow(tmp_path/'base')
+    c = AutoConfig.from_pretrained(tmp_path/'base')
+    assert (c.vocab_size, c.num_hidden_layers) == (32001, 2)
+    assert c.num_attention_heads == c.num_key_value_heads
+    assert c.intermediate_size / c.hidden_size == pytest.approx(11008 / 4096, abs=.05)
+    third = next(s for s in graph('paper') if s.name == 'policy-3')
+    assert rehearsal._fewer(third, 'paper').overrides['steps'] == 4
 
 
 def test_commands_share_out_what_trains():
-    said = dryrun.command(Node(name='policy-1', template='policy'), 'paper', 0)
-    assert said == 'saferlhf run policy-1 --profile paper --seed 0 --gpus 8 --zero 3 --recompute'
-    for node, profile in ((Node(name='collect-1', template='collect'), 'paper'), (Node(name='policy-1', template='policy'), 'gpu')):
-        assert '--gpus' not in dryrun.command(node, profile, 0)
+    lines = {x.split()[2]: x for x in rehearsal.commands('paper', 0) if x.startswith('saferlhf run')}
+    assert list(lines) == [s.name for s in graph('paper')]
+    assert lines['policy-1'] == 'saferlhf run policy-1 --profile paper --seed 0 --gpus 8 --zero 3 --recompute'
+    assert '--gpus' not in lines['collect-1'] and not any('--gpus' in x for x in rehearsal.commands('gpu', 0))
 
 # the base
 

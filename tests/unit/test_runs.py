@@ -11,18 +11,17 @@ import pytest
 import saferlhf.record.code as code
 import saferlhf.record.run as records
 from saferlhf.record.code import source_hashes
-from saferlhf.record.config import check_profiles, deviations, resolve
+from saferlhf.record.config import deviations, resolve
 from saferlhf.record.execute import _check_parameters, execute, parameters, publish, warm_kernel
 from saferlhf.record.files import newest, save_checkpoint
 from saferlhf.record.launch import launch
 from saferlhf.record.run import OtherFormat, Record, Run, results_home, templates_home
-from saferlhf.reproduction.profiles import PROFILES
 
 
 @dataclass(frozen=True)
 class Config:
-    lr:float=field(default=1e-5, metadata={'paper': 1e-5})
-    clip:float=field(default=.3, metadata={'paper': .2})
+    lr:float=1e-5
+    clip:float=.3
     steps:int=field(default=500, metadata={'scale': True})
     name:str='x'
 
@@ -177,7 +176,8 @@ def test_finish_writes_done_last_and_only_once(monkeypatch):
     order = []; write = records.atomic_write
     monkeypatch.setattr(records, 'atomic_write', lambda path,
                         content: (order.append(Path(path).name), write(path, content)))
-    run = Run.start('sft', Config()); run.log(0, {'loss': 2.}); run.sample([{'text': 'a'}])
+    paper = {'clip': (.2, 'the script has .3')}
+    run = Run.start('sft', Config(), paper=paper); run.log(0, {'loss': 2.}); run.sample([{'text': 'a'}])
     run.data(buckets=[57, 55], hashes={'f': 'h'})
     assert not run.done; order.clear(); run.finish({'loss': 1.})
     assert order == ['summary.json', 'manifest.json', 'DONE'] and run.done
@@ -186,7 +186,7 @@ def test_finish_writes_done_last_and_only_once(monkeypatch):
     assert back.summary == {'loss': 1.} and back.metrics().loss.tolist() == [2.] and back.config['clip'] == .3
     assert back.manifest['buckets'] == [55, 57] and back.manifest['data'] == {'f': 'h'}
     assert back.manifest['seconds'] >= 0
-    assert back.manifest['deviations'] == {'clip': {'value': .3, 'paper': .2}}
+    assert back.manifest['deviations'] == {'clip': {'value': .3, 'paper': .2, 'reason': 'the script has .3'}}
     assert back.manifest['versions']['torch']
     with pytest.raises(RuntimeError, match='is finished'): again.log(1, {})
     with pytest.raises(FileNotFoundError): Run.open(run.folder.parent)
@@ -208,9 +208,9 @@ def test_unfinished_run_goes_on_from_its_checkpoint(capsys):
 
 
 def test_printed_configuration_names_deviations(capsys):
-    start(config=Config(lr=3e-5, steps=2))
+    start(config=Config(lr=3e-5, steps=2), paper={'lr': (1e-5, 'a small model')})
     out = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()[1:]}
-    assert 'DEVIATION from 1e-05' in out['lr'] and 'scale' in out['steps']
+    assert 'DEVIATION from 1e-05: a small model' in out['lr'] and 'scale' in out['steps']
     assert 'DEVIATION' not in out['steps'] + out['name']
 
 
@@ -261,18 +261,15 @@ def test_second_process_is_refused():
     again = Run.start('sft', {}); assert again.folder == run.folder; again.close()
 
 
-def test_resolve_and_profiles():
-    assert resolve(Config, {'steps': 2, 'override': {'lr': 1}}, {'lr': 2}) == Config(lr=2., steps=2)
+def test_resolve_and_deviations():
+    assert resolve(Config, {'steps': 2, 'lr': 1}, {'lr': 2}) == Config(lr=2., steps=2)
     for bad, why in (({'step': 1}, "did you mean 'steps'"), ({'steps': 1.}, 'wants a int'),
-                     ({'lr': '1e-5'}, 'wants a float'),
-                     ({'lr': True}, 'wants a float')):
-        with pytest.raises(ValueError, match=why): resolve(Config, {}, bad)
-    assert deviations(Config(lr=2., steps=1)) == {'lr': {'value': 2., 'paper': 1e-5},
-                                                  'clip': {'value': .3, 'paper': .2}}
-    check_profiles({'cpu': {'sft': {'steps': 1, 'override': {'lr': .1}}}}, {'sft': Config})
-    assert set(PROFILES) == {'smoke', 'cpu', 'gpu', 'paper'}
-    for bad in ({'sft': {'lr': .1}}, {'stf': {}}, {'sft': {'override': {'rl': .1}}}):
-        with pytest.raises(ValueError): check_profiles({'cpu': bad}, {'sft': Config})
+                     ({'lr': '1e-5'}, 'wants a float'), ({'lr': True}, 'wants a float')):
+        with pytest.raises(ValueError, match=why): resolve(Config, bad)
+    paper = {'clip': (.2, 'why'), 'steps': (9, '')}
+    assert deviations(Config(lr=2., steps=1), paper) == {
+        'lr': {'value': 2., 'paper': 1e-5, 'reason': ''}, 'clip': {'value': .3, 'paper': .2, 'reason': 'why'}}
+    assert deviations(Config(clip=.2), paper) == {} == deviations({'lr': 2.}, paper)
 
 
 def notebook(path, *cells):
@@ -410,8 +407,10 @@ def test_a_changed_size_is_another_stage(monkeypatch): # a stage that is done wi
     stage = next(s for s in graph('cpu') if s.name == 'collect-2')
     key = key_of(stage, dict(profile='cpu', seed=0))
     assert key == key_of(stage, dict(profile='cpu', seed=0)) != key_of(stage, dict(profile='cpu', seed=1))
-    monkeypatch.setitem(PROFILES['cpu'], 'collect', PROFILES['cpu']['collect'] | dict(candidates=7))
-    assert key_of(stage, dict(profile='cpu', seed=0)) != key
+    for told, changed in (('collect', dict(candidates=7)), ('policy-2', dict(threshold=-.4))):     # of a round too
+        with monkeypatch.context() as m:
+            m.setitem(PROFILES['cpu'], told, PROFILES['cpu'][told] | changed)
+            assert key_of(stage, dict(profile='cpu', seed=0)) != key
 
 
 def test_gpus_are_dealt_out_to_workers(monkeypatch):
