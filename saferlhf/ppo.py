@@ -20,7 +20,7 @@ from .models import token_logps
 from .objectives import Multiplier, Objective, combine, cost_only, ppo, ppo_lag, reward_shaping
 from .hardware.precision import finite
 from .rollout import Rollout, Sampler
-from .hardware.ranks import gather, largest, own, parts, ranks, total, widest
+from .hardware.ranks import gather, largest, rank_pieces, rank_slice, ranks, total, widest
 from .train import setting, sft_loss
 
 # %% ../nbs/method/10_ppo.ipynb #6062bbd9
@@ -103,7 +103,7 @@ def ppo_step(
         log.append(dict(value_loss=error.detach() / len(critics)))
         return error
     for k, rows in enumerate(minibatches(len(roll.mask), config, step)):
-        mine = [Part(roll, i, len(rows) / ranks(), k) for i in rows[own(len(rows))].split(config.micro_batch)]
+        mine = [Part(roll, i, len(rows) / ranks(), k) for i in rows[rank_slice(len(rows))].split(config.micro_batch)]
         supervised = [] if ptx is None else rows_of(ptx, config.micro_batch)
         norm = update(actor, [partial(policy, p) for p in mine] + [partial(ptx_loss, *b) for b in supervised])
         for name, critic in critics.items(): update(critic, [partial(value, p, name) for p in mine])
@@ -142,11 +142,11 @@ def rows_of(
     n:int,      # rows in a piece
 )->list:        # dicts name -> (at most n, ...), each with whether it counts, 1. or 0.
     "Cut this rank's share of a batch into pieces."
-    return [({k: v[rows] for k, v in batch.items()}, real) for rows, real in parts(len(next(iter(batch.values()))), n)]
+    return [({k: v[rows] for k, v in batch.items()}, real) for rows, real in rank_pieces(len(next(iter(batch.values()))), n)]
 
 def share(batch:dict)->dict: # name -> (B, ...)
     "This rank's rows of a batch."
-    return batch if ranks() == 1 else {k: v[own(len(v))] for k, v in batch.items()}
+    return batch if ranks() == 1 else {k: v[rank_slice(len(v))] for k, v in batch.items()}
 
 def everyones(
     roll:Rollout, scores:dict, # of this rank; name -> (b,)
@@ -154,7 +154,7 @@ def everyones(
 )->tuple:                      # the same of all ranks, in prompt order
     "What the rest of a step is computed from: lambda, advantages and minibatches are then the same on any number of ranks."
     rows = lambda x: gather(widest(x) if x.ndim > 1 else x)
-    return roll.everyones(), {k: rows(x) for k, x in scores.items()}, rows(kl), {k: rows(x) for k, x in values.items()}
+    return roll.gather_ranks(), {k: rows(x) for k, x in scores.items()}, rows(kl), {k: rows(x) for k, x in values.items()}
 
 def check_shares(
     n:int,             # rows of a rollout

@@ -21,7 +21,7 @@ from .engine import reduce_mean
 from .losses import cost_loss, lm_loss, lm_loss_from_logp, reward_loss
 from .models import gather_logps, token_logps
 from .hardware.packing import with_host
-from .hardware.ranks import gather, parts, rank, ranks, total
+from .hardware.ranks import gather, rank, rank_pieces, ranks, total
 
 # %% ../nbs/method/09_train.ipynb #3c8533d6
 def setting(
@@ -186,7 +186,7 @@ def sft_step(
 )->dict:             # metrics
     "One optimizer step of supervised fine-tuning."
     n = max(1, int(batch['mask'].any(1).sum())) / ranks()
-    mine, out = parts(len(batch['mask']), micro_batch), 0.
+    mine, out = rank_pieces(len(batch['mask']), micro_batch), 0.
     for k, (rows, real) in enumerate(mine):
         loss = real * sft_loss(engine, {name: x[rows] for name, x in batch.items()}, n)
         engine.backward(loss, last=k == len(mine) - 1)
@@ -248,7 +248,7 @@ def score_step(
 )->dict:                      # metrics
     "One optimizer step of a reward or cost model."
     n, high, low, out = len(batch['paired']), [], [], 0.
-    mine = parts(n, micro_batch)
+    mine = rank_pieces(n, micro_batch)
     for k, (rows, real) in enumerate(mine):
         b = on(engine.device, {name: x[torch.cat([rows, rows + n]) if len(x) > n else rows] for name, x in batch.items()})
         s = engine(b['input_ids'], b['attention_mask']).end_scores

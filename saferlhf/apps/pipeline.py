@@ -222,7 +222,7 @@ def main(
     p.add_argument('--offload', nargs='*', default=[], metavar='ROLE=WHAT', help="'optimizer', 'weights' or 'all' into the host's memory")
     p.add_argument('--recompute', action='store_true', help='activation checkpointing')
     p.add_argument('--micro-batch', type=int, default=0, help='rows per backward pass in SFT and score models')
-    p.add_argument('--keep', action='store_true', help="under ZeRO-3, keep the sampler's weights between rollouts")
+    p.add_argument('--keep-sampler-weights', action='store_true', help="under ZeRO-3, keep the sampler's weights between rollouts")
     a = p.parse_args(argv)
     profile = a.profile or default_profile()
     if profile not in PROFILES: p.error(f'no profile {profile!r}; there are {sorted(PROFILES)}')
@@ -235,7 +235,7 @@ def main(
 
 def _spread(a): # what was asked for, defaults left out
     if odd := [x for x in a.offload if '=' not in x]: raise ValueError(f'write --offload ROLE=WHAT, e.g. reference=weights, not {odd}')
-    told = {k: getattr(a, k) for k in ('gpus', 'nodes', 'hostfile', 'zero', 'recompute', 'micro_batch', 'keep')}
+    told = {k: getattr(a, k) for k in ('gpus', 'nodes', 'hostfile', 'zero', 'recompute', 'micro_batch', 'keep_sampler_weights')}
     told['offload'] = dict(x.split('=', 1) for x in a.offload)
     return {k: v for k, v in told.items() if v != Spread.__dataclass_fields__[k].default and v != {}}
 

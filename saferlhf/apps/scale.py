@@ -22,13 +22,14 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import saferlhf.ppo as ppo
 from .bench import SIZES, device_name, prompts, wait
-from ..engine import Optim, deepspeed, load
+from ..engine import Optim, load
 from ..models import ScoreModel
 from ..objectives import Multiplier, ppo_lag
 from ..ppo import PPOConfig, ppo_step
 from ..rollout import Sampler
 from ..record.launch import launch, rank_target
 from ..hardware.ranks import Spread, device, largest, rank, ranks
+from ..hardware.zero import deepspeed
 
 # %% ../../nbs/apps/05_scale.ipynb #05d3b0ef
 def all_reduce_gbs(
@@ -85,7 +86,7 @@ def scale_step(
     config = PPOConfig(prompts=n, max_new_tokens=T, micro_batch=told['micro_batch'], window=n)
     asked, ids = (prompts(n, length, SHAPES[told['size']]['vocab_size']) for length in (S, S + T))
     ptx = dict(input_ids=ids['input_ids'], attention_mask=ids['attention_mask'], mask=torch.ones(n, T, dtype=torch.long))
-    sampler, objective = Sampler(w[0], None, T, keep=spread.keep), ppo_lag(Multiplier(window=n))
+    sampler, objective = Sampler(w[0], None, T, keep_weights=spread.keep_sampler_weights), ppo_lag(Multiplier(window=n))
     clock = {}
     timed(sampler, 'generate', 'rollout', clock); timed(ppo, 'update', 'update', clock)
     rows = []
