@@ -23,7 +23,7 @@ _all_ = ['Rollout', 'Sampler']
 class Generator(Protocol):
     "Answers prompts: a `Sampler`, or anything else with this method."
     def generate(self,
-        batch:dict,    # input_ids (B, S) left-padded, attention_mask (B, S), prompt_ids (B,): see `prompt_batch`
+        batch:dict,    # as from `prompt_batch`: input_ids (B, S) left-padded, attention_mask, prompt_ids (B,)
         samples:int=1, # answers per prompt; rows of one prompt are adjacent
         first:int=0,   # number of the first sample, to draw fresh ones later
     )->Rollout:        # B * samples rows
@@ -43,20 +43,20 @@ def respond(
     batch_size:int=128,      # rows generated together
     samples:int=1,           # answers per prompt
     first:int=0,             # number of the first sample
-)->list:                     # one dict per answer, prompts in order: prompt index, response, tokens, truncated
+)->list: # one dict per answer, prompts in order: prompt index, response, tokens, truncated
     "Answer prompts in batches of similar length."
     lengths = [len(encode_prompt(p, tokenizer, max_prompt_tokens)) for p in prompts]
     out, size = [None] * (len(prompts) * samples), max(1, batch_size // samples)
     order = np.argsort(lengths, kind='stable')
     for k in range(0, len(order), size):
         index = order[k:k + size]
-        batch = prompt_batch([prompts[i] for i in index], tokenizer, max_prompt_tokens)
-        r = sampler.generate(batch, samples, first)
+        asked = prompt_batch([prompts[i] for i in index], tokenizer, max_prompt_tokens)
+        r = sampler.generate(asked, samples, first)
         rows = zip(r.texts(tokenizer), r.lengths.tolist(), r.truncated.tolist(), strict=True)
         for j, (text, n, cut) in enumerate(rows):
-            i, s = index[j // samples], j % samples
+            i, s = int(index[j // samples]), j % samples
             tokens = r.responses[j, :n].tolist()
-            out[i * samples + s] = dict(prompt=int(i), response=text, tokens=tokens, truncated=cut)
+            out[i * samples + s] = dict(prompt=i, response=text, tokens=tokens, truncated=cut)
     return out
 
 # %% ../nbs/method/08_rollout.ipynb #48e8b52b
@@ -73,7 +73,7 @@ def by_length(
         out[-1].append(i)
     return out
 
-def _device(model): return next(getattr(model, 'model', model).parameters()).device   # of a model, or of an engine's
+def _device(model): return next(getattr(model, 'model', model).parameters()).device   # of an engine's, too
 
 @torch.no_grad()
 def score_texts(

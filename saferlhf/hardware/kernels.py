@@ -41,17 +41,15 @@ def _add_norm(x, h, w, out, y, D, eps, HAS_H: tl.constexpr, BLOCK: tl.constexpr)
     tl.store(y + at, n.to(y.dtype.element_ty).to(tl.float32) * tl.load(w + c, m, 0.).to(tl.float32), m)
 
 def add_norm(
-    x:Tensor,      # (N, D) residual stream
-    h:Tensor|None, # (N, D) what a half-layer adds to it; None: nothing
-    w:Tensor,      # (D,) weight of the norm
-    eps:float,     # inside the root
-)->tuple:          # the new residual stream and its normalised form, (N, D) each
+    x:Tensor, h:Tensor|None, # (N, D) residual stream; (N, D) what a half-layer adds to it, None: nothing
+    w:Tensor, eps:float,     # (D,) weight of the norm; inside its root
+)->tuple:                    # the new residual stream and its normalised form, (N, D) each
     "Add, then RMSNorm."
     if not _on_gpu(x): return _plain_add_norm(x, h, w, eps)
     out, y = x if h is None else torch.empty_like(x), torch.empty_like(x)
     D = x.shape[1]
-    block = triton.next_power_of_2(D)
-    _add_norm[(len(x),)](x, x if h is None else h, w, out, y, D, eps, h is not None, block, num_warps=8)
+    _add_norm[(len(x),)](x, x if h is None else h, w, out, y, D, eps, h is not None,
+                         triton.next_power_of_2(D), num_warps=8)
     return out, y
 
 # %% ../../nbs/hardware/05_kernels.ipynb #840e0560
@@ -63,16 +61,15 @@ def _plain_gate(gu, act):
 def _gate(gu, out, Fm, SILU: tl.constexpr, BLOCK: tl.constexpr):
     r, c = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     m = c < Fm
-    g = tl.load(gu + r * 2 * Fm + c, m, 0.).to(tl.float32)
-    u = tl.load(gu + r * 2 * Fm + Fm + c, m, 0.).to(tl.float32)
+    at = gu + r * 2 * Fm + c
+    g, u = tl.load(at, m, 0.).to(tl.float32), tl.load(at + Fm, m, 0.).to(tl.float32)
     if SILU: a = g * tl.sigmoid(g)
-    else: a = g * tl.sigmoid(1.5957691216057308 * (g + 0.044715 * g * g * g))   # (1 + tanh(z)) / 2 = sigmoid(2 z)
+    else: a = g * tl.sigmoid(1.5957691216057308 * (g + 0.044715 * g * g * g)) # (1 + tanh z)/2 = sigmoid(2z)
     tl.store(out + r * Fm + c, a.to(out.dtype.element_ty).to(tl.float32) * u, m)
 
 def gate(
-    gu:Tensor,  # (N, 2 F): gate, then up
-    act:str,    # 'silu' or 'gelu' (its tanh form)
-)->Tensor:      # (N, F)
+    gu:Tensor, act:str, # (N, 2 F) gate, then up; 'silu' or 'gelu' (its tanh form)
+)->Tensor:              # (N, F)
     "The gated activation of an MLP."
     if not _on_gpu(gu): return _plain_gate(gu, act)
     n = gu.shape[1] // 2
@@ -128,8 +125,8 @@ def _attend_cache(qkv, k_cache, v_cache, pos, cos, sin, out, scale, L, H: tl.con
     start = (b * K + head) * L * D
     tl.store(k_cache + start + p * D + d, n1); tl.store(k_cache + start + p * D + D // 2 + d, n2)
     tl.store(v_cache + start + p * D + d, v1); tl.store(v_cache + start + p * D + D // 2 + d, v2)
-    new1, new2 = n1.to(tl.float32)[None, :], n2.to(tl.float32)[None, :]
-    top = tl.sum(r1.to(tl.float32) * new1 + r2.to(tl.float32) * new2, 1) * scale
+    top = tl.sum(r1.to(tl.float32) * n1.to(tl.float32)[None, :] +
+                 r2.to(tl.float32) * n2.to(tl.float32)[None, :], 1) * scale
     mass = tl.full([ROWS], 1., tl.float32)
     o1 = tl.zeros([ROWS, D // 2], tl.float32) + v1.to(tl.float32)[None, :]
     o2 = tl.zeros([ROWS, D // 2], tl.float32) + v2.to(tl.float32)[None, :]
@@ -137,9 +134,8 @@ def _attend_cache(qkv, k_cache, v_cache, pos, cos, sin, out, scale, L, H: tl.con
         m = (j + n) < p
         at = start + (j + n)[:, None] * D + d[None, :]
         c1, c2 = tl.load(k_cache + at, m[:, None], 0.), tl.load(k_cache + at + D // 2, m[:, None], 0.)
-        x1 = tl.dot(r1, tl.trans(c1), input_precision='ieee')
-        x2 = tl.dot(r2, tl.trans(c2), input_precision='ieee')
-        x = (x1 + x2) * scale
+        x = (tl.dot(r1, tl.trans(c1), input_precision='ieee') +
+             tl.dot(r2, tl.trans(c2), input_precision='ieee')) * scale
         x = tl.where(m[None, :], x, float('-inf'))
         new = tl.maximum(top, tl.max(x, 1))
         e, fade = tl.exp(x - new[:, None]), tl.exp(top - new)
@@ -155,21 +151,18 @@ def _kernel_fits(x, D): # heads of a size that the two kernels are written for
     return _on_gpu(x) and not D & (D - 1) and D >= 32
 
 def attend_cache(
-    qkv:Tensor,     # (N, (heads + 2 kv_heads) * D) query, key and value of one token per row
-    k_cache:Tensor, # (B, kv_heads, L, D) with B >= N; the new key is written into it
-    v_cache:Tensor, # (B, kv_heads, L, D), likewise
-    pos:Tensor,     # (N,) int64 tokens that the row's cache holds
-    cos:Tensor,     # (N, D) of each row's position
-    sin:Tensor,     # (N, D)
-    scale:float,    # of the scores
-    seen:int|None=None, # all of `pos` are below it; the plain form reads no further (None: to the end)
-)->Tensor:          # (N, heads * D)
+    qkv:Tensor,                     # (N, (heads + 2 kv_heads) * D) query, key and value of one token per row
+    k_cache:Tensor, v_cache:Tensor, # (B, kv_heads, L, D) with B >= N; the new key and value go into them
+    pos:Tensor,                     # (N,) int64 tokens that the row's cache holds
+    cos:Tensor, sin:Tensor,         # (N, D) of each row's position
+    scale:float,                    # of the scores
+    seen:int|None=None,             # all of `pos` are below it; the plain form reads no further
+)->Tensor:                          # (N, heads * D)
     "Rotate, append, attend."
     (_, K, L, D), H = k_cache.shape, qkv.shape[1] // k_cache.shape[3] - 2 * k_cache.shape[1]
     if not _kernel_fits(qkv, D): return _plain_attend_cache(qkv, k_cache, v_cache, pos, cos, sin, scale, seen)
     out = qkv.new_empty(len(qkv), H * D)
-    rows = max(16, triton.next_power_of_2(H // K))
-    block = 128 if D <= 64 else 64
+    rows, block = max(16, triton.next_power_of_2(H // K)), 128 if D <= 64 else 64
     _attend_cache[(len(qkv), K)](qkv, k_cache, v_cache, pos, cos, sin, out, scale, L, H, K, D, rows, block,
                                  num_warps=4, num_stages=2)
     return out
@@ -192,20 +185,16 @@ def _rotate_append(qkv, cos, sin, slot, position, k_cache, v_cache, L, H: tl.con
         tl.store(to, x1); tl.store(to + D // 2, x2)
 
 def rotate_append(
-    qkv:Tensor,      # (N, (heads + 2 kv_heads) * D) of packed prompts; may be overwritten
-    cos:Tensor,      # (N, D) of each token's position
-    sin:Tensor,      # (N, D)
-    slot:Tensor,     # (N,) int64 row of the cache
-    position:Tensor, # (N,) int64 place in that row
-    k_cache:Tensor,  # (B, kv_heads, L, D), written
-    v_cache:Tensor,  # (B, kv_heads, L, D), written
-)->tuple:            # rotated queries (N, heads, D), rotated keys and values (N, kv_heads, D)
+    qkv:Tensor,                     # (N, (heads + 2 kv_heads) * D) of packed prompts; may be overwritten
+    cos:Tensor, sin:Tensor,         # (N, D) of each token's position
+    slot:Tensor, position:Tensor,   # (N,) int64 row of the cache, and place in it
+    k_cache:Tensor, v_cache:Tensor, # (B, kv_heads, L, D), written
+)->tuple:                           # rotated queries (N, heads, D), rotated keys and values (N, kv_heads, D)
     "Rotate, and fill the cache."
     (_, K, L, D), N = k_cache.shape, len(qkv)
     if not _kernel_fits(qkv, D): return _plain_rotate_append(qkv, cos, sin, slot, position, k_cache, v_cache)
     H = qkv.shape[1] // D - 2 * K
-    grid = N, H + 2 * K
-    _rotate_append[grid](qkv, cos, sin, slot, position, k_cache, v_cache, L, H, K, D, num_warps=1)
+    _rotate_append[(N, H + 2 * K)](qkv, cos, sin, slot, position, k_cache, v_cache, L, H, K, D, num_warps=1)
     return qkv.view(N, -1, D).split([H, K, K], 1)
 
 # %% ../../nbs/hardware/05_kernels.ipynb #31f34716
@@ -215,10 +204,8 @@ class Choice(NamedTuple):
     logp:Tensor  # (N,) fp32 its log-probability in the tempered distribution, which was sampled from
     raw:Tensor   # (N,) fp32 the same at temperature 1
 
-def plain_choose(
-    z, u, temperature, # as in `choose`
-):                     # as in `choose`
-    "The obvious way."
+def plain_choose(z, u, temperature):
+    "As in `choose`: the obvious way."
     top = z.max(-1, keepdim=True).values
     e = ((z - top) / temperature).exp()
     cdf = e.cumsum(-1, dtype=torch.float64)
@@ -234,12 +221,11 @@ def _pieces_choose(z, u, temperature, size=128): # for a CPU: pieces of `size` w
     e = F.pad(e, (0, -z.shape[1] % size)).view(len(z), -1, size)
     s = e.sum(-1).double()
     cdf = s.cumsum(-1)
-    total = cdf[:, -1]
-    goal = (u * total)[:, None]
+    goal, total = (u * cdf[:, -1])[:, None], cdf[:, -1]
     piece = torch.searchsorted(cdf, goal, right=True).clamp_max(s.shape[1] - 1)
     inside = e[torch.arange(len(z)), piece[:, 0]].double()
     at = torch.searchsorted(inside.cumsum(-1), goal - (cdf.gather(1, piece) - s.gather(1, piece)), right=True)
-    last = ((inside > 0) * torch.arange(size)).amax(1, keepdim=True)   # rounding must pick no token of probability 0
+    last = ((inside > 0) * torch.arange(size)).amax(1, keepdim=True) # rounding must pick no impossible token
     token = piece * size + torch.minimum(at, last)
     chosen = x.gather(-1, token).squeeze(1)
     logp = chosen / temperature - total.log().float()
@@ -270,7 +256,7 @@ def _choose(z, tops, sums, raws, u, token, logp, raw, V, n, temperature,
     x = tl.load(z + r * V + piece * BLOCK + c, piece * BLOCK + c < V, float('-inf')).to(tl.float32)
     e = tl.exp((x - top) / temperature)
     inside = tl.cumsum(e.to(tl.float64))
-    last = tl.max(tl.where(e > 0, c, 0))                        # rounding must pick no token of probability 0
+    last = tl.max(tl.where(e > 0, c, 0))                        # rounding must pick no impossible token
     k = tl.minimum(tl.sum((inside <= rest).to(tl.int32)), last)
     at = tl.sum(tl.where(c == k, x, 0.)) - top
     tl.store(token + r, (piece * BLOCK + k).to(tl.int64))
@@ -279,8 +265,7 @@ def _choose(z, tops, sums, raws, u, token, logp, raw, V, n, temperature,
 
 # %% ../../nbs/hardware/05_kernels.ipynb #20626323
 def choose(
-    z:Tensor,             # (N, V) logits, fp32 or 16 bits
-    u:Tensor,             # (N,) float64 in [0, 1)
+    z:Tensor, u:Tensor,   # (N, V) logits, fp32 or 16 bits; (N,) float64 in [0, 1)
     temperature:float=1., # > 0
 )->Choice:
     "Sample by inverting the distribution function."
@@ -290,6 +275,6 @@ def choose(
     tops, sums, raws = z.new_empty(3, N, n, dtype=torch.float32)
     token, (logp, raw) = z.new_empty(N, dtype=torch.int64), z.new_empty(2, N, dtype=torch.float32)
     _pieces[(N, n)](z, tops, sums, raws, V, temperature, 1024)
-    width = max(2, triton.next_power_of_2(n))
-    _choose[(N,)](z, tops, sums, raws, u, token, logp, raw, V, n, temperature, width, 1024)
+    _choose[(N,)](z, tops, sums, raws, u, token, logp, raw, V, n, temperature,
+                  max(2, triton.next_power_of_2(n)), 1024)
     return Choice(token, logp, raw)

@@ -25,12 +25,11 @@ class Optim:
 
     def __post_init__(self):
         if not self.clip > 0:
-            raise ValueError(f'clip={self.clip} would remove every gradient; give a large number to switch clipping off')
+            raise ValueError(f'clip={self.clip} would remove every gradient; a large number: no clipping')
 
 def schedule(
-    optim:Optim, # warm-up and schedule
-    steps:int,   # all steps of the run
-):               # -> function of the step's number (from 0) giving the factor on the rate
+    optim:Optim, steps:int, # its warm-up and schedule; all steps of the run
+):                          # -> function of the step's number (from 0) giving the factor on the rate
     "Warm-up, then constant or cosine."
     if optim.schedule not in ('cosine', 'constant'):
         raise ValueError(f"schedule is 'cosine' or 'constant', not {optim.schedule!r}")
@@ -47,11 +46,10 @@ def _is_matrix(p):
     return shape.numel() > 1 and len(shape) > 1
 
 def adamw(
-    params:list, # of one model
-    optim:Optim, # rate, betas and weight decay
+    params:list, optim:Optim, # of one model; rate, betas and weight decay
 )->torch.optim.AdamW:
     "AdamW, all parameters in one kernel, with weight decay on matrices only, told apart by their shape."
     groups = [dict(params=[p for p in params if _is_matrix(p)], weight_decay=optim.weight_decay),
               dict(params=[p for p in params if not _is_matrix(p)], weight_decay=0.)]
-    groups = [g for g in groups if g['params']]
-    return torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), fused=True)
+    return torch.optim.AdamW([g for g in groups if g['params']], lr=optim.lr, fused=True,
+                             betas=(optim.beta1, optim.beta2))

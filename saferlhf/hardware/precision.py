@@ -19,22 +19,20 @@ def finite(
     *xs:Tensor,  # any shapes
 ):               # the first of them
     "FloatingPointError unless every number is finite; asked before weights or lambda move."
-    sums = [x.detach().sum(dtype=torch.float32).isfinite() for x in xs]         # a sum may overflow where nothing is wrong
-    if xs and not torch.stack(sums).all() and not all(bool(x.isfinite().all()) for x in xs):
-        raise FloatingPointError(f'a {name} is NaN or infinite: look at the last samples, lower the learning rate '
-                                 'or raise kl_coef')
+    if xs and not torch.stack([x.detach().sum(dtype=torch.float32).isfinite() for x in xs]).all() and \
+       not all(bool(x.isfinite().all()) for x in xs):            # a sum may overflow where nothing is wrong
+        raise FloatingPointError(f'a {name} is NaN or infinite: look at the last samples, lower the learning '
+                                 'rate or raise kl_coef')
     return xs[0] if xs else None
 
 # %% ../../nbs/hardware/02_precision.ipynb #c1d90ffb
 def fast_precision()->str: # 'bf16' or 'fp32'
-    "'bf16' where this device has units for it. Asked, not timed: a busy moment must not change a run's numbers."
-    if torch.cuda.is_available(): return 'bf16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'fp32'
-    units = '_is_avx512_bf16_supported', '_is_amx_tile_supported'               # what torch does not know is not there
-    return 'bf16' if any(getattr(torch.cpu, name, bool)() for name in units) else 'fp32'
+    "'bf16' where this device has units for it. Asked, not timed: a busy moment must not change numbers."
+    if torch.cuda.is_available(): fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else: fast = any(getattr(torch.cpu, f'_is_{x}_supported', bool)() for x in ('avx512_bf16', 'amx_tile'))
+    return 'bf16' if fast else 'fp32'
 
-def sixteen_bits(
-    model, # nn.Module
-):         # the same
+def sixteen_bits(model): # nn.Module -> the same
     "Round the weights to bf16, apart from modules that the model wants in fp32."
     exact = set(getattr(model, '_keep_in_fp32_modules', None) or ())
     for name, p in model.named_parameters():
@@ -45,12 +43,12 @@ def sixteen_bits(
 def prepare(
     model,                # nn.Module; its transformer layers are changed in place
     compile:bool=False,   # compile one layer (all have the same code); pays off on a GPU, for many steps
-    recompute:bool=False, # activation checkpointing: keep each layer's input only, run it again in the backward pass
+    recompute:bool=False, # activation checkpointing: keep a layer's input only, run it again going backward
 ):                        # the same
     "Make the layers fast, or small."
-    rounds = dict(emulate_precision_casts=True)                                 # as plain code does
     for layer in model.modules():
         if not isinstance(layer, GradientCheckpointingLayer): continue
-        if compile: layer.forward = torch.compile(layer.forward, options=rounds)
+        if compile:                                                   # with the roundings of plain code
+            layer.forward = torch.compile(layer.forward, options=dict(emulate_precision_casts=True))
         if recompute: layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     return model

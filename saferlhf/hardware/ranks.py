@@ -13,11 +13,10 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 # %% ../../nbs/hardware/03_ranks.ipynb #d0598428
-_ROLES = 'actor', 'reference', 'reward', 'cost', 'critic-reward', 'critic-cost', 'model' # of the policy stage; 'model' in others
+_ROLES = 'actor', 'reference', 'reward', 'cost', 'critic-reward', 'critic-cost', 'model'     # of other stages
 _FROZEN = 'reference', 'reward', 'cost'
 _OFFLOAD = 'optimizer', 'weights', 'all'
 
@@ -29,7 +28,8 @@ def _check_offload(role, kind, zero): # a role, what of it is offloaded, the ZeR
     frozen, need = role in _FROZEN, f'offload {role}={kind}'
     _refuse((role not in _ROLES, f'no role {role!r} to offload; there are {", ".join(_ROLES)}'),
             (kind not in _OFFLOAD, f'offload {role}={kind!r}: it is one of {", ".join(_OFFLOAD)}'),
-            (frozen and kind != 'weights', f"{role} is frozen and has weights alone: offload {role}='weights'"),
+            (frozen and kind != 'weights',
+             f"{role} is frozen and has weights alone: offload {role}='weights'"),
             (kind == 'optimizer' and zero < 1, f'{need} needs zero of 1, 2 or 3, not {zero}'),
             (kind != 'optimizer' and zero != 3, f'{need} needs zero=3, not {zero}'),
             (kind == 'weights' and not frozen,
@@ -43,21 +43,23 @@ class Spread:
     nodes:int=1          # machines
     engine:str='torch'   # 'torch' for one rank, or 'deepspeed'
     zero:int=0           # ZeRO stage, for deepspeed
-    offload:dict=field(default_factory=dict) # role -> 'optimizer', 'weights' or 'all': what waits in the host's memory
+    offload:dict=field(default_factory=dict) # role -> 'optimizer', 'weights' or 'all': in the host's memory
     recompute:bool=False # activation checkpointing in trained models
-    micro_batch:int=0    # rows per backward pass on a rank, in SFT and score models; 0: all. PPO has `PPOConfig.micro_batch`
+    micro_batch:int=0    # rows per backward pass on a rank, in SFT and score models; 0: all. PPO has its own
     keep_sampler_weights:bool=False # under ZeRO-3: the sampler's gathered copy stays between rollouts
     hostfile:str=''      # of DeepSpeed's launcher, for several nodes
 
     def __post_init__(self):
         _refuse((min(self.gpus, self.nodes) < 1,
                  f'gpus={self.gpus}, nodes={self.nodes}: a stage needs at least one rank'),
-                (self.engine not in ('torch', 'deepspeed'), f"engine is 'torch' or 'deepspeed', not {self.engine!r}"),
+                (self.engine not in ('torch', 'deepspeed'),
+                 f"engine is 'torch' or 'deepspeed', not {self.engine!r}"),
                 (self.zero not in range(4), f'zero={self.zero}: ZeRO has the stages 0 to 3'),
                 (self.micro_batch < 0, f'micro_batch={self.micro_batch}: rows, or 0 for all at a time'),
                 (self.engine == 'torch' and self.ranks > 1,
                  f"{self.ranks} ranks need engine='deepspeed': torch trains on one"),
-                (self.engine == 'torch' and (self.zero or self.offload), "ZeRO and offload need engine='deepspeed'"))
+                (self.engine == 'torch' and (self.zero or self.offload),
+                 "ZeRO and offload need engine='deepspeed'"))
         for role, kind in self.offload.items(): _check_offload(role, kind, self.zero)
 
     ranks = property(lambda self: self.gpus * self.nodes)
@@ -65,7 +67,8 @@ class Spread:
     def load(self, role:str)->dict: # e.g. 'actor'; -> arguments of `engine.load`
         "How one model is loaded; ValueError for a role that no stage has."
         _refuse((role not in _ROLES, f'no role {role!r}; there are {", ".join(_ROLES)}'))
-        return dict(engine=self.engine, zero=self.zero, offload=self.offload.get(role, ''), recompute=self.recompute)
+        return dict(engine=self.engine, zero=self.zero, offload=self.offload.get(role, ''),
+                    recompute=self.recompute)
 
     @classmethod
     def wanted(cls)->'Spread':
@@ -75,10 +78,10 @@ class Spread:
     @classmethod
     def of(cls, fields:dict)->'Spread': # some of the fields; DeepSpeed is taken where it is needed
         "A spread from plain values; ValueError for unknown names."
-        unknown, known = sorted(set(fields) - set(cls.__dataclass_fields__)), ', '.join(cls.__dataclass_fields__)
-        _refuse((unknown, f'a spread has no {unknown}: it has {known}'))
-        several = fields.get('gpus', 1) * fields.get('nodes', 1) > 1
-        needed = several or fields.get('zero') or fields.get('offload')
+        unknown = sorted(set(fields) - set(cls.__dataclass_fields__))
+        _refuse((unknown, f'a spread has no {unknown}: it has {", ".join(cls.__dataclass_fields__)}'))
+        needed = (fields.get('gpus', 1) * fields.get('nodes', 1) > 1 or fields.get('zero')
+                  or fields.get('offload'))
         return cls(**{'engine': 'deepspeed' if needed else 'torch'} | fields)
 
     def plain(self)->dict:
@@ -88,8 +91,8 @@ class Spread:
 # %% ../../nbs/hardware/03_ranks.ipynb #e01cbb5a
 def device():
     "This rank's device."
-    if not torch.cuda.is_available(): return torch.device('cpu')
-    return torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)))
+    local = int(os.environ.get('LOCAL_RANK', 0))
+    return torch.device('cuda', local) if torch.cuda.is_available() else torch.device('cpu')
 
 def ranks()->int:
     "How many processes share this job."
@@ -102,21 +105,18 @@ def rank()->int:
 def _bounds(n, r): # first row of rank r, of n rows; the last one's end for r = ranks()
     return r * n // ranks()
 
-def rank_slice(
-    n:int, # rows of the global batch
-)->slice:
+def rank_slice(n:int)->slice: # rows of the global batch
     "This rank's rows; ValueError when there are fewer rows than ranks."
     _refuse((n < ranks(), f'{n} rows cannot be shared by {ranks()} ranks: use fewer GPUs'))
     return slice(_bounds(n, rank()), _bounds(n, rank() + 1))
 
 def rank_pieces(
-    n:int,      # rows of the global batch
-    size:int=0, # most rows of a piece; 0: no limit
-)->list:        # (rows (b,), 1. or 0.); as many on every rank, and what is 0. must not count
+    n:int, size:int=0, # rows of the global batch; most rows of a piece, 0: no limit
+)->list:               # (rows (b,), 1. or 0.); as many on every rank, and what is 0. must not count
     "This rank's rows in pieces, one for each backward pass."
     most = -(-n // ranks())
     size, rows = size or most, torch.arange(_bounds(n, rank()), _bounds(n, rank() + 1))
-    pieces = [rows[k:k + size] for k in range(0, most, size)]
+    pieces = (rows[k:k + size] for k in range(0, most, size))
     return [(p, 1.) if len(p) else (torch.tensor([0]), 0.) for p in pieces]
 
 # %% ../../nbs/hardware/03_ranks.ipynb #86c39628
@@ -134,36 +134,28 @@ def gather(
     return torch.cat(out)
 
 def _all_reduce(x, op=dist.ReduceOp.SUM):
-    if ranks() == 1: return x
-    x = x.clone()
-    dist.all_reduce(x, op)
+    if ranks() > 1: dist.all_reduce(x := x.clone(), op)
     return x
 
-def total(
-    x:Tensor, # any shape
-)->Tensor:
+def total(x:Tensor)->Tensor: # any shape
     "Sum over ranks."
     return _all_reduce(x)
 
-def largest(
-    x:Tensor, # any shape
-)->Tensor:
+def largest(x:Tensor)->Tensor: # any shape
     "Largest over ranks."
     return _all_reduce(x, dist.ReduceOp.MAX)
 
-def widest(
-    x:Tensor, # (b, t) this rank's rows, padded on the right
-)->Tensor:    # (b, T)
+def widest(x:Tensor)->Tensor: # (b, t) this rank's rows, padded on the right -> (b, T)
     "Padded with zeros to the longest row of all ranks."
     if ranks() == 1: return x
-    T = largest(torch.tensor(float(x.shape[1]), device=x.device))
-    return F.pad(x, (0, int(T) - x.shape[1]))
+    T = int(largest(torch.tensor(float(x.shape[1]), device=x.device)))
+    return torch.nn.functional.pad(x, (0, T - x.shape[1]))
 
 def reduce_mean(
     metrics:dict,     # name -> number or tensor ()
     weight:float=1.,  # e.g. this rank's number of rows
 )->dict:              # name -> float
     "Weighted mean over ranks of all metrics, in one collective, and one transfer from the device."
-    x = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device()) for v in [*metrics.values(), 1.]])
-    x = total(x * weight)
+    values = [torch.as_tensor(v, dtype=torch.float64, device=device()) for v in [*metrics.values(), 1.]]
+    x = total(torch.stack(values) * weight)
     return dict(zip(metrics, (x[:-1] / x[-1]).tolist(), strict=True))
