@@ -117,7 +117,7 @@ def test_the_command_of_several_nodes(monkeypatch, tmp_path):
     assert line[1:9] == told and line[10:] == target
     assert line[0].endswith('deepspeed')
     monkeypatch.setenv('SLURM_JOB_ID', '7'); monkeypatch.setenv('SLURM_JOB_NODELIST', 'a[1-2]')
-    monkeypatch.setattr('saferlhf.record.execute.first_node', lambda: 'a1')
+    monkeypatch.setattr('saferlhf.record.launch.first_node', lambda: 'a1')
     line = ' '.join(ranks_command(target, Spread.of(dict(gpus=8, nodes=2))))
     assert line.startswith('srun --nodes=2 --ntasks-per-node=1') and '--nproc-per-node=8' in line and '--rdzv-endpoint=a1:29500' in line
 
@@ -127,7 +127,7 @@ def test_a_machine_that_breaks_ends_the_others(monkeypatch):
     said = ['nodeb: Traceback (most recent call last):', 'nodeb: ValueError: the rows of nodeb are bad',
             'nodeb: [ERROR] [launch.py:259:sigkill_handler] x exits with return code = 1', 'pdsh@a: nodeb: ssh exited with exit code 1']
     waits = "trap 'echo ended; exit 3' TERM; printf '%s\\n' \"$@\"; for i in $(seq 600); do sleep .1; done"
-    monkeypatch.setattr('saferlhf.record.execute.ranks_command', lambda *a: ['bash', '-c', waits, 'bash', *said])
+    monkeypatch.setattr('saferlhf.record.launch.ranks_command', lambda *a: ['bash', '-c', waits, 'bash', *said])
     start = time.time()
     with pytest.raises(RuntimeError) as e: launch(['-m', 'x'], Spread.of(dict(nodes=2, hostfile='hosts')))
     assert str(e.value).splitlines()[0] == '2 ranks stopped; one on nodeb first: ValueError: the rows of nodeb are bad'
