@@ -16,7 +16,7 @@ from torch import Tensor
 from .advantages import gae, kl_per_token, token_rewards
 from .engine import Optim
 from .hardware.precision import finite
-from .hardware.ranks import gather, largest, own, parts, ranks, total, widest
+from .hardware.ranks import gather, largest, rank_pieces, rank_slice, ranks, total, widest
 from .losses import actor_loss, critic_loss, masked_mean
 from .models import token_logps
 from .objectives import Multiplier, Objective, combine, cost_only, ppo, ppo_lag, reward_shaping
@@ -189,7 +189,7 @@ class Experience(NamedTuple):
         size:int,    # most rows in a micro-batch
     )->list:         # of `MicroBatch`
         "Cut a minibatch (this rank's share of it) into micro-batches."
-        pieces = rows[own(len(rows))].split(size)
+        pieces = rows[rank_slice(len(rows))].split(size)
         return [self._take(p, len(rows) / ranks(), k == len(pieces) - 1) for k, p in enumerate(pieces)]
 
     def _take(self, rows, n, last):
@@ -204,7 +204,7 @@ def _ptx_batches(
 )->list:       # of `_PTXBatch`
     "Cut supervised rows (this rank's share of them) into micro-batches."
     if ptx is None: return []
-    pieces, n = parts(len(ptx['mask']), size), len(ptx['mask']) / ranks()
+    pieces, n = rank_pieces(len(ptx['mask']), size), len(ptx['mask']) / ranks()
     return [_PTXBatch({k: v[rows] for k, v in ptx.items()}, weight, n, i == len(pieces) - 1)
             for i, (rows, weight) in enumerate(pieces)]
 
@@ -255,12 +255,12 @@ def _explained(returns, values, mask): # share of the returns' variance that a c
 
 # %% ../nbs/method/10_ppo.ipynb #c943d5e1
 def _share(batch): # name -> (B, ...); this rank's rows
-    return batch if ranks() == 1 else {k: v[own(len(v))] for k, v in batch.items()}
+    return batch if ranks() == 1 else {k: v[rank_slice(len(v))] for k, v in batch.items()}
 
 def _gather_ranks(rollout, scores, kl, values): # this rank's -> those of all ranks, in prompt order
     rows = lambda x: gather(widest(x) if x.ndim > 1 else x)
     every = lambda channels: {name: rows(x) for name, x in channels.items()}
-    return rollout.everyones(), every(scores), rows(kl), every(values)
+    return rollout.gather_ranks(), every(scores), rows(kl), every(values)
 
 def _over_ranks(sums): # name -> (); added up over ranks, in one collective
     if ranks() == 1: return sums

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 from .engine import Optim, reduce_mean
 from .hardware.packing import with_host
-from .hardware.ranks import gather, parts, rank, ranks, total
+from .hardware.ranks import gather, rank, rank_pieces, ranks, total
 from .losses import cost_loss, lm_loss, lm_loss_from_logp, reward_loss
 from .models import gather_logps, token_logps
 from .text import batch_indices, encode_prompt, encode_response, pad, pair_batch
@@ -169,7 +169,7 @@ def _to(device, batch): # name -> tensor, on the device; tensors remember where 
 
 def _backward(engine, n, micro_batch, loss): # loss: function of row numbers, and whether they count: 1. or 0.
     "Backward passes over this rank's part of n rows; the sum of their losses, as a mean over ranks."
-    pieces, out = parts(n, micro_batch), 0.
+    pieces, out = rank_pieces(n, micro_batch), 0.
     for k, (rows, real) in enumerate(pieces):
         piece = real * loss(rows, real)
         engine.backward(piece, last=k == len(pieces) - 1)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 import saferlhf.ppo as ppo
 from bench import CASE, SIZES, device_name, prompts, ptx, six_models, timed, versions, wait
-from saferlhf.engine import deepspeed
+from saferlhf.hardware.zero import deepspeed
 from saferlhf.hardware.ranks import Spread, device, largest, rank, ranks
 from saferlhf.objectives import Multiplier, ppo_lag
 from saferlhf.record.launch import launch, rank_target
@@ -47,7 +47,7 @@ def scale_step(
     S, T, n = case['prompt_tokens'], case['new_tokens'], case['prompts_per_gpu'] * ranks()
     config = ppo.PPOConfig(prompts=n, max_new_tokens=T, micro_batch=case['micro_batch'], window=n)
     vocab, clock, rows = SIZES[case['size']]['vocab_size'], {}, []
-    sampler, objective = Sampler(models[0], None, T, keep=spread.keep), ppo_lag(Multiplier(window=n))
+    sampler, objective = Sampler(models[0], None, T, keep=spread.keep_sampler_weights), ppo_lag(Multiplier(window=n))
     batches, gpu = (prompts(n, S, vocab), ptx(n, S, T, vocab)), torch.cuda.is_available()
     with ExitStack() as stack:
         stack.enter_context(timed(sampler, 'generate', 'rollout', clock))

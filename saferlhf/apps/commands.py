@@ -26,7 +26,7 @@ _SPREAD = _GPUS | {
     '--recompute': dict(action='store_true', help='activation checkpointing: less memory, more time'),
     '--micro-batch': dict(type=int, default=0, metavar='ROWS', help='rows of a backward pass on each rank in '
                           'fine-tuning and score models (default: 0, all)'),
-    '--keep': dict(action='store_true', help="under ZeRO 3, keep the sampler's weights between rollouts")}
+    '--keep-sampler-weights': dict(action='store_true', help="under ZeRO 3, keep the sampler's weights between rollouts")}
 
 # %% ../../nbs/apps/07_commands.ipynb #8ee2708c
 def _list(a):
@@ -178,6 +178,6 @@ def _spread(a): # as JSON for the stages; '' for one rank
     if wrong := [x for x in a.offload if '=' not in x]:
         raise ValueError(f'write --offload ROLE=WHAT, e.g. reference=weights, not {wrong}')
     a.offload, default = dict(x.split('=', 1) for x in a.offload), Spread()
-    names = 'gpus', 'nodes', 'hostfile', 'zero', 'offload', 'recompute', 'micro_batch', 'keep'
+    names = 'gpus', 'nodes', 'hostfile', 'zero', 'offload', 'recompute', 'micro_batch', 'keep_sampler_weights'
     told = {k: getattr(a, k) for k in names if getattr(a, k) != getattr(default, k)}
     return json.dumps(Spread.of(told).plain()) if told else ''

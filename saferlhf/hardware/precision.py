@@ -15,40 +15,40 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 # %% ../../nbs/hardware/02_precision.ipynb #2b7947ea
 def finite(
-    what:str,    # for the message: 'loss', 'gradient', 'reward', 'cost'
+    name:str,    # for the message: 'loss', 'gradient', 'reward', 'cost'
     *xs:Tensor,  # any shapes
 ):               # the first of them
     "FloatingPointError unless every number is finite; asked before weights or lambda move."
     if xs and not torch.stack([x.detach().sum(dtype=torch.float32).isfinite() for x in xs]).all() and \
-       not all(bool(x.isfinite().all()) for x in xs):           # a sum may overflow where nothing else is wrong
-        raise FloatingPointError(f'a {what} is NaN or infinite: look at the last samples, lower the learning rate or raise kl_coef')
+       not all(bool(x.isfinite().all()) for x in xs):            # a sum may overflow where nothing is wrong
+        raise FloatingPointError(f'a {name} is NaN or infinite: look at the last samples, lower the learning '
+                                 'rate or raise kl_coef')
     return xs[0] if xs else None
 
 # %% ../../nbs/hardware/02_precision.ipynb #c1d90ffb
 def fast_precision()->str: # 'bf16' or 'fp32'
-    "'bf16' where this device has units for it. Asked, not timed: a busy moment must not change a run's numbers."
-    if torch.cuda.is_available(): return 'bf16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'fp32'
-    has = lambda name: getattr(torch.cpu, name, bool)()
-    return 'bf16' if has('_is_avx512_bf16_supported') or has('_is_amx_tile_supported') else 'fp32'
+    "'bf16' where this device has units for it. Asked, not timed: a busy moment must not change numbers."
+    if torch.cuda.is_available(): fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else: fast = any(getattr(torch.cpu, f'_is_{x}_supported', bool)() for x in ('avx512_bf16', 'amx_tile'))
+    return 'bf16' if fast else 'fp32'
 
-def sixteen_bits(
-    model, # nn.Module
-):         # the same
+def sixteen_bits(model): # nn.Module -> the same
     "Round the weights to bf16, apart from modules that the model wants in fp32."
-    keep = tuple(getattr(model, '_keep_in_fp32_modules', None) or ())
+    exact = set(getattr(model, '_keep_in_fp32_modules', None) or ())
     for name, p in model.named_parameters():
-        if not any(k in name.split('.') for k in keep): p.data = p.data.bfloat16()
+        if exact.isdisjoint(name.split('.')): p.data = p.data.bfloat16()
     return model
 
 # %% ../../nbs/hardware/02_precision.ipynb #0bac2d0d
 def prepare(
     model,                # nn.Module; its transformer layers are changed in place
     compile:bool=False,   # compile one layer (all have the same code); pays off on a GPU, for many steps
-    recompute:bool=False, # activation checkpointing: keep only each layer's input, and run the layer again in the backward pass
+    recompute:bool=False, # activation checkpointing: keep a layer's input only, run it again going backward
 ):                        # the same
     "Make the layers fast, or small."
     for layer in model.modules():
         if not isinstance(layer, GradientCheckpointingLayer): continue
-        if compile: layer.forward = torch.compile(layer.forward, options=dict(emulate_precision_casts=True))  # rounds as plain code does
+        if compile:                                                   # with the roundings of plain code
+            layer.forward = torch.compile(layer.forward, options=dict(emulate_precision_casts=True))
         if recompute: layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     return model

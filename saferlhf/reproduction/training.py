@@ -145,7 +145,8 @@ def train_policy(
     seed_all(run.seed + 1000 * run.manifest['round'])
     objective, (tokenizer, prompts, _, supervised) = make_objective(config), policy_data(run)
     actor, reference, critics, scorers = policy_models(run, config, spread, objective)
-    sampler = Sampler(actor, tokenizer.eos_token_id, config.max_new_tokens, config.temperature, seed=run.seed, keep=spread.keep)
+    sampler = Sampler(actor, tokenizer.eos_token_id, config.max_new_tokens, config.temperature, seed=run.seed,
+                      keep=spread.keep_sampler_weights)
     looks = probe_steps(config.steps, config.probes)
     if looks:
         gold = gold_score(model_path(parents, 'gold'), config.max_prompt_tokens, config.max_new_tokens)

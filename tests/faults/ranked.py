@@ -15,7 +15,8 @@ def train(folder, zero, stop, fault, seeded=True):
     "Six steps of a policy on this rank's half of the rows; at step `stop` a fault, or the end without one."
     import logging
     import torch
-    from saferlhf.engine import Optim, deepspeed, load
+    from saferlhf.engine import Optim, load
+    from saferlhf.hardware.zero import deepspeed
     from saferlhf.models import load_lm, token_logps
     from saferlhf.hardware.ranks import rank, ranks
     from saferlhf.hardware.seeds import seed_all

@@ -1,7 +1,8 @@
 "Every kernel against its plain form: on a GPU as it is, on a CPU with TRITON_INTERPRET=1. Prints the largest error of each."
 import torch
-from saferlhf.hardware.kernels import (add_norm, attend_cache, choose, gate, on_gpu, pieces_choose, plain_add_norm, plain_attend_cache,
-                              plain_choose, plain_gate, plain_rotate_append, rotate_append)
+from saferlhf.hardware.kernels import (_on_gpu, _pieces_choose, _plain_add_norm, _plain_attend_cache, _plain_gate,
+                                       _plain_rotate_append, add_norm, attend_cache, choose, gate, plain_choose,
+                                       rotate_append)
 
 device = 'cuda' if torch.cuda.is_available() else 'cpu'
 types = (torch.float32, torch.bfloat16) if device == 'cuda' else (torch.float32,)
@@ -26,15 +27,15 @@ def check(name, cases):
 def norms(dtype):
     for n, d in ((1, 7), (5, 192), (3, 2048)):
         x, h, w = (torch.randn(*s, device=device, dtype=dtype) for s in ((n, d), (n, d), (d,)))
-        yield error(add_norm(x, h, w, 1e-6), plain_add_norm(x, h, w, 1e-6))
-        yield error(add_norm(x, None, w, 1e-6), plain_add_norm(x, None, w, 1e-6))
+        yield error(add_norm(x, h, w, 1e-6), _plain_add_norm(x, h, w, 1e-6))
+        yield error(add_norm(x, None, w, 1e-6), _plain_add_norm(x, None, w, 1e-6))
 
 
 def gates(dtype):
     for n, f in ((1, 3), (4, 1500), (3, 5632)):
         for act in ('silu', 'gelu'):
             x = 3 * torch.randn(n, 2 * f, device=device, dtype=dtype)
-            yield error([gate(x, act)], [plain_gate(x, act)])
+            yield error([gate(x, act)], [_plain_gate(x, act)])
 
 
 def attention(dtype):
@@ -48,7 +49,7 @@ def attention(dtype):
         for k, v in caches[:1]:                                                  # what lies beyond the used part must not matter
             for b in range(N): k[b, :, pos[b] + 1:], v[b, :, pos[b] + 1:] = float('nan'), float('nan')
         got = attend_cache(qkv, *caches[0], pos, cos, sin, D ** -.5)
-        want = plain_attend_cache(qkv, *caches[1], pos, cos, sin, D ** -.5)
+        want = _plain_attend_cache(qkv, *caches[1], pos, cos, sin, D ** -.5)
         used = torch.arange(L, device=device) <= pos[:, None]
         yield error([got, *(x[:N].transpose(1, 2)[used] for x in caches[0])], [want, *(x[:N].transpose(1, 2)[used] for x in caches[1])])
 
@@ -62,7 +63,7 @@ def prompts(dtype):
         place = torch.randperm(slots * 12, device=device)[:N]                    # slots and positions without order
         caches = [(ks.clone(), vs.clone()) for _ in range(2)]
         got, want = (f(qkv.clone(), angle.cos().to(dtype), angle.sin().to(dtype), place // 12, place % 12, *c)
-                     for f, c in zip((rotate_append, plain_rotate_append), caches, strict=True))
+                     for f, c in zip((rotate_append, _plain_rotate_append), caches, strict=True))
         yield error([*got, *caches[0]], [*want, *caches[1]])
 
 
@@ -78,11 +79,11 @@ def tokens(dtype):
             assert ((got[0] >= 0) & (got[0] < V)).all()
             yield error([x[same] for x in got[1:]], [x[same] for x in want[1:]])
             if device == 'cuda': continue
-            got = pieces_choose(z, u, temperature)                               # a CPU's way, which needs no interpreter
+            got = _pieces_choose(z, u, temperature)                               # a CPU's way, which needs no interpreter
             assert ((same := got[0] == want[0])[:2]).all() and same.sum() >= 62
             yield error([x[same] for x in got[1:]], [x[same] for x in want[1:]])
 
 
-assert on_gpu(torch.zeros(1, device=device)), 'no GPU and no interpreter: nothing would be compared'
+assert _on_gpu(torch.zeros(1, device=device)), 'no GPU and no interpreter: nothing would be compared'
 for name, cases in dict(add_norm=norms, gate=gates, attend_cache=attention, rotate_append=prompts, choose=tokens).items():
     check(name, cases)

@@ -85,9 +85,9 @@ def weights(engine):
 
 
 def partitioned(folder): # numbers that a rank holds while a model is made, before an engine has it
-    from saferlhf.engine import sharded, zero_config
+    from saferlhf.hardware.zero import _config, _sharded
     held = {}
-    with sharded(zero_config(None, 3)):
+    with _sharded(_config(None, 3)):
         held['lm'] = [p.numel() for p in load_lm(folder/'actor').parameters()]
         held['score'] = [p.numel() for p in ScoreModel.from_pretrained(folder/'cost').body.parameters()]
     held['after'] = [p.numel() for p in load_lm(folder/'actor').parameters()]      # the next one may be whole
@@ -100,7 +100,7 @@ def stages(folder, **how): return dict(ppo=ppo(folder, **how), sft=supervised(fo
 def everything(folder):
     "On every rank."
     import logging
-    from saferlhf.engine import deepspeed
+    from saferlhf.hardware.zero import deepspeed
     deepspeed(); logging.disable(logging.WARNING); torch.set_num_threads(1)
     folder = Path(folder)
     for engine, zero, offload in CASES:

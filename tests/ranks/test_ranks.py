@@ -30,7 +30,7 @@ def plain(folder): return stages.stages(folder)                                 
 
 @pytest.fixture(scope='module')
 def processes(): # they import what this one imports
-    where = os.pathsep.join(map(str, (Path(saferlhf.__file__).parents[1], ROOT/'tests/ranks')))
+    where = os.pathsep.join(map(str, (Path(saferlhf.__file__).parents[1], ROOT/'tests', ROOT/'tests/ranks')))
     with pytest.MonkeyPatch.context() as m:
         m.setenv('PYTHONPATH', where); m.setenv('OMP_NUM_THREADS', '1')
         yield

@@ -5,9 +5,11 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 import pytest
 import torch
-from saferlhf.engine import Optim, TorchEngine, adamw, gather, load, reduce_mean, schedule, zero_config
+from saferlhf.engine import Optim, TorchEngine, adamw, load, reduce_mean, schedule
 from saferlhf.models import TINY, ScoreModel, load_lm, tiny_model, token_logps
 from saferlhf.hardware.precision import fast_precision, prepare
+from saferlhf.hardware.ranks import gather
+from saferlhf.hardware.zero import _config
 from tiny import close, lm, prompt_rows, scorer
 
 OPTIM = Optim(lr=3e-3, weight_decay=.1, warmup=.3, clip=.05)                   # clipping is active: the norms are larger
@@ -33,7 +35,7 @@ def trajectory(path, engine, zero=0, steps=6): # losses and norms of a policy wi
 
 def all_stages(path): # in a process of its own: ZeRO-3 changes how models are made in the whole process
     import logging
-    from saferlhf.engine import deepspeed
+    from saferlhf.hardware.zero import deepspeed
     deepspeed(); logging.disable(logging.WARNING)
     more = dict(resumed=resumed, refused=refused, narrow=narrow)
     return {zero: trajectory(path, 'deepspeed', zero) | {k: f(path, zero) for k, f in more.items()} for zero in range(4)}
@@ -125,14 +127,14 @@ def test_unknown_engine():
 
 
 def test_zero_config():
-    config = zero_config(OPTIM, 2, 'bf16')
+    config = _config(OPTIM, 2, 'bf16')
     assert config['zero_optimization']['stage'] == 2 and config['bf16']['enabled'] and config['gradient_clipping'] == .05
-    assert zero_config(None)['gradient_clipping'] == 0
-    both = zero_config(OPTIM, 3, offload='all')['zero_optimization']
+    assert _config(None)['gradient_clipping'] == 0
+    both = _config(OPTIM, 3, offload='all')['zero_optimization']
     assert both['offload_optimizer']['device'] == both['offload_param']['device'] == 'cpu'
-    assert set(zero_config(OPTIM, 1, offload='optimizer')['zero_optimization']) == {'stage', 'offload_optimizer'}
-    assert set(zero_config(None, 3, offload='weights')['zero_optimization']) == {'stage', 'offload_param'}
-    assert [zero_config(None, z)['zero_optimization']['stage'] for z in range(4)] == [0, 0, 0, 3]   # frozen: nothing to shard but weights
+    assert set(_config(OPTIM, 1, offload='optimizer')['zero_optimization']) == {'stage', 'offload_optimizer'}
+    assert set(_config(None, 3, offload='weights')['zero_optimization']) == {'stage', 'offload_param'}
+    assert [_config(None, z)['zero_optimization']['stage'] for z in range(4)] == [0, 0, 0, 3]   # frozen: nothing to shard but weights
 
 
 # --- the rate

@@ -6,7 +6,7 @@ from saferlhf.engine import Optim, TorchEngine
 from saferlhf.models import token_logps
 from saferlhf.hardware.kernels import choose
 from saferlhf.rollout import Rollout, Sampler, by_length, perplexities, respond, score_texts
-from saferlhf.hardware.sampler import mix, nucleus, uniforms
+from saferlhf.hardware.sampler import _mix, _nucleus, uniforms
 from saferlhf.text import encode_prompt, encode_response, pad, prompt_batch
 from tiny import FAMILIES, close, lm, loud, prompt_rows, scorer, sentences, tiny_model, tokenizer
 
@@ -27,7 +27,7 @@ def splitmix(x): # the published finaliser, in Python's unbounded integers
 
 def test_mix():
     x = torch.tensor([0, 1, -1, 2**63 - 1, -2**63, 123456789], dtype=torch.int64)
-    assert (mix(x).numpy().view(np.uint64) == np.array([splitmix(int(v) % 2**64) for v in x], dtype=np.uint64)).all()
+    assert (_mix(x).numpy().view(np.uint64) == np.array([splitmix(int(v) % 2**64) for v in x], dtype=np.uint64)).all()
 
 
 def test_uniforms():
@@ -171,7 +171,7 @@ def test_the_policys_own_probabilities_are_recorded(arch):
 
 def test_nucleus_by_hand():
     z = torch.tensor([[.1, .5, .3, .1]]).log()
-    kept = lambda p: (nucleus(z, p)[0] > -torch.inf).tolist()
+    kept = lambda p: (_nucleus(z, p)[0] > -torch.inf).tolist()
     assert kept(.5) == [False, True, False, False] and kept(.51) == [False, True, True, False]
     assert kept(1.) == [True] * 4 and kept(.85).count(True) == 3
     r = rolled(top_p=.6)
