@@ -51,13 +51,14 @@ def scale_step(
     batches, gpu = (prompts(n, S, vocab), ptx(n, S, T, vocab)), torch.cuda.is_available()
     with ExitStack() as stack:
         stack.enter_context(timed(sampler, 'generate', 'rollout', clock))
-        stack.enter_context(timed(ppo, 'update', 'update', clock))
+        stack.enter_context(timed(ppo, '_roll_out', 'experience', clock))
         for k in range(case['steps'] + 1):
             if gpu and k == 1: torch.cuda.reset_peak_memory_stats()
             clock.clear(); wait(); start = time.perf_counter()
             metrics = ppo.ppo_step(*models, sampler, *batches, objective, config, k)
             [float(x) for x in metrics.values()]; wait()
-            rows.append([time.perf_counter() - start, clock['rollout'], clock['update']])
+            took = time.perf_counter() - start
+            rows.append([took, clock['rollout'], took - clock['experience']])
             say('step {}: {:.2f} s, rollout {:.2f}, updates {:.2f}'.format(k, *rows[-1]), flush=True)
     peak = torch.cuda.max_memory_allocated() / 1e9 if gpu else float('nan')
     median = torch.tensor(rows[1:], dtype=torch.float64).median(0).values.tolist()
