@@ -29,10 +29,10 @@ def cells(path:Path) -> list[dict]:
 
 @lru_cache
 def notebook_functions(name:str) -> SimpleNamespace:
-    "What a notebook ('paper/rounds') defines: its cells that only import, define, or give a name in capitals a value."
+    "What a notebook ('paper/rounds') defines: its cells that only import, define, or set names in capitals."
     def defines(node):
-        if isinstance(node, ast.Assign): return all(isinstance(t, ast.Name) and t.id.isupper() for t in names(node.targets))
-        return isinstance(node, (ast.Import, ast.ImportFrom, ast.FunctionDef))
+        if not isinstance(node, ast.Assign): return isinstance(node, (ast.Import, ast.ImportFrom, ast.FunctionDef))
+        return all(isinstance(t, ast.Name) and t.id.isupper() for t in names(node.targets))
     def names(targets): return [n for t in targets for n in (t.elts if isinstance(t, ast.Tuple) else [t])]
     found = {}
     for c in cells(ROOT/f'nbs/{name}.ipynb'):

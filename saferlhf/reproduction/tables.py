@@ -36,14 +36,12 @@ class Results:
         root = Path(self.folder) if self.folder else _home() / 'data' / 'results'
         own, shared = root / self.profile / f'{name}.csv', root / f'{name}.csv'
         return shared if shared.exists() and not own.exists() else own
-
     def every(self,
         name:str,              # file name without .csv
     ) -> pd.DataFrame | None:  # rows of all seeds; None when there is no such file
         "Read one results file, whatever the seed."
         path = self.path(name)
         return pd.read_csv(path, dtype={'round': str}) if path.exists() else None
-
     def read(self,
         name:str,       # file name without .csv
     ) -> pd.DataFrame:  # rows of this seed. FileNotFoundError, naming a command, when there are none
@@ -53,7 +51,6 @@ class Results:
         if df is not None and len(df): return df.reset_index(drop=True)
         raise FileNotFoundError(f'not run: make reproduce PROFILE={self.profile}   '
                                 f'(writes {name}.csv; asked for seed {self.seed})')
-
     def save(self,
         fig:Figure, name:str,  # a figure and its file name without ending
         notebook:str,          # the notebook that draws it, as a path in the project
@@ -67,7 +64,7 @@ class Results:
         runs = {str(r) for df in frames for r in df.run_id.dropna()}
         return save(fig, name, notebook, [self.path(f) for f in files], sorted(runs), folder)
 
-# %% ../../nbs/reproduction/12_tables.ipynb #88a98cb7
+# %% ../../nbs/reproduction/12_tables.ipynb #6238c6f5
 def interval(
     x:float, low:float = math.nan, high:float = math.nan,  # a value and its interval; NaN: it has none
     unit:float = 1,    # 100 for fractions in per cent
@@ -124,38 +121,33 @@ _WHAT = {('reward', 'rank'): 'reward model: the more helpful answer',
         'harmful or not'}
 _RULES = {'longer': 'longer answer', 'majority': 'majority class', 'tfidf': 'TF-IDF + logistic regression'}
 
-def _cells(df, model, metric, label_source):
-    "The four cells of one line of Table 1, 'not run' where absent."
-    d = df[(df.model == model) & (df.metric == metric) & (df.label_source == label_source)]
-    d = d.drop_duplicates('round', keep='last').set_index('round')
-    return [percent(*d.loc[r, ['value', 'low', 'high']]) if r in d.index else 'not run' for r in _ROUNDS]
-
 def table1(
     df:pd.DataFrame,             # rows of table1.csv
     label_source:str = 'human',  # the headline's labels; other sources get lines of their own
 ) -> pd.DataFrame:               # text cells: per metric the paper, ours by label source, the trivial rules
     "Table 1: test accuracies in per cent, [95% intervals], ours beside the paper's and the trivial rules."
-    df, lines = df.astype({'round': str}), []
+    names, lines = ['model', 'metric', 'label_source', 'round'], []
+    df = df.astype({'round': str}).drop_duplicates(names, keep='last')
+    keys = df.set_index(names)[['value', 'low', 'high']].sort_index()
+    cell = lambda *key: percent(*keys.loc[key]) if key in keys.index else 'not run'
+    cells = lambda *key: [cell(*key, r) for r in _ROUNDS]
     for (model, metric), what in _WHAT.items():
-        ours = df[(df.model == model) & (df.metric == metric)]
-        others = sorted(set(ours.label_source) - {label_source})
+        others = sorted(set(df.label_source[(df.model == model) & (df.metric == metric)]) - {label_source})
         rules = ('majority', 'tfidf') if metric == 'sign' else ('longer', 'tfidf')
         lines.append((what, 'paper', *(f'{100*v:.2f}' for v in PAPER_TABLE1[model, metric].values())))
-        lines += [('', f'ours, {s} labels', *_cells(df, model, metric, s)) for s in [label_source, *others]]
-        lines += [('', f'{_RULES[r]}, {label_source} labels',
-                   *_cells(df, r, f'{model}-{metric}', label_source)) for r in rules]
+        lines += [('', f'ours, {s} labels', *cells(model, metric, s)) for s in [label_source, *others]]
+        lines += [('', f'{_RULES[r]}, {label_source} labels', *cells(r, f'{model}-{metric}', label_source))
+                  for r in rules]
     return pd.DataFrame(lines, columns=['accuracy, %', 'whose', 'round 1', 'round 2', 'round 3', 'unified'])
 
-# %% ../../nbs/reproduction/12_tables.ipynb #bd1841cd
-_ONCE = ('base_lm', 'gold_base', 'gold', 'sft', 'two_token')
-_ROUND_STAGES = ('collect', 'reward', 'cost', 'policy')
-_AROUND = ('reward-0', 'cost-0', 'judge', 'reward-only', 'evaluate')
+# %% ../../nbs/reproduction/12_tables.ipynb #e1c8e55d
+_PARTS = (('base_lm', 'gold_base', 'gold', 'sft', 'two_token'),
+          tuple(f'{kind}-{r}' for r in (1, 2, 3) for kind in ('collect', 'reward', 'cost', 'policy')),
+          ('reward-0', 'cost-0', 'judge', 'reward-only', 'evaluate'))
 
 def stage_order(
     stage:str,  # a name from times.csv
 ) -> tuple:     # 0: made once, 1: the rounds, 2: around them, 3: comparisons; then its place there
     "Where a stage stands in a reproduction; rows of times.csv come in the order of their names."
-    kind, _, r = stage.partition('-')
-    if stage in _ONCE: return 0, _ONCE.index(stage)
-    if r in ('1', '2', '3') and kind in _ROUND_STAGES: return 1, int(r), _ROUND_STAGES.index(kind)
-    return (2, _AROUND.index(stage)) if stage in _AROUND else (3, stage)
+    part = next((i for i, names in enumerate(_PARTS) if stage in names), 3)
+    return part, _PARTS[part].index(stage) if part < 3 else stage

@@ -8,12 +8,10 @@ __all__ = ['at_common_kl', 'frontier', 'outside', 'show', 'all_questions']
 # %% ../../nbs/reproduction/14_verdicts.ipynb #0d4d5a8e
 import math
 from pathlib import Path
-
 import numpy as np
 import pandas as pd
 from scipy import stats
 from scipy.optimize import brentq
-
 from ..evaluate import over_seeds
 from .tables import interval
 
@@ -32,9 +30,8 @@ def _ratio_over_prompts(a, sa, b, sb):
     half = 1.96 * math.sqrt((sa / a) ** 2 + (sb / b) ** 2)
     return a / b, a / b * math.exp(-half), a / b * math.exp(half)
 
-# %% ../../nbs/reproduction/14_verdicts.ipynb #c80a1ebb
 def _detectable(n, power=.8):
-    "The smallest difference, in sd of paired differences, that a 5% test of n pairs finds."
+    "The smallest difference, in sd of paired differences, that a two-sided 5% test of n pairs finds."
     t = stats.t.ppf(.975, n - 1)
     return brentq(lambda d: stats.nct.sf(t, n - 1, d * math.sqrt(n)) - power, 0., 30 / math.sqrt(n))
 
@@ -60,9 +57,7 @@ def at_common_kl(
 _MARGIN = .1 # standard deviations of reward or cost
 
 def _word(held, not_held): return 'not held' if not_held else 'held' if held else 'inconclusive'
-
 def _better(ends): return _word(ends[1] > 0, ends[2] < _MARGIN)
-
 def _not_worse(ends): return _word(ends[1] > -_MARGIN, ends[2] < -_MARGIN)
 
 def _dominates(*axes):
@@ -114,7 +109,7 @@ def _shares(models, column, judge='gold'):
     d = models[(models.prompt_kind == 'unsafe') & (models.decoding == 'sampled') & (models.judge == judge)]
     return d.pivot(index='policy', columns='seed', values=column)
 
-# %% ../../nbs/reproduction/14_verdicts.ipynb #eed52b03
+# %% ../../nbs/reproduction/14_verdicts.ipynb #997f5afd
 def _half(question, name, shares, errors):
     "Whether a share after round 3 is at most half of the initial one, over seeds and over prompts."
     last = shares.loc['round-3'].dropna(); first, runs = shares.loc['initial', last.index], last.index
@@ -141,7 +136,7 @@ def _four_parts(models, question, gain, word, also=''):
             _line(question, 'gold reward: round 3 minus initial, better', show(gain) + also, word)]
     return [*out, _line(question, 'all four', '', _together([line['verdict'] for line in out]))]
 
-# %% ../../nbs/reproduction/14_verdicts.ipynb #55cf4b55
+# %% ../../nbs/reproduction/14_verdicts.ipynb #c7d5199e
 def _safer_and_better(models, differences):
     "Question 1: three shares after round 3, the gold reward, and each round against the one before."
     reward, harm = _shares(models, 'reward'), _shares(models, 'harmful')
@@ -168,14 +163,17 @@ def _stricter_limits(models, arms):
     return [*_four_parts(strict, 5, gain, _better(gain)),
             _line('5, secondary', claim, show(price), _not_worse(price))]
 
-# %% ../../nbs/reproduction/14_verdicts.ipynb #ead96249
+# %% ../../nbs/reproduction/14_verdicts.ipynb #d9ccb13a
 _FIXED = ('shaped-0.5', 'shaped-1', 'shaped-2', 'shaped-matched') # every seed of PPO-Lag has these beside it
+
+def _paired(first, other):
+    "The KL that PPO-Lag and another arm reach, and PPO-Lag minus the other there, by seed."
+    kl, x = at_common_kl(first[first.arm.isin(['ppo-lag', other])])
+    return kl, (x.loc['ppo-lag'] - x.loc[other]).dropna()
 
 def _against_mean_price(first):
     "PPO-Lag against shaping at its mean price."
-    kl, x = at_common_kl(first[first.arm.isin(['ppo-lag', 'shaped-matched'])])
-    d = (x.loc['ppo-lag'] - x.loc['shaped-matched']).dropna()
-    ends, n = {k: over_seeds(d[k]) for k in d}, len(d)
+    kl, d = _paired(first, 'shaped-matched'); ends, n = {k: over_seeds(d[k]) for k in d}, len(d)
     found = ' and '.join(f'{_detectable(n) * d[k].std(ddof=1):.2f}' for k in d) if n > 2 else ''
     power = f'; {n} pairs find {found} with a chance of 80%' if found else ''
     return _line(3, f'at a KL of {kl:.1f}, PPO-Lag against shaping at its mean price: better on two axes',
@@ -190,7 +188,7 @@ def _against_frontier(first, fixed):
     claim = f'at a KL of {kl:.1f}, distance of PPO-Lag from the frontier of {len(fixed)} fixed prices, better'
     return _line('3, secondary', claim, show(far), _better(far))
 
-# %% ../../nbs/reproduction/14_verdicts.ipynb #b2e60f30
+# %% ../../nbs/reproduction/14_verdicts.ipynb #3f19c67a
 def _moving_price(first):
     "Question 3: PPO-Lag against shaping at its mean price, against fixed prices, and PPO on reward alone."
     ran = set(first.arm); fixed = [a for a in _FIXED if a in ran]
@@ -198,8 +196,7 @@ def _moving_price(first):
            _line(3, 'PPO-Lag against shaping at its mean price: better on two axes')]
     if 'ppo-lag' in ran and len(fixed) > 1: out.append(_against_frontier(first, fixed))
     if {'ppo-lag', 'reward-only'} <= ran:
-        kl, x = at_common_kl(first[first.arm.isin(['ppo-lag', 'reward-only'])])
-        safe = over_seeds((x.loc['ppo-lag'] - x.loc['reward-only']).safety.dropna())
+        kl, d = _paired(first, 'reward-only'); safe = over_seeds(d.safety)
         claim = f'at a KL of {kl:.1f}, PPO-Lag against reward only: minus cost, better'
         out.append(_line('3, secondary', claim, show(safe), _better(safe)))
     return out
@@ -207,7 +204,7 @@ def _moving_price(first):
 def _few_seeds(first, question, claim, one, other):
     "Two arms with two seeds each; the spread between runs is that of all round-1 arms with two or more."
     pair = first[first.arm.isin([one, other])]
-    seeds = sorted(set(pair[pair.arm == one].seed) & set(pair[pair.arm == other].seed))[:2]
+    seeds = sorted(set(pair.seed[pair.arm == one]) & set(pair.seed[pair.arm == other]))[:2]
     if not seeds: return _line(question, claim)
     kl, x = at_common_kl(first, pair[pair.seed.isin(seeds)]); ends = {}
     for axis in x:
@@ -219,7 +216,7 @@ def _few_seeds(first, question, claim, one, other):
             f"{show(ends['safety'])}; " f'single standard deviations {single(one)} and {single(other)}')
     return _line(question, claim, text, _dominates(*ends.values()))
 
-# %% ../../nbs/reproduction/14_verdicts.ipynb #4b930236
+# %% ../../nbs/reproduction/14_verdicts.ipynb #5b55518f
 def _two_questions(first):
     "Question 2: two models from separate rankings against one model from a single preference."
     claim = 'two models from {} of the pairs against one model, weight on help {}: better on two axes'
