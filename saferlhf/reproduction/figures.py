@@ -110,7 +110,7 @@ def interval_line(
     ax.errorbar(x, y, yerr=np.nan_to_num([y - low, high - y]).clip(0), fmt=look.marker, color=look.color,
                 mec='white', mew=.5, elinewidth=1.1, label=look.label)
 
-# %% ../../nbs/reproduction/10_figures.ipynb #1120282b
+# %% ../../nbs/reproduction/10_figures.ipynb #66b44321
 def round_columns(
     df:pd.DataFrame,   # rows of lagrange.csv, all seeds: round, step, seed and the columns to draw
     rows:list[tuple],  # (column, label with its unit, colour): one row of panels each
@@ -131,7 +131,7 @@ def round_columns(
     fig.align_ylabels()
     return fig, axes
 
-# %% ../../nbs/reproduction/10_figures.ipynb #3b4aed57
+# %% ../../nbs/reproduction/10_figures.ipynb #117d3d53
 class Picture(namedtuple('Picture', 'name png')):
     "A saved figure as a notebook shows it: the name of its file, the bytes of a picture of at most 40 KB."
     def _repr_png_(self): return self.png
@@ -163,5 +163,5 @@ def save(
     entries = json.loads(index.read_text()) if index.exists() else {}
     entries[name] = dict(notebook=notebook, results=files, run_ids=sorted(run_ids))
     atomic_write(index, json.dumps(entries, indent=1, sort_keys=True) + '\n')
-    picture = Picture(f'{name}.png', _png(fig, 80, 64)); plt.close(fig)
+    picture = Picture(f'{name}.png', _png(fig, 72, 64)); plt.close(fig)
     return picture

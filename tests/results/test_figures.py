@@ -241,7 +241,7 @@ def test_save_is_deterministic_and_indexed(tmp_path):
     assert save('a', f['elo'].assign(elo=1001.))[1]['elo.png'] != first['elo.png'] and not plt.get_fignums()
     assert repr(shown) == 'elo.png' and shown._repr_png_() == shown.png and len(shown.png) < 40_000
     with Image.open(tmp_path / 'a/elo.png') as full, Image.open(io.BytesIO(shown.png)) as small:
-        assert full.width == 2*small.width
+        assert full.width > 2*small.width
 
 
 def test_table1_shows_the_paper_and_what_was_not_run():
@@ -282,7 +282,8 @@ def test_results_filter_the_seed_and_name_the_command(tmp_path, capsys):
     r = tables.Results('cpu', 1, str(tmp_path), str(tmp_path / 'out'))
     # a shared file shows every seed
     assert r.read('times').seconds.tolist() == [2] and len(r.read('world')) == 2
-    with pytest.raises(FileNotFoundError, match='make reproduce PROFILE=cpu .*asked for seed 1'): r.read('models')
+    with pytest.raises(FileNotFoundError, match='make reproduce PROFILE=cpu .*asked for seed 1'):
+        r.read('models')
     with pytest.raises(FileNotFoundError, match='asked for seed 3'):
         tables.Results('cpu', 3, str(tmp_path)).read('times')
     assert r.every('times').seconds.tolist() == [1, 2] and r.every('models') is None
