@@ -3,6 +3,7 @@ import ast
 import json
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT/'saferlhf'
@@ -24,6 +25,21 @@ def notebooks(*folders:str) -> list[Path]:
 def cells(path:Path) -> list[dict]:
     "A notebook's cells, their source as one text."
     return [c | {'source': ''.join(c['source'])} for c in json.loads(path.read_text())['cells']]
+
+
+@lru_cache
+def notebook_functions(name:str) -> SimpleNamespace:
+    "What a notebook ('paper/rounds') defines: its cells that only import, define, or set names in capitals."
+    def defines(node):
+        if not isinstance(node, ast.Assign): return isinstance(node, (ast.Import, ast.ImportFrom, ast.FunctionDef))
+        return all(isinstance(t, ast.Name) and t.id.isupper() for t in names(node.targets))
+    def names(targets): return [n for t in targets for n in (t.elts if isinstance(t, ast.Tuple) else [t])]
+    found = {}
+    for c in cells(ROOT/f'nbs/{name}.ipynb'):
+        body = ast.parse(c['source']).body if c['cell_type'] == 'code' else []
+        body = [n for n in body if not isinstance(n, ast.Expr) or 'filterwarnings' not in ast.unparse(n)]
+        if all(map(defines, body)): exec(compile(ast.Module(body, []), name, 'exec'), found)
+    return SimpleNamespace(**found)
 
 
 WINGS = 'hardware', 'method', 'record', 'reproduction', 'apps'      # from the lowest to the highest; method is saferlhf/ itself

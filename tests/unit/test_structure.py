@@ -16,7 +16,7 @@ from project import PACKAGE, ROOT, WINGS, cells, exported, imports, modules, not
 ORDER = list(modules())
 LIBRARY = [m for m in ORDER if source(m).exists()]
 PURE = ('losses', 'advantages', 'objectives')
-ONLY_IN = {'deepspeed': {'hardware.zero'}, 'papermill': {'record.execute'}, 'matplotlib': {'reproduction.figures', 'reproduction.diagnostics'}}
+ONLY_IN = {'deepspeed': {'hardware.zero'}, 'papermill': {'record.execute'}, 'matplotlib': {'reproduction.figures'}}
 PROVIDED = {'triton': 'torch',
             'PIL': 'matplotlib', 'sklearn': 'scikit-learn',
             'jupyter_client': 'ipykernel', 'jupyter_core': 'ipykernel', 'nbclient': 'papermill'}
