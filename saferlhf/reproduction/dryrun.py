@@ -27,12 +27,11 @@ from ..models import ScoreModel, gather_logps, llama, load_tokenizer, token_logp
 from ..objectives import combine
 from ..hardware.packing import layout, with_host
 from .paper import optims, own_base
-from .prompts import policy_prompts, prompt_pool, round_slice, sft_rows
+from .prompts import hand_pairs, policy_prompts, prompt_pool, round_slice, sft_rows
 from ..ppo import check_sampler, make_objective, token_values
 from ..hardware.precision import sixteen_bits
 from ..rollout import Rollout, Sampler
 from ..hardware.ranks import Spread
-from .stages import hand_pairs
 from ..train import score_batches, score_loss, sft_loss
 
 # %% ../../nbs/reproduction/16_dryrun.ipynb #cdc9fa51

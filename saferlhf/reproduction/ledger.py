@@ -56,5 +56,6 @@ def parents_of(
 def key_of(stage:Stage, parameters:dict)->str: # 16 hex digits; parameters: what the template is told
     "A hash of the template, its parameters, the profile and the code behind them: as long as it stays, the stage need not run again."
     text = (templates_home() / f'{stage.template}.ipynb').read_text()
-    code, sizes = source_hashes(('reproduction.stages', 'ppo', 'judges', 'reproduction.trials', 'reproduction.training')), PROFILES.get(parameters.get('profile'), {})
+    code = source_hashes(('reproduction.training', 'ppo', 'judges', 'world'))
+    sizes = PROFILES.get(parameters.get('profile'), {})
     return hashlib.sha256(json.dumps([stage.name, text, parameters, sizes, code], sort_keys=True).encode()).hexdigest()[:16]

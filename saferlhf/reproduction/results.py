@@ -15,7 +15,7 @@ from .graph import SEEDS, arms, graph
 from .ledger import folder_of
 from ..record.run import Run, results_home
 from ..record.execute import publish
-from .stages import read_jsonl
+from ..record.files import read_lines
 
 # %% ../../nbs/reproduction/09_results.ipynb #650f9d27
 # file -> columns that, with the seed, name the rows of one run
@@ -46,7 +46,7 @@ def publish_all(
         put('probes', probe_rows(policy, 'ppo-lag', r), f'policy-{r}')
     if 'collect-1' in runs:
         first = runs['collect-1']
-        gold, noise = pd.DataFrame(read_jsonl(first.path('differences.jsonl'))), (first.summary['noise_help'], first.summary['noise_harm'])
+        gold, noise = pd.DataFrame(read_lines(first.path('differences.jsonl'))), (first.summary['noise_help'], first.summary['noise_harm'])
         put('annotation', annotation_rows(gold.help.to_numpy(), gold.harm.to_numpy(), *noise, seed=seed), 'collect-1')
     if 'judge' in runs:
         judge = runs['judge'].summary
@@ -55,12 +55,12 @@ def publish_all(
                     for b in judge['prevalence']]
         put('calibration', bins, 'judge'); put('prevalence', mixtures, 'judge')
     if 'evaluate-no-red' in runs:
-        rows = read_jsonl(runs['evaluate-no-red'].path('models.jsonl'))
+        rows = read_lines(runs['evaluate-no-red'].path('models.jsonl'))
         put('no_red', [r for r in rows if r['policy'].startswith('no-red')], 'evaluate-no-red')
     if ev := runs.get('evaluate'):
         for name in ('models', 'elo', 'scores', 'samples', 'answers', 'categories', 'cost_calibration'):
             if not ev.path(f'{name}.jsonl').exists(): continue
-            rows = read_jsonl(ev.path(f'{name}.jsonl'))
+            rows = read_lines(ev.path(f'{name}.jsonl'))
             if name == 'answers': rows = [r for r in rows if (r['judge'], r['decoding']) == ('unified', 'sampled')]  # Fig. 5
             put(name, rows, 'evaluate')
         drops = [dict(policy=p, what=k, difference=v[0], low=v[1], high=v[2]) for p, d in ev.summary['drops'].items() for k, v in d.items()]
@@ -85,7 +85,7 @@ def probe_rows(
 )->list:                     # rows of probes.csv without seed and run_id; none where nobody looked
     "What gold annotators and the policy's own models saw while it trained."
     path = run.path('samples.jsonl')
-    return [dict(arm=arm, round=round) | r | dict(step=r['step'] + 1) for r in read_jsonl(path)] if path.exists() else []
+    return [dict(arm=arm, round=round) | r | dict(step=r['step'] + 1) for r in read_lines(path)] if path.exists() else []
 
 def publish_arms(
     profile:str, # whose arms
@@ -99,9 +99,9 @@ def publish_arms(
             def put(name, rows, run, seed=seed):
                 if rows: publish([dict(r, seed=seed) for r in rows], f'{profile}/{name}.csv', run.id, TABLES[name])
             if run := finished(f'compare-{group}', seed):
-                rows = [r for r in read_jsonl(run.path('arms.jsonl')) if r['arm'] != 'initial' or (group, seed) == ('core', 0)]
+                rows = [r for r in read_lines(run.path('arms.jsonl')) if r['arm'] != 'initial' or (group, seed) == ('core', 0)]
                 put('arms', rows, run)
-                put('cost_calibration', read_jsonl(run.path('cost_calibration.jsonl')), run)
+                put('cost_calibration', read_lines(run.path('cost_calibration.jsonl')), run)
             for arm, stage in members.items():
                 if not (run := finished(stage.name, seed)): continue
                 put('probes', probe_rows(run, arm, stage.round), run)

@@ -24,7 +24,7 @@ MARKS = r'(web|code|bars only|memory (hi|med|lo|lo-med))(, (code|memory (hi|med|
 def read_once():
     "Shipped files do not change while these tests run."
     with pytest.MonkeyPatch.context() as m:
-        for name in ('pools', 'stages'): m.setattr(f'saferlhf.{name}.shipped', lru_cache(shipped))
+        m.setattr('saferlhf.reproduction.prompts.shipped', lru_cache(shipped))
         yield
 
 
