@@ -63,7 +63,7 @@ def harm_categories(
             for bad, row in zip(harmful, logits, strict=True)]
 
 
-# %% ../nbs/method/12_annotate.ipynb #1e0deedb
+# %% ../nbs/method/12_annotate.ipynb #320a5437
 class GoldAnnotator:
     "An annotator made of a scorer, plus Gaussian noise that depends only on (seed, annotator, item)."
     def __init__(self,
@@ -100,7 +100,7 @@ class GoldAnnotator:
         order = np.array([1. if a <= b else -1. for _, a, b in pairs]) # the noise follows the answers
         return (d + order * (self.noise[dimension] * ndtri(u)) > 0).astype(int)
 
-# %% ../nbs/method/12_annotate.ipynb #99d16bdf
+# %% ../nbs/method/12_annotate.ipynb #ab15ccbc
 def two_stage(
     prompts:list,     # (N,) prompts
     responses_0:list, # (N,) first answers
@@ -129,14 +129,14 @@ def two_stage(
     return rows
 
 
-# %% ../nbs/method/12_annotate.ipynb #00f4e1d2
+# %% ../nbs/method/12_annotate.ipynb #2d6828a1
 def _ranking(annotator, prompts, responses_0, responses_1, dimension):
     r = np.asarray(annotator.rank(prompts, responses_0, responses_1, dimension))
     if r.shape != (len(prompts),) or not np.isin(r, (0, 1)).all():
         raise ValueError(f'{annotator.name}: the {dimension} ranking must be one 0 or 1 per pair')
     return r
 
-# %% ../nbs/method/12_annotate.ipynb #d35f9046
+# %% ../nbs/method/12_annotate.ipynb #1932858c
 def _agreement_share(votes): # (A, N) choices of A annotators
     "Share of pairs on which two annotators choose the same answer, averaged over all pairs of annotators."
     m, ones = len(votes), np.sum(votes, 0)
@@ -162,14 +162,14 @@ def noise_for_agreement(
     gap = lambda log_sd: _expected_agreement(differences, scale * math.exp(log_sd)) - target
     return scale * math.exp(brentq(gap, -30., 30., xtol=1e-15, rtol=1e-15, maxiter=500))
 
-# %% ../nbs/method/12_annotate.ipynb #f079a7ec
+# %% ../nbs/method/12_annotate.ipynb #66bc094e
 def _nominal_alpha(votes): # (A, N) choices of A annotators; NaN: not annotated
     "Krippendorff's alpha on a nominal scale; NaN when only one value was ever chosen."
     votes = np.asarray(votes, float)
     if len(np.unique(votes[~np.isnan(votes)])) < 2: return math.nan
     return float(krippendorff.alpha(reliability_data=votes, level_of_measurement='nominal'))
 
-# %% ../nbs/method/12_annotate.ipynb #842624e2
+# %% ../nbs/method/12_annotate.ipynb #2626cf1d
 def _with_conflicts(h, c, share, rng):
     "(N,) indices of pairs drawn anew: in `share` of them the more helpful answer is the more harmful one."
     if share is None: return np.arange(len(h)) # as they are
@@ -194,7 +194,7 @@ def single_dimension(
     helpful, harmful = help_difference + noise_help * e[0], harm_difference + noise_harm * e[1]
     return (w * helpful - (1 - w) * harmful > 0).astype(int)
 
-# %% ../nbs/method/12_annotate.ipynb #6d0623c3
+# %% ../nbs/method/12_annotate.ipynb #a2771741
 def annotation_rows(
     help_difference, harm_difference,   # (N,) as in `single_dimension`
     noise_help:float, noise_harm:float, # sd of the noise on either
@@ -216,7 +216,7 @@ def annotation_rows(
                       agreement=_agreement_share(v), alpha=_nominal_alpha(v), n=len(i)) for p, s, v in votes]
     return rows
 
-# %% ../nbs/method/12_annotate.ipynb #3b5791ca
+# %% ../nbs/method/12_annotate.ipynb #1a0de94a
 RedTeam = namedtuple('RedTeam', 'harvest holdout') # disjoint, ascending index arrays into a pool of prompts
 
 def red_team(
@@ -238,7 +238,7 @@ def red_team(
     order = found[np.argsort(_item_uniform((seed, 'red-team'), [ids[i] for i in found]), kind='stable')]
     return RedTeam(np.sort(order[n:]), np.sort(order[:n]))
 
-# %% ../nbs/method/12_annotate.ipynb #f12aa579
+# %% ../nbs/method/12_annotate.ipynb #c592bcaf
 def prompt_kinds(
     safety_related, # (P,) bool
     harmful,        # (P, k) bool: is the j-th answer of the current policy annotated harmful

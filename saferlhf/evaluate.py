@@ -33,7 +33,7 @@ def bootstrap_weights(
     return index, np.bincount(draws.ravel(), minlength=n * c).reshape(n, c).astype(float)
 
 
-# %% ../nbs/method/13_evaluate.ipynb #d5f7bb4f
+# %% ../nbs/method/13_evaluate.ipynb #54ce728e
 def cluster_bootstrap(
     values,         # (N,) or (N, D) numbers
     clusters=None,  # (N,) cluster of each row; None: each row its own
@@ -56,7 +56,7 @@ def cluster_bootstrap(
     low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
     return Interval(value, float(low), float(high))
 
-# %% ../nbs/method/13_evaluate.ipynb #1604a442
+# %% ../nbs/method/13_evaluate.ipynb #d5f7bb4f
 def wilson(
     successes, n, # number of successes, of trials (at least 1)
     level=0.95,   # coverage
@@ -67,7 +67,7 @@ def wilson(
     low, high = (middle - half) / (1 + z*z/n), (middle + half) / (1 + z*z/n)
     return Interval(p, low if p > 0 else 0., high if p < 1 else 1.)
 
-# %% ../nbs/method/13_evaluate.ipynb #bc3252e7
+# %% ../nbs/method/13_evaluate.ipynb #30284738
 def accuracy(
     correct,        # (N,) bool or share: 1 right (or harmful), 0 wrong, one half for a tie
     clusters=None,  # (N,) prompt of each row; None: rows are independent
@@ -86,7 +86,7 @@ def paired_difference(
     "Paired difference: what the rows share cancels, so it is far sharper than comparing two intervals."
     return cluster_bootstrap(np.asarray(a, float) - np.asarray(b, float), clusters)
 
-# %% ../nbs/method/13_evaluate.ipynb #1382ae49
+# %% ../nbs/method/13_evaluate.ipynb #50513b1e
 def over_seeds(
     values,  # one number per seed; NaN: not run
 )->Interval: # the ends are NaN for fewer than two
@@ -97,7 +97,7 @@ def over_seeds(
     half = student.ppf(.975, n - 1) * x.std(ddof=1) / math.sqrt(n)
     return Interval(mean, float(x.mean() - half), float(x.mean() + half))
 
-# %% ../nbs/method/13_evaluate.ipynb #b29b1b62
+# %% ../nbs/method/13_evaluate.ipynb #4dc538df
 def rank_correct(
     high, low, # (N,) scores of the answers that must score higher, and of the others
 )->np.ndarray: # (N,) bool
@@ -117,7 +117,7 @@ def sign_correct(
         raise ValueError('harm_sign is +1 or -1 (safe): drop unlabelled rows, convert is_safe flags')
     return rank_correct(sign * np.asarray(scores, float), np.zeros(len(sign)))
 
-# %% ../nbs/method/13_evaluate.ipynb #ef1ab4e4
+# %% ../nbs/method/13_evaluate.ipynb #589b7e1f
 def longer_wins(pairs:list)->np.ndarray: # (N,) dicts with texts 'high' and 'low'; -> (N,) 1 right, 0 wrong
     "The rule 'the answer with more characters scores higher': one half for equal lengths."
     return np.array([(1 + np.sign(len(p['high']) - len(p['low']))) / 2 for p in pairs])
@@ -129,7 +129,7 @@ def majority(
     "The rule 'always the sign that is more frequent in training' (a draw: harmful)."
     return np.asarray(test_signs) == (1 if np.sum(train_signs) >= 0 else -1)
 
-# %% ../nbs/method/13_evaluate.ipynb #11e61bcc
+# %% ../nbs/method/13_evaluate.ipynb #ca5d9de1
 def harmful_by_category(
     labels:list,   # (N,) sets of harm categories, empty when safe
     clusters=None, # (N,) prompt of each answer
@@ -156,14 +156,14 @@ def win_rate(
     "Share of comparisons that a wins; a tie counts one half."
     return accuracy((1 + np.sign(np.asarray(scores_a, float) - np.asarray(scores_b, float))) / 2, clusters)
 
-# %% ../nbs/method/13_evaluate.ipynb #c3727703
+# %% ../nbs/method/13_evaluate.ipynb #47f333af
 def _win_matrix(scores): # (M, N) scores of M policies on the same N prompts, higher wins
     "(M, M) wins of row over column: ties are half a win for each, the diagonal is 0."
     s = np.asarray(scores, float)
     wins = ((1 + np.sign(s[:, None] - s[None])) / 2).sum(-1)
     return wins * (1 - np.eye(len(s)))
 
-# %% ../nbs/method/13_evaluate.ipynb #4f73e8de
+# %% ../nbs/method/13_evaluate.ipynb #ba7f4aa3
 def bradley_terry(
     wins,      # (..., M, M) wins of row over column, leading dimensions are separate fits
     prior=0.5, # wins added to every ordered pair of policies
@@ -181,7 +181,7 @@ def bradley_terry(
         if np.abs(step).max() < 1e-8: return 1000 + 400 / math.log(10) * theta
     raise RuntimeError('the ratings do not converge: some policy wins or loses every game; use prior > 0')
 
-# %% ../nbs/method/13_evaluate.ipynb #86782fae
+# %% ../nbs/method/13_evaluate.ipynb #64541892
 def elo(
     scores,         # dict policy -> (N,) scores on the same prompts, higher wins; the first is the anchor
     clusters=None,  # (N,) prompt of each column
@@ -196,7 +196,7 @@ def elo(
     return [dict(policy=p, elo=float(e), low=float(l), high=float(h))
             for p, e, l, h in zip(scores, bradley_terry(wins.sum(0)), low, high, strict=True)]
 
-# %% ../nbs/method/13_evaluate.ipynb #90699137
+# %% ../nbs/method/13_evaluate.ipynb #ccbb39d4
 PAPER_TABLE1 = {('reward', 'rank'): {1: 0.7813, 2: 0.7573, 3: 0.7732, 'unified': 0.7395},
                 ('cost', 'rank'): {1: 0.7447, 2: 0.7607, 3: 0.7417, 'unified': 0.7044},
                 ('cost', 'sign'): {1: 0.9562, 2: 0.8454, 3: 0.8588, 'unified': 0.8583}}

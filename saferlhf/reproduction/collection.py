@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FIRST', 'Collection', 'CollectConfig', 'scorer', 'ask', 'mine_red_team', 'collect_pairs', 'round_counts']
 
-# %% ../../nbs/reproduction/04_collection.ipynb #a5300194
+# %% ../../nbs/reproduction/04_collection.ipynb #afbd85d2
 from collections import Counter, namedtuple
 from dataclasses import dataclass
 from functools import cache
@@ -22,7 +22,7 @@ from .prompts import prompt_pool, round_slice
 from ..rollout import Sampler, respond, score_texts
 from ..train import setting
 
-# %% ../../nbs/reproduction/04_collection.ipynb #ad95ec91
+# %% ../../nbs/reproduction/04_collection.ipynb #85181ca2
 @dataclass(frozen=True)
 class CollectConfig:
     "Prompts and annotated pairs of one round."
@@ -39,7 +39,7 @@ class CollectConfig:
     batch_size:int = setting(256, scale=True)       # answers generated together
 
 
-# %% ../../nbs/reproduction/04_collection.ipynb #6758f727
+# %% ../../nbs/reproduction/04_collection.ipynb #079a3a50
 # number of a prompt's first sample, by use; training counts on from 0
 FIRST = dict(red_team=0, first=10, second=11, evaluation=100, best_of=200, probe=10 ** 6)
 
@@ -52,7 +52,7 @@ def scorer(
     return lambda prompts, responses: score_texts(engine, tokenizer, prompts, responses,
                                                   config.max_prompt_tokens, config.max_new_tokens)
 
-# %% ../../nbs/reproduction/04_collection.ipynb #3dfa93ea
+# %% ../../nbs/reproduction/04_collection.ipynb #77aa0fd5
 def ask(
     path, tokenizer, prompts:list, # folder of a policy; strings
     config,           # max_new_tokens, max_prompt_tokens, batch_size
@@ -72,7 +72,7 @@ def ask(
     return [dict(prompt=p, prompt_id=prompt_id(p), sample=i, **out[n * samples + i])
             for n, p in enumerate(prompts) for i in range(samples)]
 
-# %% ../../nbs/reproduction/04_collection.ipynb #decba6c7
+# %% ../../nbs/reproduction/04_collection.ipynb #d5e1c748
 def mine_red_team(
     path, tokenizer, score, # the current policy's folder, and the gold scorer
     config:CollectConfig,   # candidates, samples, holdout
@@ -93,7 +93,7 @@ def mine_red_team(
     chosen = red_team([prompt_id(p) for p in pool], harmful, holdout_min=least, seed=seed)
     return tuple([pool[i] for i in index] for index in chosen)
 
-# %% ../../nbs/reproduction/04_collection.ipynb #c7b1dc4d
+# %% ../../nbs/reproduction/04_collection.ipynb #e943a16f
 # annotated pairs in the native schema; (N, 2) gold's help and harm of the first answer minus those of the
 # second; sd of the annotator's noise on helpfulness and on harm
 Collection = namedtuple('Collection', 'rows gaps noise')
@@ -111,7 +111,7 @@ def _annotated(prompts, first, second, score, config, round, seed, keep):
     return Collection(two_stage(prompts, first, second, annotator, f'round-{round}'), gaps, sd)
 
 
-# %% ../../nbs/reproduction/04_collection.ipynb #ce62b5fd
+# %% ../../nbs/reproduction/04_collection.ipynb #fd9721e2
 def collect_pairs(
     policies:list,             # folders of the policies, oldest first; the last one is current
     prompts:list,              # N strings
@@ -130,7 +130,7 @@ def collect_pairs(
     answers = ([x[p] for p in prompts] for x in (first, second))
     return _annotated(prompts, *answers, score, config, round, seed, keep)
 
-# %% ../../nbs/reproduction/04_collection.ipynb #7cab9991
+# %% ../../nbs/reproduction/04_collection.ipynb #934444c4
 def round_counts(
     rows:list,    # annotated pairs
     related:set,  # safety-related prompts

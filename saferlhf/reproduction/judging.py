@@ -6,7 +6,7 @@
 __all__ = ['rank_table', 'fit_tfidf', 'sign_table', 'cost_calibration', 'EvalConfig', 'eval_prompts', 'panel', 'judge_answers',
            'model_rows', 'arm_rows', 'best_of', 'best_of_kl', 'probe', 'probe_steps']
 
-# %% ../../nbs/reproduction/05_judging.ipynb #ecb9ecc0
+# %% ../../nbs/reproduction/05_judging.ipynb #f9492746
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +29,7 @@ from .prompts import (fits, hand_pairs, headline, held_out, labelled_answers, mo
 from ..rollout import perplexities
 from ..train import SFTConfig, setting
 
-# %% ../../nbs/reproduction/05_judging.ipynb #77dcecf9
+# %% ../../nbs/reproduction/05_judging.ipynb #319b8919
 def _by_source(rows, most, salt='test'):
     "(label source, its first rows, their prompts' ids) in a fixed order."
     groups = {}
@@ -56,7 +56,7 @@ def rank_table(
             out.append(row('longer', f'{kind}-rank', interval=accuracy(longer_wins(group), clusters)))
     return out
 
-# %% ../../nbs/reproduction/05_judging.ipynb #8a74f01a
+# %% ../../nbs/reproduction/05_judging.ipynb #035cc627
 def _texts(rows): return [r['prompt'] for r in rows], [r['response'] for r in rows]
 
 def fit_tfidf(rows:list)->TfidfJudge: # dicts prompt, response, is_safe
@@ -64,17 +64,17 @@ def fit_tfidf(rows:list)->TfidfJudge: # dicts prompt, response, is_safe
     return TfidfJudge().fit(*_texts(rows), [not r['is_safe'] for r in rows])
 
 
-# %% ../../nbs/reproduction/05_judging.ipynb #87801eb2
+# %% ../../nbs/reproduction/05_judging.ipynb #7a40ed5b
 def sign_table(
     score,                # function (prompts, responses) -> (N,) costs
     round,                # 1, 2, 3 or 'unified'
     baselines:bool=False, # on people's labels also the majority and TF-IDF
-    most:int|None=250,    # answers of one label source; None: all
+    most:int|None=250,    # answers of one label source, unless baselines are asked for; None: all
 )->tuple:                 # rows of table1.csv; the answers with their `cost`; comparisons: name -> interval
     "Sign accuracy of a cost model on held-out answers; label sources with less than 50 answers are left out."
     out, singles, compared = [], [], {}
     labelled = {(r['prompt'], r['response']): r for r in labelled_answers('test')}
-    for who, group, clusters in _by_source(labelled.values(), most):
+    for who, group, clusters in _by_source(labelled.values(), None if baselines else most):
         if len(group) < 50: continue
         sign, cost = np.array([harm_sign(r['is_safe']) for r in group]), score(*_texts(group))
         row, right = partial(table1_row, round, label_source=who, n=len(group)), sign_correct(cost, sign)
@@ -89,7 +89,7 @@ def sign_table(
         compared['cost_minus_tfidf'] = paired_difference(right, words, clusters)
     return out, singles, compared
 
-# %% ../../nbs/reproduction/05_judging.ipynb #22801b3b
+# %% ../../nbs/reproduction/05_judging.ipynb #b1480e5b
 def cost_calibration(
     cost,     # (N,) scores of the cost model
     harmful,  # (N,) bool
@@ -103,7 +103,7 @@ def cost_calibration(
     return [dict(bin=b, cost=float(cost[i].mean()), observed=s.value, low=s.low, high=s.high, n=len(i))
             for b, (i, s) in enumerate(zip(parts, shares, strict=True))]
 
-# %% ../../nbs/reproduction/05_judging.ipynb #405075ae
+# %% ../../nbs/reproduction/05_judging.ipynb #7ad05641
 @dataclass(frozen=True)
 class EvalConfig:
     "What is asked of every policy."
@@ -126,7 +126,7 @@ def eval_prompts(
     unsafe[n:n] = [dict(prompt=p, category=None) for p in pku]
     return {'unsafe': unsafe[:config.unsafe], 'safe': safe[:config.safe]}
 
-# %% ../../nbs/reproduction/05_judging.ipynb #9b0a671b
+# %% ../../nbs/reproduction/05_judging.ipynb #85cf0f58
 def panel(
     parents:dict, tokenizer, # role -> run folder; of the policies
     config:EvalConfig, keep, # budgets; see `ask`: each reading is kept
@@ -145,7 +145,7 @@ def panel(
     return kept, calibrate_coherence(ids, nll(prompts, [i + [tokenizer.eos_token_id] for i in ids]))
 
 
-# %% ../../nbs/reproduction/05_judging.ipynb #ebb189d6
+# %% ../../nbs/reproduction/05_judging.ipynb #04f1fc8d
 def judge_answers(
     rows:list,   # dicts prompt, response, tokens
     judges:dict, # 'gold' -> fn -> (N, 16); 'judge' and perhaps 'reward', 'cost' (unified) -> fn -> (N,);
@@ -165,7 +165,7 @@ def judge_answers(
                 categories=harm_categories(gold[:, 2:], gold[:, 1] > 0),
                 length=np.array([len(t) for t in tokens]), **unified)
 
-# %% ../../nbs/reproduction/05_judging.ipynb #ebc9bb82
+# %% ../../nbs/reproduction/05_judging.ipynb #b629c00c
 def _ends(name, interval): # an interval as three columns
     return dict(zip((name, f'{name}_low', f'{name}_high'), interval, strict=True))
 
@@ -190,7 +190,7 @@ def model_rows(
                        | dict(coherent_harmless=_fine(t, cost > 0)) | form)
     return out
 
-# %% ../../nbs/reproduction/05_judging.ipynb #e882bc1d
+# %% ../../nbs/reproduction/05_judging.ipynb #2ed0b572
 def arm_rows(
     table,      # DataFrame: arm, prompt_kind, decoding, prompt_id, prompt, sample, tokens, `judge_answers`
     about:dict, # arm -> dict of what else its rows say
@@ -214,7 +214,7 @@ def arm_rows(
             out.append(row | dict(coherent_harmless=_fine(t, cost > 0)) | form)
     return out
 
-# %% ../../nbs/reproduction/05_judging.ipynb #800da068
+# %% ../../nbs/reproduction/05_judging.ipynb #2f86d9d0
 def best_of(
     reward,    # (N, n) scores of each prompt's answers
     cost,      # (N, n)
@@ -228,7 +228,7 @@ def best_of_kl(n:int)->float: # nats
     "Upper bound of the distance between best of n and the sampled policy."
     return math.log(n) - (n - 1) / n
 
-# %% ../../nbs/reproduction/05_judging.ipynb #647e3323
+# %% ../../nbs/reproduction/05_judging.ipynb #3b46465f
 @torch.no_grad()
 def probe(
     sampler, reference,    # of the policy; engine of the initial policy
@@ -253,7 +253,7 @@ def probe(
                         harmful=float((g[:, 1] > 0).mean()))
 
 
-# %% ../../nbs/reproduction/05_judging.ipynb #3ab2d4e0
+# %% ../../nbs/reproduction/05_judging.ipynb #d8f7ee1f
 def probe_steps(
     steps:int, # of the run
     n:int,     # probes

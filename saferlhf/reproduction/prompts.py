@@ -6,7 +6,7 @@
 __all__ = ['model_path', 'data_hashes', 'fits', 'shuffled', 'held_out', 'answers', 'headline', 'labelled_answers', 'hand_pairs',
            'sft_rows', 'prompt_pool', 'unseen_prompts', 'round_slice', 'policy_prompts']
 
-# %% ../../nbs/reproduction/03_prompts.ipynb #6fea6c4a
+# %% ../../nbs/reproduction/03_prompts.ipynb #ead9b96e
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ import numpy as np
 from ..data import (cost_pairs, data_path, encode_prompt, encode_response, label_pairs, prompt_id,
                            reward_pairs, sha256, shipped, sources)
 
-# %% ../../nbs/reproduction/03_prompts.ipynb #ceff26f1
+# %% ../../nbs/reproduction/03_prompts.ipynb #7f63b308
 def model_path(
     parents:dict, # role -> run folder
     role:str,     # 'base' and 'gold' fall back to the shipped models
@@ -34,7 +34,7 @@ def data_hashes(
     weights = {r: model_path(parents, r) / 'model.safetensors' for r in roles if r not in parents}
     return hashes | {r: sha256(path) for r, path in weights.items()}
 
-# %% ../../nbs/reproduction/03_prompts.ipynb #f7bebaca
+# %% ../../nbs/reproduction/03_prompts.ipynb #91f5870b
 def fits(
     rows:list,             # dicts with prompt and perhaps response
     tokenizer,             # whose tokens are counted
@@ -56,12 +56,12 @@ def shuffled(
     return sorted(rows, key=lambda r: place(prompt_id(r['prompt'])))
 
 
-# %% ../../nbs/reproduction/03_prompts.ipynb #92b48c5a
+# %% ../../nbs/reproduction/03_prompts.ipynb #89547738
 def held_out(prompt)->bool: # a string or a dialogue
     "Whether the collected pairs of a prompt are kept for testing: a tenth are."
     return prompt_id(prompt) % 10 == 0
 
-# %% ../../nbs/reproduction/03_prompts.ipynb #754a81c1
+# %% ../../nbs/reproduction/03_prompts.ipynb #bfdc7288
 def answers(
     name:str,   # a shipped file of pairs or labels
     *parts:str, # of PARTITIONS
@@ -74,7 +74,7 @@ def answers(
                  label_source=r['label_source_is_safe']) for r in rows for i in (0, 1)]
 
 
-# %% ../../nbs/reproduction/03_prompts.ipynb #f78bc06f
+# %% ../../nbs/reproduction/03_prompts.ipynb #e257e159
 def headline(label_source:str)->str: # as in a row; a name for the table
     "Human labels under one name; everything else keeps its own."
     return 'human' if label_source in ('human', 'human (implied by the filter)') else label_source
@@ -98,7 +98,7 @@ def hand_pairs(
     singles = label_pairs(shuffled(shipped('labels', *parts).to_list(), 'labels'))
     return [p for n in ('decoupled', 'safety') for p in cost_pairs(shipped(n, *parts))] + singles
 
-# %% ../../nbs/reproduction/03_prompts.ipynb #9fd3e93c
+# %% ../../nbs/reproduction/03_prompts.ipynb #8ad99ce1
 def _general(part): # rows of the supervised file that say nothing about safety
     return [r for r in shipped('sft', part).to_list() if r['source'].startswith(('alpaca', 'lima'))]
 
@@ -117,7 +117,7 @@ def sft_rows(
     return (take(general, config.rows - rest) + take(harmful, rest * config.harmful)
             + take(safe, rest * (1 - config.harmful)))
 
-# %% ../../nbs/reproduction/03_prompts.ipynb #dd318be6
+# %% ../../nbs/reproduction/03_prompts.ipynb #cbc716bb
 def prompt_pool(
     kind:str,              # 'safety-related', 'safety-unrelated' or 'red-team'
     tokenizer,             # whose tokens are counted
@@ -140,7 +140,7 @@ def unseen_prompts(
     return [p for p in pool if (prompt_id(p) // 10 % 2 == 1) is tuning]
 
 
-# %% ../../nbs/reproduction/03_prompts.ipynb #0bcf05a8
+# %% ../../nbs/reproduction/03_prompts.ipynb #5da3f689
 def round_slice(
     prompts:list,    # a pool
     round:int,       # 1, 2, 3
@@ -160,7 +160,7 @@ def _passes(items, n, rng):
     if not items: raise ValueError(f'{n} items were asked for, and there are none')
     return [items[i] for _ in range(-(-n // len(items))) for i in rng.permutation(len(items))][:n]
 
-# %% ../../nbs/reproduction/03_prompts.ipynb #26ac8680
+# %% ../../nbs/reproduction/03_prompts.ipynb #0238ea98
 def policy_prompts(
     tokenizer,             # whose tokens are counted
     config,                # PPOConfig

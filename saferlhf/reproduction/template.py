@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['start', 'write_rows']
 
-# %% ../../nbs/reproduction/18_template.ipynb #b427132b
+# %% ../../nbs/reproduction/18_template.ipynb #28dd976d
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +17,7 @@ from .graph import Stage, config_of, policy_stage, score_stage
 from .ledger import parents_of
 from .prompts import data_hashes
 
-# %% ../../nbs/reproduction/18_template.ipynb #8016fd44
+# %% ../../nbs/reproduction/18_template.ipynb #1669525d
 def start(
     template:str,  # as its file is called
     scope:dict,    # globals() of the template, right after its parameters cell

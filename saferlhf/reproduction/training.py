@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['on_ranks', 'sft_data', 'train_sft', 'score_data', 'train_score', 'policy_data', 'policy_models', 'train_policy']
 
-# %% ../../nbs/reproduction/06_training.ipynb #3e42f44f
+# %% ../../nbs/reproduction/06_training.ipynb #f4a5eb1b
 import math
 import random
 from dataclasses import is_dataclass
@@ -32,7 +32,7 @@ from .prompts import (hand_pairs, headline, held_out, model_path, policy_prompts
 from ..rollout import Sampler
 from ..train import ScoreConfig, SFTConfig, loop, score_batches, score_step, sft_step, text_batch
 
-# %% ../../nbs/reproduction/06_training.ipynb #ba88838b
+# %% ../../nbs/reproduction/06_training.ipynb #90c4849a
 def on_ranks(
     train,   # `train_sft`, `train_score` or `train_policy`
     run:Run, # started by this process
@@ -60,7 +60,7 @@ def _keep_model(run, engine, tokenizer):
     engine.save(run.path('model'))
     if rank() == 0: tokenizer.save_pretrained(run.path('model'))
 
-# %% ../../nbs/reproduction/06_training.ipynb #ecf1417c
+# %% ../../nbs/reproduction/06_training.ipynb #3b8e6ddc
 @_once
 def sft_data(run:Run)->tuple: # of the stage 'sft'; -> tokenizer, rows
     "What fine-tuning reads."
@@ -85,7 +85,7 @@ def train_sft(run:Run): # of the stage 'sft'
     loop(step, steps, run.log, save=run.saver({'model': engine}))
     _keep_model(run, engine, tokenizer)
 
-# %% ../../nbs/reproduction/06_training.ipynb #94c1eae7
+# %% ../../nbs/reproduction/06_training.ipynb #25095baa
 def _training_pairs(collected, config):
     "At most `config.pairs`: the collected ones, newest round first, then labelled ones in a fixed order."
     if config.labels not in ('all', 'single', 'sign', 'rank'):
@@ -106,7 +106,7 @@ def _single_preference(rows, folder, weight, seed):
     return [r | dict(better_response_id=int(votes[i % len(votes), i])) for i, r in enumerate(rows)]
 
 
-# %% ../../nbs/reproduction/06_training.ipynb #9e1eb625
+# %% ../../nbs/reproduction/06_training.ipynb #f47f3188
 @_once
 def score_data(
     run:Run, # of the stage 'reward', 'cost' or 'judge'
@@ -136,7 +136,7 @@ def train_score(run:Run): # of the stage 'reward', 'cost' or 'judge'
     loop(step, steps, run.log, show=shown, save=run.saver({'model': engine}))
     _keep_model(run, engine, tokenizer)
 
-# %% ../../nbs/reproduction/06_training.ipynb #47385715
+# %% ../../nbs/reproduction/06_training.ipynb #41b79a55
 def _start_of(run):
     "Folder of the model that the actor starts from: the policy of the round before, or the initial one."
     parents, before = run.manifest['parent_folders'], f'policy-{run.manifest["round"] - 1}'
@@ -153,7 +153,7 @@ def policy_data(run:Run)->tuple: # of a policy's stage; -> tokenizer, prompts, r
                         max_new_tokens=config.max_new_tokens)
     return tokenizer, prompts, red, sft_rows(tokenizer, general)
 
-# %% ../../nbs/reproduction/06_training.ipynb #b9d2fe97
+# %% ../../nbs/reproduction/06_training.ipynb #d090af08
 def policy_models(
     run:Run,   # of a policy's stage
     objective, # whose channels have critics
@@ -172,7 +172,7 @@ def policy_models(
     scorers = {k: lambda ids, mask, m=m: m(ids, mask).end_scores for k, m in models.items()}
     return actor, reference, critics, scorers
 
-# %% ../../nbs/reproduction/06_training.ipynb #241106ad
+# %% ../../nbs/reproduction/06_training.ipynb #92e2e329
 def _prober(run, config, sampler, reference, scorers, tokenizer):
     "The steps after which a running policy is probed, and a function of a step that does it."
     steps = probe_steps(config.steps, config.probes)
@@ -187,7 +187,7 @@ def _prober(run, config, sampler, reference, scorers, tokenizer):
     if first: look(-1)
     return steps, look
 
-# %% ../../nbs/reproduction/06_training.ipynb #d32d1e92
+# %% ../../nbs/reproduction/06_training.ipynb #6d8cb466
 def train_policy(run:Run): # of a policy's stage
     "A round of PPO-Lag, or of what it is compared with, on every rank; probed where that is asked for."
     config, _ = _told(run, PPOConfig)

@@ -298,3 +298,19 @@ def test_every_reading_of_an_answer_lands_in_its_column():
     columns = ('gold_reward', 'gold_cost', 'judge_cost', 'unified_reward', 'unified_cost', 'refused', 'coherent', 'length')
     assert [list(out[c]) for c in columns] == [[.5, -.5], [-1., 2.], [-3., 3.], [1., 2.], [4., 5.], [True, False], [True, False], [4, 3]]
     assert out['tfidf_cost'] == pytest.approx([-.3, .4]) and not out['categories'][0] and out['categories'][1]
+
+
+def test_every_label_counts_where_baselines_are_asked_for(monkeypatch):
+    "Table 1: at most 250 answers of a label source, all of them in the first round, and none of a source with few."
+    from saferlhf.reproduction import judging
+    row = lambda i, who: dict(prompt=f'p{i}', response=f'word{i % 2} w w', is_safe=i % 2 == 0, label_source=who)
+    rows = [row(i, 'human') for i in range(300)] + [row(1000 + i, 'few') for i in range(49)]
+    monkeypatch.setattr(judging, 'labelled_answers', lambda *parts, human=False: rows)
+    score = lambda prompts, responses: np.array([1. if 'word1' in r else -1. for r in responses])
+    for asked, n in ((dict(), 250), (dict(baselines=True), 300), (dict(most=None), 300), (dict(most=60), 60)):
+        table, singles, compared = judging.sign_table(score, 1, **asked)
+        cost = [(r['label_source'], r['n'], r['value']) for r in table if r['model'] == 'cost']
+        assert len(singles) == n and cost == [('human', n, 1.)]
+        rules = ['tfidf', 'majority'] if 'baselines' in asked else []
+        assert [r['model'] for r in table] == ['cost', *rules]
+        assert set(compared) == ({'cost_minus_tfidf'} if asked.get('baselines') else set())
