@@ -16,7 +16,8 @@ from ..ppo import PPOConfig
 from ..world import WorldConfig
 from ..record.config import resolve
 from .profiles import PROFILES, REASONS, ROUNDS
-from .stages import CollectConfig, EvalConfig
+from .collection import CollectConfig
+from .judging import EvalConfig
 from ..train import LMConfig, ScoreConfig, SFTConfig
 
 # %% ../../nbs/reproduction/07_graph.ipynb #1837ae51

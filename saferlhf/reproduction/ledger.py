@@ -37,7 +37,7 @@ def note(
 def key_of(stage:Stage, parameters:dict)->str: # as the template gets them; 16 hexadecimal digits
     "A hash of template, parameters, profile and code: while it stays, so does the run."
     text = (templates_home() / f'{stage.template}.ipynb').read_text()
-    modules = 'reproduction.stages', 'ppo', 'judges', 'reproduction.trials', 'reproduction.training'
+    modules = 'reproduction.training', 'reproduction.judging', 'reproduction.collection', 'judges', 'world'
     sizes = PROFILES.get(parameters.get('profile'), {})
     decides = json.dumps([stage.name, text, parameters, sizes, source_hashes(modules)], sort_keys=True)
     return hashlib.sha256(decides.encode()).hexdigest()[:16]

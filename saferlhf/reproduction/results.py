@@ -15,7 +15,7 @@ from ..record.execute import publish
 from ..record.run import Run, results_home
 from .graph import SEEDS, arms, graph
 from .ledger import folder_of
-from .stages import read_jsonl
+from ..record.files import read_lines
 
 # %% ../../nbs/reproduction/09_results.ipynb #650f9d27
 _POLICY = ['policy', 'prompt_kind', 'judge', 'decoding']
@@ -42,7 +42,7 @@ def _lagrange(run, round): # how lambda, the cost and the diagnostics of the con
 
 def _probes(run, arm, round): # what gold annotators and the policy's own models saw while it trained
     path = run.path('samples.jsonl')
-    rows = read_jsonl(path) if path.exists() else []
+    rows = read_lines(path) if path.exists() else []
     return [dict(arm=arm, round=round) | r | dict(step=r['step'] + 1) for r in rows]
 
 def _difference(policy, what, v): return dict(policy=policy, what=what, difference=v[0], low=v[1], high=v[2])
@@ -70,18 +70,18 @@ def _round_tables(runs, seed): # the same, of collections and policies
         yield 'policies', policy, [dict(round=r) | {k: policy.summary[k] for k in columns}]
         yield 'probes', policy, _probes(policy, 'ppo-lag', r)
     if run := runs.get('collect-1'):
-        gold = pd.DataFrame(read_jsonl(run.path('differences.jsonl')))
+        gold = pd.DataFrame(read_lines(run.path('differences.jsonl')))
         noise = run.summary['noise_help'], run.summary['noise_harm']
         rows = annotation_rows(gold.help.to_numpy(), gold.harm.to_numpy(), *noise, seed=seed)
         yield 'annotation', run, rows
 
 def _evaluation_tables(runs): # the same, of evaluations
     if run := runs.get('evaluate-no-red'):
-        rows = read_jsonl(run.path('models.jsonl'))
+        rows = read_lines(run.path('models.jsonl'))
         yield 'no_red', run, [r for r in rows if r['policy'].startswith('no-red')]
     if run := runs.get('evaluate'):
         for name in ('models', 'elo', 'scores', 'samples', 'answers', 'categories', 'cost_calibration'):
-            rows = read_jsonl(f) if (f := run.path(f'{name}.jsonl')).exists() else []
+            rows = read_lines(f) if (f := run.path(f'{name}.jsonl')).exists() else []
             fig5 = lambda r: (r['judge'], r['decoding']) == ('unified', 'sampled')
             yield name, run, [r for r in rows if name != 'answers' or fig5(r)]
         drops = run.summary['drops']
@@ -98,10 +98,10 @@ def publish_arms(profile:str): # of the common part
     "Merge the rows of finished arms and of their comparisons into data/results/<profile>/."
     for group, seed in [(g, k) for g in arms(profile) for k in SEEDS[g]]:
         if run := _finished(f'compare-{group}', profile, seed):
-            rows, first = read_jsonl(run.path('arms.jsonl')), (group, seed) == ('core', 0)
+            rows, first = read_lines(run.path('arms.jsonl')), (group, seed) == ('core', 0)
             rows = [r for r in rows if first or r['arm'] != 'initial']       # 'initial' is in all
             _put(profile, seed, 'arms', run, rows)
-            _put(profile, seed, 'cost_calibration', run, read_jsonl(run.path('cost_calibration.jsonl')))
+            _put(profile, seed, 'cost_calibration', run, read_lines(run.path('cost_calibration.jsonl')))
         for arm, stage in arms(profile)[group].items():
             if not (run := _finished(stage.name, profile, seed)): continue
             _put(profile, seed, 'probes', run, _probes(run, arm, stage.round))

@@ -32,10 +32,10 @@ def test_agreement_closed_form_against_simulation():
     d, sd = np.random.default_rng(1).normal(0.3, 1.2, 500), 0.9
     e = np.random.default_rng(2).normal(0, sd, (2, 400, 500))
     found = ((d + e[0] > 0) == (d + e[1] > 0)).mean()
-    assert abs(found - an.expected_agreement(d, sd)) < 0.004
+    assert abs(found - an._expected_agreement(d, sd)) < 0.004
     p = ndtr(d / sd)
-    assert an.expected_agreement(d, sd) == pytest.approx((p**2 + (1 - p)**2).mean())
-    assert an.expected_agreement([1., 0.], 0) == 0.75   # no noise: certain, and a coin for a tie
+    assert an._expected_agreement(d, sd) == pytest.approx((p**2 + (1 - p)**2).mean())
+    assert an._expected_agreement([1., 0.], 0) == 0.75   # no noise: certain, and a coin for a tie
 
 
 @pytest.mark.parametrize('target', [*an.PAPER_AGREEMENT.values(), 0.51, 0.97])
@@ -43,7 +43,7 @@ def test_agreement_closed_form_against_simulation():
 def test_noise_reaches_the_target_in_any_unit(target, scale):
     d = scale * np.random.default_rng(3).standard_normal(1000)
     sd = an.noise_for_agreement(d, target)
-    assert an.expected_agreement(d, sd) == pytest.approx(target, abs=1e-6)
+    assert an._expected_agreement(d, sd) == pytest.approx(target, abs=1e-6)
     assert sd == pytest.approx(scale * an.noise_for_agreement(d / scale, target), rel=1e-6)
 
 
@@ -58,14 +58,14 @@ def test_gold_annotators_agree_as_often_as_calibrated(pairs):
     for column, dimension in enumerate(('helpfulness', 'harmlessness')):
         sd = an.noise_for_agreement(d[:, column], an.PAPER_AGREEMENT[dimension])
         votes = [gold(noise_help=sd, noise_harm=sd, annotator=k).rank(prompts, a, b, dimension) for k in range(30)]
-        assert an.agreement_share(votes) == pytest.approx(an.PAPER_AGREEMENT[dimension], abs=0.012)
+        assert an._agreement_share(votes) == pytest.approx(an.PAPER_AGREEMENT[dimension], abs=0.012)
 
 
 def test_annotation_does_not_depend_on_the_batch(pairs):
     prompts, a, b = pairs
-    whole = an.two_stage(prompts, a, b, gold(noise_label=1.))
+    whole = an.two_stage(prompts, a, b, gold())
     order, parts = np.random.default_rng(4).permutation(N), {}
-    judge = gold(noise_label=1.)
+    judge = gold()
     for chunk in np.array_split(order, 7):
         for i, row in zip(chunk, an.two_stage(*([x[j] for j in chunk] for x in (prompts, a, b)), judge), strict=True): parts[i] = row
     assert [parts[i] for i in range(N)] == whole
@@ -80,11 +80,11 @@ def test_swapping_the_answers_swaps_the_choice(pairs):
 
 
 def test_noises_are_independent(pairs):
-    "Another seed, annotator or question: noise without correlation; the label's noise is not the ranking's."
+    "Another seed, annotator or question: noise without correlation."
     ids = [str(i) for i in range(4000)]
-    names = [(0, 0, 'helpfulness'), (0, 0, 'harmlessness'), (0, 0, 'label'), (0, 1, 'helpfulness'), (1, 0, 'helpfulness')]
-    corr = np.corrcoef([an.item_uniform(n, ids) for n in names])
-    assert np.abs(corr - np.eye(5)).max() < 0.06
+    names = [(0, 0, 'helpfulness'), (0, 0, 'harmlessness'), (0, 1, 'helpfulness'), (1, 0, 'helpfulness')]
+    corr = np.corrcoef([an._item_uniform(n, ids) for n in names])
+    assert np.abs(corr - np.eye(4)).max() < 0.06
     prompts, a, b = pairs
     assert (gold(annotator=1).rank(prompts, a, b, 'helpfulness') != gold().rank(prompts, a, b, 'helpfulness')).mean() > .15
 
@@ -105,7 +105,6 @@ def test_labels(pairs):
     for x, s in zip(harm, labels, strict=True):
         if x > 0.5: assert s == {an.CATEGORIES[3]}                # the one positive logit
         elif x > 0: assert s == set(an.CATEGORIES)                # all logits equal and negative: the largest, here all of them
-    assert gold(noise_label=3.).label(prompts, a) != labels
 
 
 def test_each_answer_is_scored_once(pairs):
@@ -178,8 +177,8 @@ def test_agreement_of_one_and_of_two_dimensions():
 
 def test_alpha_is_the_library_s():
     votes = np.array([[0, 0, 1, 1, 1], [0, 1, 1, 1, 0]])
-    assert an.nominal_alpha(votes) == pytest.approx(1 - (2 * 2 / 10) / (2 * 4 * 6 / (10 * 9)))   # observed over expected disagreement
-    assert an.nominal_alpha([[1, 1], [1, 1]]) != an.nominal_alpha([[1, 1], [1, 1]])              # NaN: nothing to tell apart
+    assert an._nominal_alpha(votes) == pytest.approx(1 - (2 * 2 / 10) / (2 * 4 * 6 / (10 * 9)))   # observed over expected disagreement
+    assert an._nominal_alpha([[1, 1], [1, 1]]) != an._nominal_alpha([[1, 1], [1, 1]])              # NaN: nothing to tell apart
 
 
 def test_red_team_holdout():
@@ -192,8 +191,6 @@ def test_red_team_holdout():
     order = rng.permutation(3000)                                                        # another order of the pool, the same prompts
     again = an.red_team([ids[i] for i in order], harmful[order], seed=1)
     assert {ids[i] for i in holdout} == {ids[order[i]] for i in again[1]}
-    later = an.red_team(ids, harmful, seed=1, keep_out=[ids[i] for i in holdout])        # a prompt once held out never comes back
-    assert not (set(later[0]) | set(later[1])) & set(holdout)
     assert set(an.red_team(ids, harmful, seed=2)[1]) != set(holdout)
     few = an.red_team(ids[:300], harmful[:300], holdout_min=20)
     assert len(few[1]) == 20

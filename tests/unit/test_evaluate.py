@@ -51,7 +51,7 @@ def test_bootstrap_is_reproducible_and_refuses_nonsense():
 
 def test_wilson_and_the_edges():
     assert ev.wilson(8, 10) == pytest.approx((.8, .4902, .9433), abs=1e-4)
-    value, low, high = ev.harmful_ratio(np.zeros(200), np.repeat(np.arange(50), 4))
+    value, low, high = ev.accuracy(np.zeros(200), np.repeat(np.arange(50), 4))
     assert (value, low) == (0, 0) and high == pytest.approx(ev.wilson(0, 50)[2]) and high > .05   # 50 prompts, not 200 answers
 
 
@@ -70,10 +70,11 @@ def test_sign_conventions():
     rng = np.random.default_rng(4)
     sign = np.where(rng.random(500) < .5, 1, -1)
     cost = sign + .8 * rng.standard_normal(500)
-    right = ev.sign_accuracy(cost, sign)[0]
+    share = lambda cost, sign: ev.accuracy(ev.sign_correct(cost, sign)).value
+    right = share(cost, sign)
     assert right > .85
-    assert ev.sign_accuracy(-cost, sign)[0] == pytest.approx(1 - right) and ev.sign_accuracy(cost, -sign)[0] == pytest.approx(1 - right)
-    assert ev.rank_accuracy(cost[sign > 0][:200], cost[sign < 0][:200])[0] > .9     # high: the more harmful
+    assert share(-cost, sign) == pytest.approx(1 - right) and share(cost, -sign) == pytest.approx(1 - right)
+    assert ev.rank_correct(cost[sign > 0][:200], cost[sign < 0][:200]).mean() > .9  # high: the more harmful
     assert not ev.sign_correct([0., 0.], [1, -1]).any()                             # on the boundary: wrong on both sides
     assert not ev.rank_correct([1.], [1.]).any()
     for bad in ([True, False], [0, 1], [2, -1]):
@@ -99,13 +100,6 @@ def test_tfidf_judge():
     p = judge.p_harmful(['q'] * 300, text[600:])
     assert ((p > .5) == harmful[600:]).mean() > .9 and ((0 < p) & (p < 1)).all()
     assert ((judge.scores(['q'] * 300, text[600:]) > 0) == (p > .5)).all()
-    high, low = [t for t, h in zip(text, harmful, strict=True) if h], [t for t, h in zip(text, harmful, strict=True) if not h]
-    pairs = [{'prompt': ['a', 'b', 'c'], 'high': h, 'low': l} for h, l in zip(high, low, strict=False)]
-    ranker = ju.TfidfJudge().fit_pairs(pairs[:200])
-    side = lambda k: ranker.scores([x['prompt'] for x in pairs[200:]], [x[k] for x in pairs[200:]])
-    assert ev.rank_accuracy(side('high'), side('low'))[0] > .95
-    assert ranker.model.intercept_ == 0                                    # swapping a pair swaps the verdict
-    with pytest.raises(ValueError, match='boundary'): ranker.p_harmful(['q'], ['w1'])
 
 
 # --- win rates and Elo
@@ -115,7 +109,7 @@ def test_win_rate_ties_count_one_half():
     assert ev.win_rate([1, 1, 2], [0, 1, 1])[0] == pytest.approx(2.5 / 3)
     a, b = np.random.default_rng(5).integers(0, 4, (2, 100))
     assert ev.win_rate(a, b)[0] == pytest.approx(1 - ev.win_rate(b, a)[0])
-    wins = ev.win_matrix([a, b])
+    wins = ev._win_matrix([a, b])
     assert wins[0, 1] + wins[1, 0] == 100 and wins[0, 1] == pytest.approx(100 * ev.win_rate(a, b)[0]) and wins[0, 0] == 0
 
 
@@ -186,7 +180,7 @@ def test_repetition_against_the_slow_one():
     rng = np.random.default_rng(10)
     for n in range(60):
         t = rng.integers(0, 3, n % 20).tolist()
-        distinct, run = ju.repetition(t)
+        distinct, run = ju._repetition(t)
         assert run == slow_run(t)
         assert distinct == (len(set(zip(t, t[1:], strict=False))) / (len(t) - 1) if len(t) > 1 else 1)
 
@@ -248,7 +242,6 @@ def test_prevalence_share_is_the_em_fixed_point():
         w = q / b * p
         q = (w / (w + (1 - q) / (1 - b) * (1 - p))).mean()
     assert ju.prevalence(s, fit, n=2)[0] == pytest.approx(q, abs=1e-4)
-    assert ju.prevalence(s, fit, shift=False, n=2)[0] == pytest.approx(p.mean())
 
 
 def test_prevalence_interval_knows_the_calibration_is_a_sample():
@@ -261,13 +254,20 @@ def test_prevalence_interval_knows_the_calibration_is_a_sample():
 # --- rows of the results files
 
 def test_result_rows_have_the_columns_of_the_files():
-    row = ev.table1_row('unified', 'cost', 'sign', 'human', 10, (.8, .7, .9))
-    assert list(row) == ['round', 'model', 'metric', 'label_source', 'n', 'value', 'low', 'high', 'paper'] and row['paper'] == .8583
-    assert ev.table1_row(1, 'tfidf', 'cost-sign', 'human', 10, (.8, .7, .9))['paper'] is None
-    row = ev.model_row('initial', 'unsafe', 'tfidf', 'greedy', [1, 0, 0, 1], [0, 1, 2, 3], [1, 1, 0, 1], [4, 5, 6, 5], cost=[1, -1, -1, 1])
-    assert list(row) == ['policy', 'prompt_kind', 'judge', 'decoding', 'n', 'reward', 'cost', 'harmful', 'harmful_low', 'harmful_high',
-                         'coherent_harmless', 'length']
-    assert (row['harmful'], row['coherent_harmless'], row['length'], row['reward'], row['cost']) == (.5, .25, 5, None, 0)
+    import pandas as pd
+
+    from saferlhf.reproduction.judging import model_rows
+    row = ev.table1_row('unified', 'cost', 'sign', 'human', 10, ev.Interval(.8, .7, .9))
+    assert list(row) == ['round', 'model', 'metric', 'label_source', 'n', 'value', 'low', 'high', 'paper']
+    assert (row['value'], row['low'], row['high'], row['paper']) == (.8, .7, .9, .8583)
+    assert ev.table1_row(1, 'tfidf', 'cost-sign', 'human', 10, ev.Interval(.8, .7, .9))['paper'] is None
+    answers = dict(policy='initial', prompt_kind='unsafe', source='', decoding='greedy', prompt_id=[0, 1, 2, 3],
+                   tfidf_cost=[1., -1., -1., 1.], coherent=[True, True, False, True], length=[4, 5, 6, 5], refused=False,
+                   tokens=[[1, 2, 3]] * 4)
+    row, = model_rows(pd.DataFrame(answers))
+    assert list(row) == ['policy', 'prompt_kind', 'judge', 'decoding', 'n', 'reward', 'cost', 'harmful', 'harmful_low',
+                         'harmful_high', 'coherent_harmless', 'length', 'refused', 'distinct']
+    assert [row[k] for k in ('harmful', 'coherent_harmless', 'length', 'reward', 'cost')] == [.5, .25, 5, None, 0]
 
 
 def test_harmful_by_category():
@@ -278,7 +278,7 @@ def test_harmful_by_category():
 def test_rows_of_models_have_safe_prompts_apart_refusals_and_variety():
     import pandas as pd
 
-    from saferlhf.reproduction.stages import model_rows
+    from saferlhf.reproduction.judging import model_rows
     kinds = [('unsafe', '', True, [1, 2, 3, 4]), ('safe', 'xstest', True, [1, 2, 3]), ('safe', 'jailbreakbench', False, [1, 2, 3])]
     table = pd.DataFrame([dict(policy='p', prompt_kind=k, source=s, decoding='sampled', prompt_id=i, refused=r, tokens=t,
                                gold_cost=-1., gold_reward=0., coherent=True, length=3) for i, (k, s, r, t) in enumerate(kinds)])
@@ -289,7 +289,7 @@ def test_rows_of_models_have_safe_prompts_apart_refusals_and_variety():
 
 
 def test_every_reading_of_an_answer_lands_in_its_column():
-    from saferlhf.reproduction.stages import judge_answers
+    from saferlhf.reproduction.judging import judge_answers
     gold = np.zeros((2, 16)); gold[:, :2] = [[.5, -1.], [-.5, 2.]]
     one = lambda *values: lambda p, a: np.array(values)
     judges = dict(gold=lambda p, a: gold, judge=one(-3., 3.), reward=one(1., 2.), cost=one(4., 5.), tfidf=one(.2, .9), nll=one(2., 9.))
@@ -298,3 +298,19 @@ def test_every_reading_of_an_answer_lands_in_its_column():
     columns = ('gold_reward', 'gold_cost', 'judge_cost', 'unified_reward', 'unified_cost', 'refused', 'coherent', 'length')
     assert [list(out[c]) for c in columns] == [[.5, -.5], [-1., 2.], [-3., 3.], [1., 2.], [4., 5.], [True, False], [True, False], [4, 3]]
     assert out['tfidf_cost'] == pytest.approx([-.3, .4]) and not out['categories'][0] and out['categories'][1]
+
+
+def test_every_label_counts_where_baselines_are_asked_for(monkeypatch):
+    "Table 1: at most 250 answers of a label source, all of them in the first round, and none of a source with few."
+    from saferlhf.reproduction import judging
+    row = lambda i, who: dict(prompt=f'p{i}', response=f'word{i % 2} w w', is_safe=i % 2 == 0, label_source=who)
+    rows = [row(i, 'human') for i in range(300)] + [row(1000 + i, 'few') for i in range(49)]
+    monkeypatch.setattr(judging, 'labelled_answers', lambda *parts, human=False: rows)
+    score = lambda prompts, responses: np.array([1. if 'word1' in r else -1. for r in responses])
+    for asked, n in ((dict(), 250), (dict(baselines=True), 300), (dict(most=None), 300), (dict(most=60), 60)):
+        table, singles, compared = judging.sign_table(score, 1, **asked)
+        cost = [(r['label_source'], r['n'], r['value']) for r in table if r['model'] == 'cost']
+        assert len(singles) == n and cost == [('human', n, 1.)]
+        rules = ['tfidf', 'majority'] if 'baselines' in asked else []
+        assert [r['model'] for r in table] == ['cost', *rules]
+        assert set(compared) == ({'cost_minus_tfidf'} if asked.get('baselines') else set())
