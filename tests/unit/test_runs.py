@@ -273,7 +273,7 @@ def test_rounds_without_red_teaming_have_a_table_of_their_own(tmp_path, monkeypa
     from saferlhf.reproduction.graph import find
     (run := tmp_path/'run').mkdir()
     row = dict(prompt_kind='unsafe', judge='gold', decoding='sampled', harmful=.1)
-    lines = '\n'.join(json.dumps(row | dict(policy=p)) for p in ('initial', 'no-red-2', 'no-red-3'))
+    lines = ''.join(json.dumps(row | dict(policy=p)) + '\n' for p in ('initial', 'no-red-2', 'no-red-3'))
     for name, text in {'config.json': '{}', 'manifest.json': '{"stage": "evaluate", "seconds": 1}', 'summary.json': '{}',
                        'DONE': '', 'models.jsonl': lines}.items():
         (run/name).write_text(text)
