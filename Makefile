@@ -22,7 +22,7 @@ lab: .venv/.installed
 	@$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/nbs/index.ipynb
 
 docs: .venv/.installed
-	@$(BIN)/python tests/readme.py
+	@$(BIN)/python tools/readme.py
 
 # One phase after the other, the quick ones first; pytest's closing line is the last one.
 test: .venv/.installed
