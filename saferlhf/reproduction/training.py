@@ -192,7 +192,7 @@ def train_policy(run:Run): # of a policy's stage
     objective, (tokenizer, prompts, _, supervised) = make_objective(config), policy_data(run)
     actor, reference, critics, scorers = policy_models(run, objective)
     sampler = Sampler(actor, tokenizer.eos_token_id, config.max_new_tokens, config.temperature, seed=run.seed,
-                      keep=_spread(run).keep)
+                      keep=_spread(run).keep_sampler_weights)
     probed, look = _prober(run, config, sampler, reference, scorers, tokenizer)
     n, budgets = config.prompts, (config.max_prompt_tokens, config.max_new_tokens)
     def step(i):
