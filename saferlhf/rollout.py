@@ -46,18 +46,16 @@ def respond(
 )->list: # one dict per answer, prompts in order: prompt index, response, tokens, truncated
     "Answer prompts in batches of similar length."
     lengths = [len(encode_prompt(p, tokenizer, max_prompt_tokens)) for p in prompts]
-    out, size = [None] * (len(prompts) * samples), max(1, batch_size // samples)
-    order = np.argsort(lengths, kind='stable')
+    out, size, order = [], max(1, batch_size // samples), np.argsort(lengths, kind='stable')
     for k in range(0, len(order), size):
         index = order[k:k + size]
         asked = prompt_batch([prompts[i] for i in index], tokenizer, max_prompt_tokens)
         r = sampler.generate(asked, samples, first)
-        rows = zip(r.texts(tokenizer), r.lengths.tolist(), r.truncated.tolist(), strict=True)
-        for j, (text, n, cut) in enumerate(rows):
-            i, s = int(index[j // samples]), j % samples
-            tokens = r.responses[j, :n].tolist()
-            out[i * samples + s] = dict(prompt=i, response=text, tokens=tokens, truncated=cut)
-    return out
+        rows = zip(index.repeat(samples).tolist(), r.texts(tokenizer), r.responses.tolist(),
+                   r.lengths.tolist(), r.truncated.tolist(), strict=True)
+        out += [dict(prompt=i, response=text, tokens=tokens[:n], truncated=cut)
+                for i, text, tokens, n, cut in rows]
+    return sorted(out, key=lambda row: row['prompt'])
 
 # %% ../nbs/method/08_rollout.ipynb #48e8b52b
 def by_length(

@@ -17,6 +17,7 @@ from .kernels import add_norm, attend_cache, gate, rotate_append
 from .packing import Layout, attend
 
 # %% ../../nbs/hardware/08_decoder.ipynb #b1279629
+_FAMILIES, _ROPES = ('llama', 'mistral', 'qwen2', 'gemma'), ('default', 'linear', 'llama3')
 _ACTS = {'silu': 'silu', 'gelu_pytorch_tanh': 'gelu'}       # transformers' name -> that of `gate`
 
 def _activation(config):
@@ -24,12 +25,12 @@ def _activation(config):
 
 def why_not(model)->str: # a causal LM of transformers -> '' when it can
     "Why a model cannot be decoded by `Decoder`."
-    c, families = model.config, ('llama', 'mistral', 'qwen2', 'gemma')
-    if c.model_type not in families: return f'the family {c.model_type} has no decoder here'
-    if _activation(c) not in _ACTS: return f'its activation is {_activation(c)}'
-    rope = (c.rope_parameters or {}).get('rope_type', 'default')
-    known = rope in ('default', 'linear', 'llama3')
-    return '' if known else f'its rotary positions ({rope}) depend on the length'
+    c, act = model.config, _activation(model.config)
+    rope = (getattr(c, 'rope_parameters', None) or {}).get('rope_type', 'default')
+    reasons = ((c.model_type in _FAMILIES, f'the family {c.model_type} has no decoder here'),
+               (act in _ACTS, f'its activation is {act}'),
+               (rope in _ROPES, f'its rotary positions ({rope}) depend on the length'))
+    return next((reason for fine, reason in reasons if not fine), '')
 
 _Block = namedtuple('_Block', 'norm1 qkv o norm2 up down')   # weights; a matrix with its bias or None
 
