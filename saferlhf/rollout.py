@@ -63,12 +63,10 @@ def by_length(
     batch_tokens:int,   # most tokens, padding included, in a batch
 )->list:                # lists of indices
     "Batches of similar length under a token budget, longest first."
-    out, width = [], 0
+    out = []
     for i in sorted(range(len(sequences)), key=lambda i: -len(sequences[i])):
-        if not out or width * (len(out[-1]) + 1) > batch_tokens:
-            out.append([])
-            width = len(sequences[i])
-        out[-1].append(i)
+        if out and len(sequences[out[-1][0]]) * (len(out[-1]) + 1) <= batch_tokens: out[-1].append(i)
+        else: out.append([i])
     return out
 
 def _device(model): return next(getattr(model, 'model', model).parameters()).device   # of an engine's, too
@@ -86,12 +84,12 @@ def score_texts(
     "Scores of texts; responses over the limit are cut and end in EOS, as in training."
     seqs = [encode_prompt(p, tokenizer, max_prompt_tokens) + encode_response(r, tokenizer, max_new_tokens)
             for p, r in zip(prompts, responses, strict=True)]
-    device, out = _device(scorer), [None] * len(seqs)
+    device, out = _device(scorer), {}
     for index in by_length(seqs, batch_tokens):
         ids, mask = pad([seqs[i] for i in index], 0)
         scores = scorer(ids.to(device), mask.to(device)).end_scores.float().cpu().numpy()
-        for i, s in zip(index, scores, strict=True): out[i] = s
-    return np.array(out)
+        out |= dict(zip(index, scores, strict=True))
+    return np.array([out[i] for i in range(len(seqs))])
 
 @torch.no_grad()
 def perplexities(

@@ -69,8 +69,8 @@ class Decoder:
     def _norm(self, m): return self._weights([m.weight], self.norm_shift)
 
     def _linear(self, *ms):
-        bias = ms[0].bias is not None
-        return self._weights([m.weight for m in ms]), self._weights([m.bias for m in ms]) if bias else None
+        return (self._weights([m.weight for m in ms]),
+                None if ms[0].bias is None else self._weights([m.bias for m in ms]))
 
     def _block(self, layer):
         a, m = layer.self_attn, layer.mlp

@@ -153,10 +153,8 @@ def _kernel_fits(x, D): # heads of a size that the two kernels are written for
 def attend_cache(
     qkv:Tensor,                     # (N, (heads + 2 kv_heads) * D) query, key and value of one token per row
     k_cache:Tensor, v_cache:Tensor, # (B, kv_heads, L, D) with B >= N; the new key and value go into them
-    pos:Tensor,                     # (N,) int64 tokens that the row's cache holds
-    cos:Tensor, sin:Tensor,         # (N, D) of each row's position
-    scale:float,                    # of the scores
-    seen:int|None=None,             # all of `pos` are below it; the plain form reads no further
+    pos:Tensor, cos:Tensor, sin:Tensor, # (N,) int64 tokens in the row's cache; (N, D) of each row's position
+    scale:float, seen:int|None=None, # of the scores; all of `pos` are below it: the plain form stops there
 )->Tensor:                          # (N, heads * D)
     "Rotate, append, attend."
     (_, K, L, D), H = k_cache.shape, qkv.shape[1] // k_cache.shape[3] - 2 * k_cache.shape[1]
@@ -185,8 +183,7 @@ def _rotate_append(qkv, cos, sin, slot, position, k_cache, v_cache, L, H: tl.con
         tl.store(to, x1); tl.store(to + D // 2, x2)
 
 def rotate_append(
-    qkv:Tensor,                     # (N, (heads + 2 kv_heads) * D) of packed prompts; may be overwritten
-    cos:Tensor, sin:Tensor,         # (N, D) of each token's position
+    qkv:Tensor, cos:Tensor, sin:Tensor, # of packed prompts, may be overwritten; (N, D) of tokens' positions
     slot:Tensor, position:Tensor,   # (N,) int64 row of the cache, and place in it
     k_cache:Tensor, v_cache:Tensor, # (B, kv_heads, L, D), written
 )->tuple:                           # rotated queries (N, heads, D), rotated keys and values (N, kv_heads, D)

@@ -117,8 +117,8 @@ class DeepSpeedEngine:
 
     def step(self):
         "As in `engine.TorchEngine`."
-        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads) if self.zero == 0 else None     # DeepSpeed has none
+        norm = None if self.zero else torch.nn.utils.get_total_norm( # DeepSpeed has none at stage 0
+            [p.grad for p in self.model.parameters() if p.grad is not None])
         self.engine.step()
         return torch.as_tensor(self.engine.get_global_grad_norm() if norm is None else norm)
 
