@@ -63,8 +63,9 @@ class TorchEngine:
         exact = [p.detach() for p in self.params]            # the weights before they are rounded
         if precision == 'bf16': sixteen_bits(model)
         if optim is None: return
-        self.masters = [p if p.dtype == torch.float32 else w.float() for p, w in zip(self.params, exact)]
-        for p, m in zip(self.params, self.masters):
+        self.masters = [p if p.dtype == torch.float32 else w.float()
+                        for p, w in zip(self.params, exact, strict=True)]
+        for p, m in zip(self.params, self.masters, strict=True):
             if m is not p: p.register_post_accumulate_grad_hook(partial(self._widen, m))
         self.optimizer = adamw(self.masters, optim)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, schedule(optim, steps))

@@ -81,8 +81,8 @@ class Decoder:
     def fits(self, model, slots, tokens)->bool: # a causal LM; sequences at a time, and tokens of each
         "Whether it was made for this model and is large enough."
         first = model.base_model.layers[0].self_attn.o_proj.weight
-        in_place = self.gathered or first.data_ptr() == self.blocks[0].o[0].data_ptr()
-        return bool(in_place) and slots <= self.slots and tokens <= self.tokens and first.dtype == self.dtype
+        return ((self.gathered is not None or first.data_ptr() == self.blocks[0].o[0].data_ptr())
+                and slots <= self.slots and tokens <= self.tokens and first.dtype == self.dtype)
 
     @torch.no_grad()
     def refresh(self):
@@ -102,20 +102,16 @@ class Decoder:
         return add_norm(x, h, self.norm, self.eps)[1]
 
     def step(self,
-        ids:Tensor, pos:Tensor, # (N,) one token for each of the first N slots; (N,) tokens in their caches
-        seen:int|None=None,     # all of `pos` are below it
-    )->Tensor:                  # (N, V) logits
+        ids:Tensor, pos:Tensor, seen:int|None=None, # (N,) tokens; (N,) tokens cached, all below `seen`
+    )->Tensor:                                      # (N, V) logits of the first N slots
         "Append a token to every sequence."
         cos, sin = self.cos[pos], self.sin[pos]
         def mix(l, qkv):
             return attend_cache(qkv, self.keys[l], self.values[l], pos, cos, sin, self.scale, seen)
         return F.linear(self._forward(ids, mix), self.head)
 
-    def prefill(self,
-        ids:Tensor, lay:Layout, # (N,) packed prompts; their layout
-        slots:Tensor,           # (number of prompts,) where they go
-    ):
-        "Fill caches from their beginning."
+    def prefill(self, ids:Tensor, lay:Layout, slots:Tensor): # (N,) packed; their layout; (prompts,) places
+        "Fill the caches of some slots with prompts, from their beginning."
         cos, sin = self.cos[lay.position], self.sin[lay.position]
         at = torch.arange(len(ids), device=ids.device, dtype=torch.int32)
         slot = slots[torch.searchsorted(lay.bounds, at, right=True) - 1]

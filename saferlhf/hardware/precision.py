@@ -14,10 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 # %% ../../nbs/hardware/03_precision.ipynb #2b7947ea
-def finite(
-    name:str,    # for the message: 'loss', 'gradient', 'reward', 'cost'
-    *xs:Tensor,  # any shapes
-):               # the first of them
+def finite(name:str, *xs:Tensor): # 'loss', 'gradient', 'reward', 'cost'; any shapes -> the first of them
     "FloatingPointError unless every number is finite; asked before weights or lambda move."
     if xs and not torch.stack([x.detach().sum(dtype=torch.float32).isfinite() for x in xs]).all() and \
        not all(bool(x.isfinite().all()) for x in xs):            # a sum may overflow where nothing is wrong

@@ -104,21 +104,17 @@ def rank_slice(n:int)->slice: # rows of the global batch
     _refuse((n < ranks(), f'{n} rows cannot be shared by {ranks()} ranks: use fewer GPUs'))
     return slice(_bounds(n, rank()), _bounds(n, rank() + 1))
 
-def rank_pieces(
-    n:int, size:int=0, # rows of the global batch; most rows of a piece, 0: no limit
-)->list:               # (rows (b,), 1. or 0.); as many on every rank, and what is 0. must not count
-    "This rank's rows in pieces, one for each backward pass."
+def rank_pieces(n:int, size:int=0)->list: # rows of the global batch; most rows of a piece, 0: no limit
+    """This rank's rows in pieces, one for each backward pass, as many on every rank: pairs of rows (b,)
+    and 1., or 0. for a piece that must not count."""
     most = -(-n // ranks())
     size, rows = size or most, torch.arange(_bounds(n, rank()), _bounds(n, rank() + 1))
     pieces = (rows[k:k + size] for k in range(0, most, size))
     return [(p, 1.) if len(p) else (torch.tensor([0]), 0.) for p in pieces]
 
 # %% ../../nbs/hardware/04_ranks.ipynb #86c39628
-def gather(
-    x:Tensor, # (b, ...) this rank's rows; as many on every rank, unless `n` is given
-    n:int=0,  # rows of the global batch that `rank_slice` or `rank_pieces` have shared out
-)->Tensor:    # (B, ...) all ranks' rows; rank r's stand before rank r+1's
-    "Concatenate over ranks."
+def gather(x:Tensor, n:int=0)->Tensor: # (b, ...) this rank's rows; rows of the shared batch -> (B, ...)
+    "Concatenate over ranks, in order; without `n` (what `rank_slice` shares out) all have as many rows."
     if ranks() == 1: return x
     sizes = [_bounds(n, r + 1) - _bounds(n, r) if n else len(x) for r in range(ranks())]
     x = torch.cat([x, x.new_zeros(max(sizes) - len(x), *x.shape[1:])])
@@ -142,10 +138,7 @@ def widest(x:Tensor)->Tensor: # (b, t) this rank's rows, padded on the right -> 
     T = int(largest(torch.tensor(float(x.shape[1]), device=x.device)))
     return torch.nn.functional.pad(x, (0, T - x.shape[1]))
 
-def reduce_mean(
-    metrics:dict,     # name -> number or tensor ()
-    weight:float=1.,  # e.g. this rank's number of rows
-)->dict:              # name -> float
+def reduce_mean(metrics:dict, weight:float=1.)->dict: # name -> number; this rank's rows -> name -> float
     "Weighted mean over ranks of all metrics, in one collective, and one transfer from the device."
     values = [torch.as_tensor(v, dtype=torch.float64, device=device()) for v in [*metrics.values(), 1.]]
     x = total(torch.stack(values) * weight)

@@ -84,9 +84,7 @@ def _load_universal(engine, folder): # DeepSpeed's engine; as from `write`, by a
 # %% ../../nbs/hardware/05_zero.ipynb #b29a069b
 class DeepSpeedEngine:
     "The verbs of `engine.TorchEngine` on DeepSpeed, ZeRO stage 0 to 3."
-    def __init__(self,
-        make, optim=None, steps=1, precision='fp32', zero=0, offload='', # as in `engine.load`
-    ):
+    def __init__(self, make, optim=None, steps=1, precision='fp32', zero=0, offload=''): # as `engine.load`
         ds, config = deepspeed(), _config(optim, zero, precision, offload)
         self.device, self.zero = device(), zero
         model = _make(make, config, precision)
@@ -103,9 +101,7 @@ class DeepSpeedEngine:
 
     def __call__(self, *args, **kw): return self.engine(*args, **kw)
 
-    def backward(self,
-        loss, last=True, # (); of the micro-batches of one optimizer step: gradients are reduced here
-    ):
+    def backward(self, loss, last=True): # (); of one optimizer step: gradients are reduced here
         "Add a loss's gradient."
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(finite('loss', loss))
@@ -146,9 +142,7 @@ class DeepSpeedEngine:
         "Weights, optimizer and schedule of all ranks, together."
         self.engine.save_checkpoint(str(folder), tag='state', save_latest=False)
 
-    def read(self,
-        folder, n:int, # as from `write`, its hashes compared: these files are pickled; ranks that wrote it
-    ):
+    def read(self, folder, n:int): # as from `write`, its hashes compared (it is pickled); ranks that wrote it
         "Put back what `write` stored; with another number of ranks through DeepSpeed's universal checkpoint."
         if n == ranks() or self.zero == 0: return self.engine.load_checkpoint(str(folder), tag='state')
         groups = self.engine.optimizer.param_groups
