@@ -62,10 +62,10 @@ class TorchEngine:
         self.params = [p.requires_grad_(optim is not None) for p in model.parameters()]
         exact = [p.detach() for p in self.params]            # the weights before they are rounded
         if precision == 'bf16': sixteen_bits(model)
-        self.masters = []
         if optim is None: return
-        for p, w in zip(self.params, exact, strict=True):
-            self.masters.append(m := p if p.dtype == torch.float32 else w.float())
+        self.masters = [p if p.dtype == torch.float32 else w.float()
+                        for p, w in zip(self.params, exact, strict=True)]
+        for p, m in zip(self.params, self.masters, strict=True):
             if m is not p: p.register_post_accumulate_grad_hook(partial(self._widen, m))
         self.optimizer = adamw(self.masters, optim)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, schedule(optim, steps))
@@ -81,8 +81,8 @@ class TorchEngine:
         "As in `Engine`."
         if not loss.is_cuda: finite('loss', loss)
         loss.backward()
-        grads = [m.grad for m in self.masters if m.grad is not None]
-        if last and not loss.is_cuda: finite('gradient', *grads)
+        if last and not loss.is_cuda: finite('gradient', *(m.grad for m in self.masters
+                                                                if m.grad is not None))
 
     @torch.no_grad()
     def step(self):

@@ -46,18 +46,16 @@ def respond(
 )->list: # one dict per answer, prompts in order: prompt index, response, tokens, truncated
     "Answer prompts in batches of similar length."
     lengths = [len(encode_prompt(p, tokenizer, max_prompt_tokens)) for p in prompts]
-    out, size = [None] * (len(prompts) * samples), max(1, batch_size // samples)
-    order = np.argsort(lengths, kind='stable')
+    out, size, order = [], max(1, batch_size // samples), np.argsort(lengths, kind='stable')
     for k in range(0, len(order), size):
         index = order[k:k + size]
         asked = prompt_batch([prompts[i] for i in index], tokenizer, max_prompt_tokens)
         r = sampler.generate(asked, samples, first)
-        rows = zip(r.texts(tokenizer), r.lengths.tolist(), r.truncated.tolist(), strict=True)
-        for j, (text, n, cut) in enumerate(rows):
-            i, s = int(index[j // samples]), j % samples
-            tokens = r.responses[j, :n].tolist()
-            out[i * samples + s] = dict(prompt=i, response=text, tokens=tokens, truncated=cut)
-    return out
+        rows = zip(index.repeat(samples).tolist(), r.texts(tokenizer), r.responses.tolist(),
+                   r.lengths.tolist(), r.truncated.tolist(), strict=True)
+        out += [dict(prompt=i, response=text, tokens=tokens[:n], truncated=cut)
+                for i, text, tokens, n, cut in rows]
+    return sorted(out, key=lambda row: row['prompt'])
 
 # %% ../nbs/method/08_rollout.ipynb #48e8b52b
 def by_length(
@@ -65,12 +63,10 @@ def by_length(
     batch_tokens:int,   # most tokens, padding included, in a batch
 )->list:                # lists of indices
     "Batches of similar length under a token budget, longest first."
-    out, width = [], 0
+    out = []
     for i in sorted(range(len(sequences)), key=lambda i: -len(sequences[i])):
-        if not out or width * (len(out[-1]) + 1) > batch_tokens:
-            out.append([])
-            width = len(sequences[i])
-        out[-1].append(i)
+        if out and len(sequences[out[-1][0]]) * (len(out[-1]) + 1) <= batch_tokens: out[-1].append(i)
+        else: out.append([i])
     return out
 
 def _device(model): return next(getattr(model, 'model', model).parameters()).device   # of an engine's, too
@@ -88,12 +84,12 @@ def score_texts(
     "Scores of texts; responses over the limit are cut and end in EOS, as in training."
     seqs = [encode_prompt(p, tokenizer, max_prompt_tokens) + encode_response(r, tokenizer, max_new_tokens)
             for p, r in zip(prompts, responses, strict=True)]
-    device, out = _device(scorer), [None] * len(seqs)
+    device, out = _device(scorer), {}
     for index in by_length(seqs, batch_tokens):
         ids, mask = pad([seqs[i] for i in index], 0)
         scores = scorer(ids.to(device), mask.to(device)).end_scores.float().cpu().numpy()
-        for i, s in zip(index, scores, strict=True): out[i] = s
-    return np.array(out)
+        out |= dict(zip(index, scores, strict=True))
+    return np.array([out[i] for i in range(len(seqs))])
 
 @torch.no_grad()
 def perplexities(

@@ -17,6 +17,7 @@ from .kernels import add_norm, attend_cache, gate, rotate_append
 from .packing import Layout, attend
 
 # %% ../../nbs/hardware/08_decoder.ipynb #b1279629
+_FAMILIES, _ROPES = ('llama', 'mistral', 'qwen2', 'gemma'), ('default', 'linear', 'llama3')
 _ACTS = {'silu': 'silu', 'gelu_pytorch_tanh': 'gelu'}       # transformers' name -> that of `gate`
 
 def _activation(config):
@@ -24,12 +25,12 @@ def _activation(config):
 
 def why_not(model)->str: # a causal LM of transformers -> '' when it can
     "Why a model cannot be decoded by `Decoder`."
-    c, families = model.config, ('llama', 'mistral', 'qwen2', 'gemma')
-    if c.model_type not in families: return f'the family {c.model_type} has no decoder here'
-    if _activation(c) not in _ACTS: return f'its activation is {_activation(c)}'
-    rope = (c.rope_parameters or {}).get('rope_type', 'default')
-    known = rope in ('default', 'linear', 'llama3')
-    return '' if known else f'its rotary positions ({rope}) depend on the length'
+    c, act = model.config, _activation(model.config)
+    rope = (getattr(c, 'rope_parameters', None) or {}).get('rope_type', 'default')
+    reasons = ((c.model_type in _FAMILIES, f'the family {c.model_type} has no decoder here'),
+               (act in _ACTS, f'its activation is {act}'),
+               (rope in _ROPES, f'its rotary positions ({rope}) depend on the length'))
+    return next((reason for fine, reason in reasons if not fine), '')
 
 _Block = namedtuple('_Block', 'norm1 qkv o norm2 up down')   # weights; a matrix with its bias or None
 
@@ -68,8 +69,8 @@ class Decoder:
     def _norm(self, m): return self._weights([m.weight], self.norm_shift)
 
     def _linear(self, *ms):
-        bias = ms[0].bias is not None
-        return self._weights([m.weight for m in ms]), self._weights([m.bias for m in ms]) if bias else None
+        return (self._weights([m.weight for m in ms]),
+                None if ms[0].bias is None else self._weights([m.bias for m in ms]))
 
     def _block(self, layer):
         a, m = layer.self_attn, layer.mlp
@@ -80,8 +81,8 @@ class Decoder:
     def fits(self, model, slots, tokens)->bool: # a causal LM; sequences at a time, and tokens of each
         "Whether it was made for this model and is large enough."
         first = model.base_model.layers[0].self_attn.o_proj.weight
-        in_place = self.gathered or first.data_ptr() == self.blocks[0].o[0].data_ptr()
-        return bool(in_place) and slots <= self.slots and tokens <= self.tokens and first.dtype == self.dtype
+        return ((self.gathered is not None or first.data_ptr() == self.blocks[0].o[0].data_ptr())
+                and slots <= self.slots and tokens <= self.tokens and first.dtype == self.dtype)
 
     @torch.no_grad()
     def refresh(self):
@@ -101,20 +102,16 @@ class Decoder:
         return add_norm(x, h, self.norm, self.eps)[1]
 
     def step(self,
-        ids:Tensor, pos:Tensor, # (N,) one token for each of the first N slots; (N,) tokens in their caches
-        seen:int|None=None,     # all of `pos` are below it
-    )->Tensor:                  # (N, V) logits
+        ids:Tensor, pos:Tensor, seen:int|None=None, # (N,) tokens; (N,) tokens cached, all below `seen`
+    )->Tensor:                                      # (N, V) logits of the first N slots
         "Append a token to every sequence."
         cos, sin = self.cos[pos], self.sin[pos]
         def mix(l, qkv):
             return attend_cache(qkv, self.keys[l], self.values[l], pos, cos, sin, self.scale, seen)
         return F.linear(self._forward(ids, mix), self.head)
 
-    def prefill(self,
-        ids:Tensor, lay:Layout, # (N,) packed prompts; their layout
-        slots:Tensor,           # (number of prompts,) where they go
-    ):
-        "Fill caches from their beginning."
+    def prefill(self, ids:Tensor, lay:Layout, slots:Tensor): # (N,) packed; their layout; (prompts,) places
+        "Fill the caches of some slots with prompts, from their beginning."
         cos, sin = self.cos[lay.position], self.sin[lay.position]
         at = torch.arange(len(ids), device=ids.device, dtype=torch.int32)
         slot = slots[torch.searchsorted(lay.bounds, at, right=True) - 1]

@@ -17,7 +17,6 @@ try:
     import triton.language as tl
 except ImportError: triton, tl = None, type('', (), dict(constexpr=int)) # only the obvious way is left
 
-# %% ../../nbs/hardware/07_kernels.ipynb #f86a95cc
 def _on_gpu(x): # Triton, and a tensor that it can read
     return triton is not None and (x.is_cuda or triton.knobs.runtime.interpret)
 
@@ -67,9 +66,7 @@ def _gate(gu, out, Fm, SILU: tl.constexpr, BLOCK: tl.constexpr):
     else: a = g * tl.sigmoid(1.5957691216057308 * (g + 0.044715 * g * g * g)) # (1 + tanh z)/2 = sigmoid(2z)
     tl.store(out + r * Fm + c, a.to(out.dtype.element_ty).to(tl.float32) * u, m)
 
-def gate(
-    gu:Tensor, act:str, # (N, 2 F) gate, then up; 'silu' or 'gelu' (its tanh form)
-)->Tensor:              # (N, F)
+def gate(gu:Tensor, act:str)->Tensor: # (N, 2 F) gate, then up; 'silu' or 'gelu' (its tanh form) -> (N, F)
     "The gated activation of an MLP."
     if not _on_gpu(gu): return _plain_gate(gu, act)
     n = gu.shape[1] // 2
@@ -153,10 +150,8 @@ def _kernel_fits(x, D): # heads of a size that the two kernels are written for
 def attend_cache(
     qkv:Tensor,                     # (N, (heads + 2 kv_heads) * D) query, key and value of one token per row
     k_cache:Tensor, v_cache:Tensor, # (B, kv_heads, L, D) with B >= N; the new key and value go into them
-    pos:Tensor,                     # (N,) int64 tokens that the row's cache holds
-    cos:Tensor, sin:Tensor,         # (N, D) of each row's position
-    scale:float,                    # of the scores
-    seen:int|None=None,             # all of `pos` are below it; the plain form reads no further
+    pos:Tensor, cos:Tensor, sin:Tensor, # (N,) int64 tokens in the row's cache; (N, D) of each row's position
+    scale:float, seen:int|None=None, # of the scores; all of `pos` are below it: the plain form stops there
 )->Tensor:                          # (N, heads * D)
     "Rotate, append, attend."
     (_, K, L, D), H = k_cache.shape, qkv.shape[1] // k_cache.shape[3] - 2 * k_cache.shape[1]
@@ -185,8 +180,7 @@ def _rotate_append(qkv, cos, sin, slot, position, k_cache, v_cache, L, H: tl.con
         tl.store(to, x1); tl.store(to + D // 2, x2)
 
 def rotate_append(
-    qkv:Tensor,                     # (N, (heads + 2 kv_heads) * D) of packed prompts; may be overwritten
-    cos:Tensor, sin:Tensor,         # (N, D) of each token's position
+    qkv:Tensor, cos:Tensor, sin:Tensor, # of packed prompts, may be overwritten; (N, D) of tokens' positions
     slot:Tensor, position:Tensor,   # (N,) int64 row of the cache, and place in it
     k_cache:Tensor, v_cache:Tensor, # (B, kv_heads, L, D), written
 )->tuple:                           # rotated queries (N, heads, D), rotated keys and values (N, kv_heads, D)
@@ -264,11 +258,8 @@ def _choose(z, tops, sums, raws, u, token, logp, raw, V, n, temperature,
     tl.store(raw + r, at - tl.log(tl.sum(tl.load(raws + r * n + i, i < n, 0.) * tl.exp(t - top))))
 
 # %% ../../nbs/hardware/07_kernels.ipynb #20626323
-def choose(
-    z:Tensor, u:Tensor,   # (N, V) logits, fp32 or 16 bits; (N,) float64 in [0, 1)
-    temperature:float=1., # > 0
-)->Choice:
-    "Sample by inverting the distribution function."
+def choose(z:Tensor, u:Tensor, temperature:float=1.)->Choice: # (N, V) logits; (N,) float64 in [0, 1); > 0
+    "Sample by inverting the distribution function; logits in fp32 or 16 bits."
     if not _on_gpu(z): return (plain_choose if z.is_cuda else _pieces_choose)(z.float(), u, temperature)
     z, u, (N, V) = z.contiguous(), u.contiguous(), z.shape
     n = triton.cdiv(V, 1024)

@@ -27,9 +27,7 @@ class Optim:
         if not self.clip > 0:
             raise ValueError(f'clip={self.clip} would remove every gradient; a large number: no clipping')
 
-def schedule(
-    optim:Optim, steps:int, # its warm-up and schedule; all steps of the run
-):                          # -> function of the step's number (from 0) giving the factor on the rate
+def schedule(optim:Optim, steps:int): # steps of the run -> step's number (from 0) -> factor on the rate
     "Warm-up, then constant or cosine."
     if optim.schedule not in ('cosine', 'constant'):
         raise ValueError(f"schedule is 'cosine' or 'constant', not {optim.schedule!r}")
@@ -45,9 +43,7 @@ def _is_matrix(p):
     shape = getattr(p, 'ds_shape', p.shape)       # of the whole parameter, where it is sharded
     return shape.numel() > 1 and len(shape) > 1
 
-def adamw(
-    params:list, optim:Optim, # of one model; rate, betas and weight decay
-)->torch.optim.AdamW:
+def adamw(params:list, optim:Optim)->torch.optim.AdamW: # of one model; rate, betas and weight decay
     "AdamW, all parameters in one kernel, with weight decay on matrices only, told apart by their shape."
     groups = [dict(params=[p for p in params if _is_matrix(p)], weight_decay=optim.weight_decay),
               dict(params=[p for p in params if not _is_matrix(p)], weight_decay=0.)]

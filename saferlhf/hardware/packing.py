@@ -96,7 +96,7 @@ def packed_forward(
     "One forward pass over the tokens alone."
     config = getattr(model, 'model', model).config
     check_window(config, lay.longest)
-    if config._attn_implementation != 'packed': config._attn_implementation = 'packed'
+    config._attn_implementation = 'packed'
     unused = torch.empty(1, 1, 1, 1, device=ids.device)   # a mask of four dimensions: none is built
     return model(input_ids=ids.flatten()[lay.index][None], position_ids=lay.position[None],
                  attention_mask=unused, use_cache=False, lay=lay, **kw)

@@ -14,10 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 # %% ../../nbs/hardware/03_precision.ipynb #2b7947ea
-def finite(
-    name:str,    # for the message: 'loss', 'gradient', 'reward', 'cost'
-    *xs:Tensor,  # any shapes
-):               # the first of them
+def finite(name:str, *xs:Tensor): # 'loss', 'gradient', 'reward', 'cost'; any shapes -> the first of them
     "FloatingPointError unless every number is finite; asked before weights or lambda move."
     if xs and not torch.stack([x.detach().sum(dtype=torch.float32).isfinite() for x in xs]).all() and \
        not all(bool(x.isfinite().all()) for x in xs):            # a sum may overflow where nothing is wrong
@@ -28,8 +25,8 @@ def finite(
 # %% ../../nbs/hardware/03_precision.ipynb #c1d90ffb
 def fast_precision()->str: # 'bf16' or 'fp32'
     "'bf16' where this device has units for it. Asked, not timed: a busy moment must not change numbers."
-    if torch.cuda.is_available(): fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else: fast = any(getattr(torch.cpu, f'_is_{x}_supported', bool)() for x in ('avx512_bf16', 'amx_tile'))
+    fast = (torch.cuda.is_bf16_supported(including_emulation=False) if torch.cuda.is_available() else
+            any(getattr(torch.cpu, f'_is_{x}_supported', bool)() for x in ('avx512_bf16', 'amx_tile')))
     return 'bf16' if fast else 'fp32'
 
 def sixteen_bits(model): # nn.Module -> the same
@@ -46,8 +43,7 @@ def prepare(
     recompute:bool=False, # activation checkpointing: keep a layer's input only, run it again going backward
 ):                        # the same
     "Make the layers fast, or small."
-    for layer in model.modules():
-        if not isinstance(layer, GradientCheckpointingLayer): continue
+    for layer in [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]:
         if compile:                                                   # with the roundings of plain code
             layer.forward = torch.compile(layer.forward, options=dict(emulate_precision_casts=True))
         if recompute: layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)

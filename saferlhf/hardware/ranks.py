@@ -16,9 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 # %% ../../nbs/hardware/04_ranks.ipynb #d0598428
-_ROLES = 'actor', 'reference', 'reward', 'cost', 'critic-reward', 'critic-cost', 'model'     # of other stages
-_FROZEN = 'reference', 'reward', 'cost'
-_OFFLOAD = 'optimizer', 'weights', 'all'
+_FROZEN, _OFFLOAD = ('reference', 'reward', 'cost'), ('optimizer', 'weights', 'all')
+_ROLES = 'actor', *_FROZEN, 'critic-reward', 'critic-cost', 'model'     # of other stages
 
 def _refuse(*rules): # (whether it is wrong, what is said then): the first that is wrong
     for wrong, message in rules:
@@ -50,16 +49,15 @@ class Spread:
     hostfile:str=''      # of DeepSpeed's launcher, for several nodes
 
     def __post_init__(self):
+        n, torch_alone = self.ranks, self.engine == 'torch'
         _refuse((min(self.gpus, self.nodes) < 1,
                  f'gpus={self.gpus}, nodes={self.nodes}: a stage needs at least one rank'),
                 (self.engine not in ('torch', 'deepspeed'),
                  f"engine is 'torch' or 'deepspeed', not {self.engine!r}"),
                 (self.zero not in range(4), f'zero={self.zero}: ZeRO has the stages 0 to 3'),
                 (self.micro_batch < 0, f'micro_batch={self.micro_batch}: rows, or 0 for all at a time'),
-                (self.engine == 'torch' and self.ranks > 1,
-                 f"{self.ranks} ranks need engine='deepspeed': torch trains on one"),
-                (self.engine == 'torch' and (self.zero or self.offload),
-                 "ZeRO and offload need engine='deepspeed'"))
+                (torch_alone and n > 1, f"{n} ranks need engine='deepspeed': torch trains on one"),
+                (torch_alone and (self.zero or self.offload), "ZeRO and offload need engine='deepspeed'"))
         for role, kind in self.offload.items(): _check_offload(role, kind, self.zero)
 
     ranks = property(lambda self: self.gpus * self.nodes)
@@ -77,22 +75,18 @@ class Spread:
 
     @classmethod
     def of(cls, fields:dict)->'Spread': # some of the fields; DeepSpeed is taken where it is needed
-        "A spread from plain values; ValueError for unknown names."
-        unknown = sorted(set(fields) - set(cls.__dataclass_fields__))
-        _refuse((unknown, f'a spread has no {unknown}: it has {", ".join(cls.__dataclass_fields__)}'))
-        needed = (fields.get('gpus', 1) * fields.get('nodes', 1) > 1 or fields.get('zero')
-                  or fields.get('offload'))
+        "A spread from plain values; TypeError for unknown names."
+        many = fields.get('gpus', 1) * fields.get('nodes', 1) > 1
+        needed = many or fields.get('zero') or fields.get('offload')
         return cls(**{'engine': 'deepspeed' if needed else 'torch'} | fields)
 
-    def plain(self)->dict:
-        "Values that JSON keeps."
-        return asdict(self)
+    plain = asdict # () -> values that JSON keeps
 
 # %% ../../nbs/hardware/04_ranks.ipynb #e01cbb5a
 def device():
     "This rank's device."
-    local = int(os.environ.get('LOCAL_RANK', 0))
-    return torch.device('cuda', local) if torch.cuda.is_available() else torch.device('cpu')
+    gpu = torch.cuda.is_available()
+    return torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0))) if gpu else torch.device('cpu')
 
 def ranks()->int:
     "How many processes share this job."
@@ -110,40 +104,33 @@ def rank_slice(n:int)->slice: # rows of the global batch
     _refuse((n < ranks(), f'{n} rows cannot be shared by {ranks()} ranks: use fewer GPUs'))
     return slice(_bounds(n, rank()), _bounds(n, rank() + 1))
 
-def rank_pieces(
-    n:int, size:int=0, # rows of the global batch; most rows of a piece, 0: no limit
-)->list:               # (rows (b,), 1. or 0.); as many on every rank, and what is 0. must not count
-    "This rank's rows in pieces, one for each backward pass."
+def rank_pieces(n:int, size:int=0)->list: # rows of the global batch; most rows of a piece, 0: no limit
+    """This rank's rows in pieces, one for each backward pass, as many on every rank: pairs of rows (b,)
+    and 1., or 0. for a piece that must not count."""
     most = -(-n // ranks())
     size, rows = size or most, torch.arange(_bounds(n, rank()), _bounds(n, rank() + 1))
     pieces = (rows[k:k + size] for k in range(0, most, size))
     return [(p, 1.) if len(p) else (torch.tensor([0]), 0.) for p in pieces]
 
 # %% ../../nbs/hardware/04_ranks.ipynb #86c39628
-def gather(
-    x:Tensor, # (b, ...) this rank's rows; as many on every rank, unless `n` is given
-    n:int=0,  # rows of the global batch that `rank_slice` or `rank_pieces` have shared out
-)->Tensor:    # (B, ...) all ranks' rows; rank r's stand before rank r+1's
-    "Concatenate over ranks."
+def gather(x:Tensor, n:int=0)->Tensor: # (b, ...) this rank's rows; rows of the shared batch -> (B, ...)
+    "Concatenate over ranks, in order; without `n` (what `rank_slice` shares out) all have as many rows."
     if ranks() == 1: return x
-    most, x = -(-n // ranks()) if n else len(x), x.contiguous()
-    if len(x) < most: x = torch.cat([x, x.new_zeros(most - len(x), *x.shape[1:])])
-    out = [torch.empty_like(x) for _ in range(ranks())]
+    sizes = [_bounds(n, r + 1) - _bounds(n, r) if n else len(x) for r in range(ranks())]
+    x = torch.cat([x, x.new_zeros(max(sizes) - len(x), *x.shape[1:])])
+    out = [torch.empty_like(x) for _ in sizes]
     dist.all_gather(out, x)
-    if n: out = [o[:_bounds(n, r + 1) - _bounds(n, r)] for r, o in enumerate(out)]
+    out = [o[:k] for o, k in zip(out, sizes, strict=True)]
     return torch.cat(out)
 
-def _all_reduce(x, op=dist.ReduceOp.SUM):
+def total(x:Tensor, op=dist.ReduceOp.SUM)->Tensor: # any shape -> the same
+    "Sum over ranks, or another reduction."
     if ranks() > 1: dist.all_reduce(x := x.clone(), op)
     return x
 
-def total(x:Tensor)->Tensor: # any shape
-    "Sum over ranks."
-    return _all_reduce(x)
-
-def largest(x:Tensor)->Tensor: # any shape
+def largest(x:Tensor)->Tensor: # any shape -> the same
     "Largest over ranks."
-    return _all_reduce(x, dist.ReduceOp.MAX)
+    return total(x, dist.ReduceOp.MAX)
 
 def widest(x:Tensor)->Tensor: # (b, t) this rank's rows, padded on the right -> (b, T)
     "Padded with zeros to the longest row of all ranks."
@@ -151,10 +138,7 @@ def widest(x:Tensor)->Tensor: # (b, t) this rank's rows, padded on the right -> 
     T = int(largest(torch.tensor(float(x.shape[1]), device=x.device)))
     return torch.nn.functional.pad(x, (0, T - x.shape[1]))
 
-def reduce_mean(
-    metrics:dict,     # name -> number or tensor ()
-    weight:float=1.,  # e.g. this rank's number of rows
-)->dict:              # name -> float
+def reduce_mean(metrics:dict, weight:float=1.)->dict: # name -> number; this rank's rows -> name -> float
     "Weighted mean over ranks of all metrics, in one collective, and one transfer from the device."
     values = [torch.as_tensor(v, dtype=torch.float64, device=device()) for v in [*metrics.values(), 1.]]
     x = total(torch.stack(values) * weight)

@@ -106,11 +106,11 @@ class Rollout:
 
     def texts(self, tokenizer)->list: # that of the sampled model -> B strings
         "The responses as strings, without special tokens."
-        rows = [r[:n].tolist() for r, n in zip(self.responses, self.lengths, strict=True)]
-        return tokenizer.batch_decode(rows, skip_special_tokens=True)
+        rows = zip(self.responses.tolist(), self.lengths.tolist(), strict=True)
+        return tokenizer.batch_decode([r[:n] for r, n in rows], skip_special_tokens=True)
 
 # %% ../../nbs/hardware/09_sampler.ipynb #94114f77
-# what sampling records, by prompt or slot: three tensors (n, T+1), meaningless after an answer's end, and (n,)
+# what sampling records, by prompt or slot: three tensors (n, T+1), meaningless after an end, and (n,)
 _Answers = namedtuple('_Answers', 'tokens logp policy_logp lengths')
 
 class _Slots:
@@ -237,12 +237,12 @@ class Sampler:
         return out
 
     def _ready(self, model, n, tokens): # make room, or take over new weights; then all slots are free
-        fits = self._decoder and self._decoder.fits(model, n, tokens) and self._state.T == self.max_new_tokens
-        if not fits:
+        T, device = self.max_new_tokens, self.model.device
+        if not (self._decoder and self._decoder.fits(model, n, tokens) and self._state.T == T):
             self._free()                                               # the old cache first
-            gathered, device = self.model.gathered if self._sharded() else None, self.model.device
+            gathered = self.model.gathered if self._sharded() else None
             self._decoder = Decoder(model, n, -(-tokens // 64) * 64, device, gathered)
-            self._state = _Slots(n, self.max_new_tokens, device)
+            self._state = _Slots(n, T, device)
         self._decoder.refresh()
         for x in (self._state.alive, self._state.pos): x.zero_()
 
@@ -268,20 +268,15 @@ class Sampler:
 
     def _plain(self, model, ids, mask, u):
         "Through transformers' own forward pass, all rows at a time."
-        (B, S), T = ids.shape, self.max_new_tokens
-        closed, place, s = torch.finfo(model.dtype).min, mask.sum(1, keepdim=True), _Slots(B, T, ids.device)
-        visible = torch.full((B, 1, 1, S + T), closed, dtype=model.dtype, device=ids.device)
-        visible[:, 0, 0, :S].masked_fill_(mask.bool(), 0.)
-        causal = visible.repeat(1, 1, S, 1)
-        causal[:, :, :, :S].masked_fill_(torch.ones(S, S, device=ids.device).triu(1).bool(), closed)
-        causal[:, 0, range(S), range(S)] = 0.                          # a padded query sees itself: no NaN
-        cache = StaticCache(model.config, max_cache_len=S + T)
+        (B, S), T, device = ids.shape, self.max_new_tokens, ids.device
+        s, visible = _Slots(B, T, device), torch.nn.functional.pad(mask, (0, T))
+        cache, place = StaticCache(model.config, max_cache_len=S + T), mask.sum(1, keepdim=True)
         how = dict(past_key_values=cache, use_cache=True, logits_to_keep=1)
-        out = model(input_ids=ids, attention_mask=causal, position_ids=positions(mask), **how)
+        out = model(input_ids=ids, attention_mask=visible, position_ids=positions(mask), **how)
         s.alive.fill_(True)
         for t in range(T):
             s.record(B, self._draw(out.logits[:, -1], u[:, t]), self.eos)
             if not s.alive.any(): break
-            visible[..., S + t] = 0.
+            visible[:, S + t] = 1
             out = model(input_ids=s.token[:, None], attention_mask=visible, position_ids=place + t, **how)
         return s.answers()

@@ -12,9 +12,7 @@ import numpy as np
 import torch
 
 # %% ../../nbs/hardware/06_seeds.ipynb #2bfa07c1
-def seed_all(
-    seed:int, # of Python's, NumPy's and torch's global generators
-):
+def seed_all(seed:int): # of Python's, NumPy's and torch's global generators
     "Begin every global random stream; the same on all ranks, so that another number of ranks can go on."
     random.seed(seed); np.random.seed(seed % 2**32); torch.manual_seed(seed)
 
@@ -23,13 +21,11 @@ def random_state()->dict: # for `set_random_state`
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return dict(python=random.getstate(), numpy=np.random.get_state(), torch=torch.get_rng_state(), cuda=cuda)
 
-def set_random_state(
-    state:dict, # from `random_state`
-):
+def set_random_state(state:dict): # from `random_state`
     "Put every random stream back; ValueError when there are GPUs and the state has fewer streams than GPUs."
     saved, gpus = len(state['cuda']), torch.cuda.device_count() if torch.cuda.is_available() else 0
     if saved < gpus:
         raise ValueError(f'saved with {saved} GPUs, resumed with {gpus}: '
                          f'set CUDA_VISIBLE_DEVICES to {saved} of them')
     random.setstate(state['python']); np.random.set_state(state['numpy']); torch.set_rng_state(state['torch'])
-    if gpus: torch.cuda.set_rng_state_all(state['cuda'][:gpus])
+    torch.cuda.set_rng_state_all(state['cuda'][:gpus])

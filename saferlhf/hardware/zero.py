@@ -9,10 +9,9 @@ __all__ = ['deepspeed', 'DeepSpeedEngine']
 import argparse
 import io
 import os
-import socket
 import tempfile
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
-from functools import partial
+from functools import cache, partial
 
 import torch
 import torch.distributed as dist
@@ -22,18 +21,18 @@ from .precision import finite
 from .ranks import device, rank, ranks, total
 
 # %% ../../nbs/hardware/05_zero.ipynb #08e490ae
+@cache
 def deepspeed():
-    "The deepspeed module, imported once, without compiling its CPU communication kernel."
-    if 'RANK' not in os.environ:      # no launcher: a job of one process, which DeepSpeed reads when imported
-        with socket.create_server(('127.0.0.1', 0)) as s: port = s.getsockname()[1]
-        os.environ |= dict(RANK='0', LOCAL_RANK='0', WORLD_SIZE='1', MASTER_ADDR='127.0.0.1',
-                           MASTER_PORT=str(port))
+    "The deepspeed module, its process group started, and its CPU communication kernel not compiled."
+    if 'RANK' not in os.environ: # no launcher: a job of one process, on any free port
+        os.environ |= dict(RANK='0', LOCAL_RANK='0', WORLD_SIZE='1', MASTER_ADDR='127.0.0.1', MASTER_PORT='0')
     try: import deepspeed as ds
     except ImportError as e:
         raise ImportError("engine='deepspeed' needs the package deepspeed: pip install deepspeed, "
                           "or use engine='torch'") from e
     if torch.cuda.is_available(): torch.cuda.set_device(device())
     else: ds.ops.__compatible_ops__['deepspeed_shm_comm'] = False
+    ds.init_distributed(verbose=False)
     return ds
 
 def _config(optim, zero=0, precision='fp32', offload=''): # DeepSpeed's; the arguments of `DeepSpeedEngine`
@@ -50,84 +49,72 @@ def _config(optim, zero=0, precision='fp32', offload=''): # DeepSpeed's; the arg
 # %% ../../nbs/hardware/05_zero.ipynb #12e788cc
 @contextmanager
 def _sharded(config): # models made in this block are partitioned meanwhile: none is ever whole on a device
-    if not (ds := deepspeed()).comm.is_initialized(): ds.init_distributed(verbose=False)    # it counts ranks
+    deepspeed()                                                    # its context counts ranks
     from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
     alive = HfDeepSpeedConfig(config)                              # transformers keeps a weak reference to it
     try: yield alive
     finally: unset_hf_deepspeed_config()
 
 def _make(make, config, precision): # the model, ready for `deepspeed.initialize`
-    zero3 = config['zero_optimization']['stage'] == 3
+    zero3, narrow = config['zero_optimization']['stage'] == 3, torch.bfloat16 if precision == 'bf16' else None
     with _sharded(config) if zero3 else nullcontext(): model = make()
     for b in model.buffers(): b.data = b.data.to(device())
     if not zero3: return model
     for p in model.parameters():  # a score head is made outside of the context that shards, rounds and places
-        dtype = torch.bfloat16 if precision == 'bf16' else p.dtype
-        if not hasattr(p, 'ds_id'): p.data = p.data.to(device(), dtype)
+        if not hasattr(p, 'ds_id'): p.data = p.data.to(device(), narrow)
     layers = {name for m in model.modules() for name in getattr(m, '_no_split_modules', None) or ()}
-    for m in model.modules():     # a layer's weights are gathered at once, by one hook and not one a matrix
-        if type(m).__name__ in layers: deepspeed().utils.set_z3_leaf_module(m, True)
+    deepspeed().utils.set_z3_leaf_modules(model, sorted(layers), raise_if_not_found=False)
     return model
 
 # %% ../../nbs/hardware/05_zero.ipynb #a899e40e
-@contextmanager
-def _universal(folder): # as from `write` -> a folder with `universal`, which any number of ranks can read
+def _load_universal(engine, folder): # DeepSpeed's engine; as from `write`, by another number of ranks
     from deepspeed.checkpoint import ds_to_universal
     with tempfile.TemporaryDirectory() as made:           # on every rank; that of the first is used
-        out = [made]
         if rank() == 0:
             args = argparse.Namespace(input_folder=f'{folder}/state', output_folder=f'{made}/universal',
                                       num_extract_workers=1, num_merge_workers=1, keep_temp_folder=False,
                                       strict=True, inject_missing_state=True)
             with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()): ds_to_universal.main(args)
-        if ranks() > 1: dist.broadcast_object_list(out)
-        yield out[0]
-        if ranks() > 1: dist.barrier()
+        dist.broadcast_object_list(shared := [made])
+        engine._config.load_universal_checkpoint = True
+        engine.load_checkpoint(shared[0], tag='universal')
+        engine._config.load_universal_checkpoint = False
+        dist.barrier()
 
 # %% ../../nbs/hardware/05_zero.ipynb #b29a069b
 class DeepSpeedEngine:
     "The verbs of `engine.TorchEngine` on DeepSpeed, ZeRO stage 0 to 3."
-    def __init__(self,
-        make, optim=None, steps=1, precision='fp32', zero=0, offload='', # as in `engine.load`
-    ):
+    def __init__(self, make, optim=None, steps=1, precision='fp32', zero=0, offload=''): # as `engine.load`
         ds, config = deepspeed(), _config(optim, zero, precision, offload)
-        self.device, self.precision, self.optim = device(), precision, optim
-        self.zero, self.offload = zero, offload
+        self.device, self.zero = device(), zero
         model = _make(make, config, precision)
-        if not dist.is_initialized(): ds.init_distributed(verbose=False)
         for p in model.parameters(): p.requires_grad_(optim is not None)
         opt = adamw(list(model.parameters()), optim) if optim else None
         rate = partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=schedule(optim, steps)) if optim else None
         self.engine = ds.initialize(model=model.eval(), optimizer=opt, lr_scheduler=rate, config=config)[0]
         self.model = self.engine.module
-        if optim and precision == 'bf16' and zero == 0: self._undo_first_step()
-
-    def _undo_first_step(self): # DeepSpeed makes Adam's moments by a step without gradients, which decays
-        o = self.engine.optimizer
-        for narrow, masters in zip(o.fp16_groups, o.fp32_groups, strict=True):
-            for p, m in zip(narrow, masters, strict=True): m.data.copy_(p.data)
-        o.optimizer.state.clear()
+        if optim and precision == 'bf16' and zero == 0: # undo DeepSpeed's first step: it decays
+            o = self.engine.optimizer
+            for narrow, masters in zip(o.fp16_groups, o.fp32_groups, strict=True):
+                for p, m in zip(narrow, masters, strict=True): m.data.copy_(p.data)
+            o.optimizer.state.clear()
 
     def __call__(self, *args, **kw): return self.engine(*args, **kw)
 
-    def backward(self,
-        loss, last=True, # (); of the micro-batches of one optimizer step: gradients are reduced here
-    ):
+    def backward(self, loss, last=True): # (); of one optimizer step: gradients are reduced here
         "Add a loss's gradient."
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(finite('loss', loss))
-        if last: finite('gradient', self._gradient_size())
-
-    def _gradient_size(self): # () the sum of all gradients' sizes, on all ranks: finite where they are
-        sharded = getattr(self.engine.optimizer, 'averaged_gradients', {}).values() # of this rank
-        grads = [*(p.grad for p in self.model.parameters()), *(g for group in sharded for g in group or ())]
-        sizes = (g.detach().abs().sum(dtype=torch.float32) for g in grads if g is not None)
-        return total(sum(sizes, torch.zeros((), device=self.device)))
+        if last: # the sum of all gradients' sizes, on all ranks, is finite where they are
+            sharded = getattr(self.engine.optimizer, 'averaged_gradients', {}).values() # of this rank
+            grads = [*(p.grad for p in self.model.parameters()), *(g for gs in sharded for g in gs or ())]
+            sizes = (g.detach().abs().sum(dtype=torch.float32) for g in grads if g is not None)
+            finite('gradient', total(sum(sizes, torch.zeros((), device=self.device))))
 
     def step(self):
         "As in `engine.TorchEngine`."
-        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads) if self.zero == 0 else None     # DeepSpeed has none
+        norm = None if self.zero else torch.nn.utils.get_total_norm( # DeepSpeed has none at stage 0
+            [p.grad for p in self.model.parameters() if p.grad is not None])
         self.engine.step()
         return torch.as_tensor(self.engine.get_global_grad_norm() if norm is None else norm)
 
@@ -147,25 +134,20 @@ class DeepSpeedEngine:
         for name, p in self.model.named_parameters():
             with self.gathered([p]):
                 if rank() == 0: state[name] = p.detach().cpu().clone()
-        buffers = {n: b for n, b in self.model.named_buffers() if n in self.model.state_dict()}
-        if rank() == 0: self.model.save_pretrained(folder, state_dict=state | buffers)
-        if ranks() > 1: dist.barrier()
+        state |= {n: b for n, b in self.model.named_buffers() if n in self.model.state_dict()}
+        if rank() == 0: self.model.save_pretrained(folder, state_dict=state)
+        dist.barrier()
 
     def write(self, folder): # every rank writes its part into it
         "Weights, optimizer and schedule of all ranks, together."
         self.engine.save_checkpoint(str(folder), tag='state', save_latest=False)
 
-    def read(self,
-        folder, n:int, # as from `write`, its hashes compared: these files are pickled; ranks that wrote it
-    ):
+    def read(self, folder, n:int): # as from `write`, its hashes compared (it is pickled); ranks that wrote it
         "Put back what `write` stored; with another number of ranks through DeepSpeed's universal checkpoint."
         if n == ranks() or self.zero == 0: return self.engine.load_checkpoint(str(folder), tag='state')
         groups = self.engine.optimizer.param_groups
         decays = [g['weight_decay'] for g in groups]
-        with _universal(folder) as converted:
-            self.engine._config.load_universal_checkpoint = True
-            try: self.engine.load_checkpoint(converted, tag='universal')
-            finally: self.engine._config.load_universal_checkpoint = False
+        _load_universal(self.engine, folder)
         # at stage 3 all groups got the first one's decay, and share one counter of steps
         for g, decay in zip(groups, decays, strict=True): g['weight_decay'] = decay
         for s in self.engine.optimizer.optimizer.state.values(): s['step'] = s['step'].clone()
