@@ -121,15 +121,14 @@ def _rows(config, gpus): # rows of a step on a GPU, of a backward pass; backward
     return rows, micro, math.ceil(group / micro)
 
 # %% ../../nbs/apps/01_plan.ipynb #fb929d02
-def _acting(shape, config, n, rows, stage, fill, dense): # -> what always stays, phase -> what it adds
+def _acting(shape, config, n, rows, stage, dense): # -> what always stays, phase -> what it adds
     S, T, s, t = config.max_prompt_tokens, config.max_new_tokens, _sizes(shape), 64
     stacked = 2 * (n['actor'] if stage == 3 else s.L * s.D * ((s.H + 2 * s.K) * s.d + 2 * s.F))
     decoder = {'KV cache': 4 * rows * t * math.ceil((S + T) / t) * s.L * s.K * s.d, 'decoder': stacked}
     stays = stage != 3 or dense == 'kept'
     prefill = dict(activations=rows * S * (6 * s.F + 4 * s.D), logits=2 * s.V * rows)
     copied = {} if stays else decoder | {'gathered weights': 4 * s.D * s.F}
-    tokens, answers = round(rows * (S + fill * T)), round(rows * fill * T)
-    asked = {role: _forward(shape, tokens, answers * head) | _gathered(n[role], stage)
+    asked = {role: _forward(shape, rows * (S + T), rows * T * head) | _gathered(n[role], stage)
              for role, (head, _) in _roles(config).items() if role != 'actor'}
     top = max(asked, key=lambda role: sum(asked[role].values()))
     ids = config.prompts * config.samples * (24 * (S + T) + 64 * T)    # all ranks' ids, masks, numbers
@@ -147,7 +146,6 @@ def _predict(
     offload=None,           # role -> 'optimizer', 'weights' or 'all': what lies on the host
     recompute=False, compile=False, # trained models keep their layers' inputs only; layers are compiled
     engine='',              # 'torch' or 'deepspeed'; '': torch on one GPU without ZeRO and offload
-    fill=1.,                # share of the answers' budget in use
     dense='freed',          # or 'kept': at ZeRO 3, the decoder's weights and cache, between rollouts
 ): # who holds what in every phase -> table: phase, role, part, gpu (bytes on each), host (bytes for each GPU)
     if dense not in ('freed', 'kept'): raise ValueError(f"dense is 'freed' or 'kept', not {dense!r}")
@@ -157,15 +155,15 @@ def _predict(
     stage, S, T = None if torch_alone else zero, config.max_prompt_tokens, config.max_new_tokens
     n = {role: count(shape, head) for role, (head, _) in roles.items()}
     rows, micro, micros = _rows(config, gpus)
-    always, moments = _acting(shape, config, n, rows, stage, fill, dense) if policy else ([], {})
+    always, moments = _acting(shape, config, n, rows, stage, dense) if policy else ([], {})
     always = _lines('all', dict(workspace=_WORKSPACE)) + always
     for role, (head, trained) in roles.items():
         passes = micros * (2 if role == 'actor' and config.ptx_coef else 1)
         x = _states(n[role], trained, gpus, stage, offload.get(role, ''), count(shape, head, _SMALL), passes)
         always += _lines(role, x['always']) + _lines(role, x['host'], host=True)
         if not trained: continue
-        tokens = round(micro * (S + fill * T + (not head and not policy)))
-        kept = _passing(shape, tokens, round(micro * fill * T) * head, compile, recompute)
+        tokens = micro * (S + T + (not head and not policy))
+        kept = _passing(shape, tokens, micro * T * head, compile, recompute)
         moments[f'{role}: backward'] = _lines(role, x['backward'] | _gathered(n[role], stage) | kept)
         moments[f'{role}: step'] = _lines(role, x['step'])
     lines = [(phase, *r) for phase, parts in moments.items() for r in always + parts]
@@ -229,22 +227,18 @@ def fit(
 
 # %% ../../nbs/apps/01_plan.ipynb #27687ff3
 def _changes(shape, config, gpus, gpu_memory, host_memory, zero): # single changes that are enough
-    def ok(c=config, g=gpus, G=gpu_memory, H=host_memory):
-        return fit(shape, c, g, G, H, zero, advise=False)['fits']
-    def least(options, ok): # each is more than the one before
-        return next(filter(ok, options)) if options and ok(options[-1]) else None
-    size, out = 'prompts' if isinstance(config, PPOConfig) else 'batch_size', []
-    for field in ('micro_batch', size):
-        if not (most := getattr(config, field, 0)): continue
-        fewer = [most >> k for k in range(1, 12) if most >> k >= (gpus if field == size else 1)]
-        n = least(fewer, lambda n, field=field: ok(replace(config, **{field: n})))
-        if n: out.append(f'{field}={n} instead of {most}')
-    g = least([gpus << k for k in range(1, 8)], lambda g: ok(g=g))
-    h = least([host_memory * 2 ** k for k in range(1, 6)], lambda h: ok(H=h))
-    G = least([G for G in (24, 40, 48, 80, 96, 141, 192) if G > gpu_memory], lambda G: ok(G=G))
-    if g: out.append(f'{g} GPUs instead of {gpus}')
-    if h: out.append(f'{h:g} GB on each host')
-    if G: out.append(f'GPUs of {G} GB')
+    now = dict(config=config, gpus=gpus, gpu_memory=gpu_memory, host_memory=host_memory, zero=zero)
+    larger = [G for G in (24, 40, 48, 80, 96, 141, 192) if G > gpu_memory]
+    ways = [{f'{gpus << k} GPUs instead of {gpus}': dict(gpus=gpus << k) for k in range(1, 8)},
+            {f'{h:g} GB on each host': dict(host_memory=h) for h in (host_memory * 2 ** k for k in range(1, 6))},
+            {f'GPUs of {G} GB': dict(gpu_memory=G) for G in larger}]        # in each, from little to much
+    for field in ('prompts' if isinstance(config, PPOConfig) else 'batch_size', 'micro_batch'):
+        most, least = getattr(config, field, 0), 1 if field == 'micro_batch' else gpus
+        fewer = [most >> k for k in range(1, 12) if most >> k >= least]
+        ways.insert(0, {f'{field}={n} instead of {most}': dict(config=replace(config, **{field: n})) for n in fewer})
+    def enough(change): return fit(shape, **now | change, advise=False)['fits']
+    out = [next(text for text, change in way.items() if enough(change))
+           for way in ways if way and enough([*way.values()][-1])]
     return out or ['no single change is enough: lower the budgets of tokens, or take a smaller model']
 
 # %% ../../nbs/apps/01_plan.ipynb #a78ed665
