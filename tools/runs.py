@@ -2,11 +2,12 @@
 
     python tools/runs.py [RUNS ...] [--note TEXT] [--check]
 
-RUNS are folders of run folders (`runs/`), whose manifests say what is known of a run; what no manifest says is
-'not recorded' and can be filled in by hand. Rows and facts that are there already are kept, so the file outlives
-the run folders. A benchmark has no manifest: its device and versions are columns of its results. Columns: `commit`
-computed the run, as its manifest says; `published` first held its id; with the code of `same_code` the same settings,
-data and parents give the same id again; `replaces` names an earlier run; `found` says where each fact comes from.
+RUNS are folders of run folders (`runs/`), whose manifests say what is known of a run; what no manifest says
+is 'not recorded' and can be filled in by hand. Rows and facts that are there already are kept, so the file
+outlives the run folders. A benchmark has no manifest: its device and versions are columns of its results.
+Columns: `commit` computed the run, as its manifest says; `published` first held its id; with the code of
+`same_code` the same settings, data and parents give the same id again; `replaces` names an earlier run;
+`found` says where each fact comes from.
 """
 import argparse
 import json
@@ -56,7 +57,7 @@ def parent_ids(cell:str) -> list[str]:
 
 
 def from_manifests(runs:Path, note:str='') -> dict[str, dict]:
-    "Run id -> fact -> (value, its source), from the manifest of each finished run, without paths of the machine."
+    "Run id -> fact -> (value, its source), from manifests of finished runs, without paths of the machine."
     runs, out, source = Path(runs).resolve(), {}, f'manifest of {note}' if note else 'manifest'
     for done in sorted(runs.glob('*/*/DONE')):
         m = json.loads((done.parent/'manifest.json').read_text())
@@ -65,7 +66,7 @@ def from_manifests(runs:Path, note:str='') -> dict[str, dict]:
         for home in sorted(homes, key=len, reverse=True): command = command.replace(home, 'runs')
         facts = dict(commit=m.get('commit') and m['commit'] + ' with changes' * bool(m.get('dirty')),
                      seed=str(m['seed']),
-                     parents=' '.join(f'{role}={"/".join(p.parts[-2:])}' for role, p in parents.items()) or 'none',
+                     parents=' '.join(f'{r}={"/".join(p.parts[-2:])}' for r, p in parents.items()) or 'none',
                      command=command, device=m.get('device'),
                      versions=', '.join(f'{k} {v}' for k, v in m.get('versions', {}).items() if v))
         out[f'{m["stage"]}/{done.parent.name}'] = {k: (v, source) for k, v in facts.items() if v}
@@ -80,7 +81,8 @@ def merge(old:pd.DataFrame, ids, manifests:dict) -> pd.DataFrame:
         row, new = rows.setdefault(i, empty), {}
         for k, (value, source) in manifests.get(i, {}).items():
             if row[k] in ('', NONE): row[k] = value; new.setdefault(source, []).append(k)
-        row['found'] = '; '.join(filter(None, [row['found'], *(f'{s}: {", ".join(k)}' for s, k in new.items())]))
+        found = [row['found'], *(f'{source}: {", ".join(facts)}' for source, facts in new.items())]
+        row['found'] = '; '.join(filter(None, found))
     return pd.DataFrame(sorted(rows.values(), key=lambda r: r['run_id']), columns=COLUMNS)
 
 
@@ -120,7 +122,8 @@ def main():
     a = p.parse_args()
     table = read(ROOT/'data/results/runs.csv') if a.check else update(a.runs, ROOT, a.note)
     wrong = problems(table)
-    print(*wrong, f'{len(table)} runs, {sum(table.commit != NONE)} with the commit that computed them', sep='\n')
+    print(*wrong, sep='\n')
+    print(f'{len(table)} runs, {sum(table.commit != NONE)} with the commit that computed them')
     sys.exit(bool(wrong))
 
 

@@ -26,7 +26,8 @@ _SPREAD = _GPUS | {
     '--recompute': dict(action='store_true', help='activation checkpointing: less memory, more time'),
     '--micro-batch': dict(type=int, default=0, metavar='ROWS', help='rows of a backward pass on each rank in '
                           'fine-tuning and score models (default: 0, all)'),
-    '--keep-sampler-weights': dict(action='store_true', help="under ZeRO 3, keep the sampler's weights between rollouts")}
+    '--keep-sampler-weights': dict(action='store_true',
+                                   help="under ZeRO 3, keep the sampler's weights between rollouts")}
 
 # %% ../../nbs/apps/04_commands.ipynb #8ee2708c
 def _list(a):
@@ -102,7 +103,8 @@ def _dry_run(a):
     from saferlhf.reproduction.pipeline import run_stage
     from saferlhf.reproduction.rehearsal import commands, dry_run
     spread = '--gpus 8 ' if a.profile == 'paper' else ''
-    print(f'memory: saferlhf plan {a.profile} {spread}--gpu-memory 80', *commands(a.profile, a.seed), '', sep='\n', flush=True)
+    first = f'memory: saferlhf plan {a.profile} {spread}--gpu-memory 80'
+    print(first, *commands(a.profile, a.seed), '', sep='\n', flush=True)
     with warm_kernel() as km: dry_run(a.profile, lambda *stage: run_stage(*stage, km=km), a.seed)
 
 def _plan(a):
@@ -117,11 +119,13 @@ def _plan(a):
 _COMMANDS = {   # name -> function, options
     'list': (_list, _PROFILE),
     'dry-run': (_dry_run, _PROFILE | _SEED | _SPREAD),
-    'plan': (_plan, {'of': dict(nargs='?', metavar='PROFILE', help='the same as --profile')} | _PROFILE | _GPUS | {
+    'plan': (_plan, _PROFILE | _GPUS | {
+        'of': dict(nargs='?', metavar='PROFILE', help='the same as --profile'),
         '--gpu-memory': dict(type=float, default=80., metavar='GB', help='of each GPU (default: 80)'),
         '--host-memory': dict(type=float, default=256., metavar='GB', help='of a machine (default: 256)')}),
-    'run': (_run, {'stage': dict(help='its name, see `saferlhf list`')} | _PROFILE | _SEED | {
-        '--set': dict(nargs='*', default=[], metavar='FIELD=VALUE', help='overrides, e.g. kl_coef=0.1')} | _SPREAD),
+    'run': (_run, _PROFILE | _SEED | _SPREAD | {
+        'stage': dict(help='its name, see `saferlhf list`'),
+        '--set': dict(nargs='*', default=[], metavar='FIELD=VALUE', help='overrides, e.g. kl_coef=0.1')}),
     'reproduce': (_reproduce, _PROFILE | _SEED | _JOBS | _SPREAD | {
         '--seeds': dict(type=int, nargs='*', default=[], help='several seeds (default: that of --seed)')}),
     'arms': (_arms, {'groups': dict(nargs='*', help='core, shaped, thresholds, data, strict (default: all)')}
@@ -161,7 +165,6 @@ def main(
     finally: os.environ['SAFERLHF_SPREAD'] = before      # a later call in this process starts anew
     print(f'saferlhf: {message}', file=sys.stderr)
     return status
-
 
 # %% ../../nbs/apps/04_commands.ipynb #3fddf50c
 def _profile(a): # the one that is named, or what suits this machine

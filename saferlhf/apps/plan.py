@@ -9,9 +9,7 @@ __all__ = ['count', 'predicted_gb', 'fit', 'plan']
 import math
 from dataclasses import replace
 from types import SimpleNamespace
-
 import pandas as pd
-
 from ..ppo import PPOConfig, make_objective
 from ..train import ScoreConfig, SFTConfig
 
@@ -30,9 +28,8 @@ def _sizes(shape): # D, F, L, H, K, d, V and tied; ValueError for a family witho
                            tied=bool(c.get('tie_word_embeddings')))
 
 def count(
-    shape,               # dict with transformers' names (hidden_size, ...), or a configuration
-    head:bool=True,      # a language model's; False: a score model's body
-    most:float=math.inf, # only weights of at most so many elements
+    shape, head:bool=True, # dict or configuration with transformers' names; False: a score model's body
+    most:float=math.inf,   # only weights of at most so many elements
 )->int:
     "Elements of all weights. ValueError for a family without a gated MLP."
     s = _sizes(shape)
@@ -47,10 +44,8 @@ def _pinned(elements, size): # bytes of page-locked memory: each `_PORTION` is r
     return whole * up(_PORTION * size) + up(rest * size)
 
 def _states(
-    n, trained=True,        # weights of the model; False: frozen
-    gpus=1, zero=None,      # W; ZeRO stage, None: `TorchEngine`
-    offload='',             # '', 'optimizer', 'weights' or 'all'
-    small=0, passes=2,      # weights that stage 3 leaves whole; backward passes of an optimizer step
+    n, trained=True, gpus=1, zero=None, # weights; False: frozen; W; ZeRO stage, None: `TorchEngine`
+    offload='', small=0, passes=2, # of this role; weights that stage 3 leaves whole; backward passes of a step
 ): # -> always, backward, step: part -> bytes on a GPU; host: part -> bytes
     if offload not in ('', 'optimizer', 'weights', 'all'):
         raise ValueError(f"offload is 'optimizer', 'weights' or 'all', not {offload!r}")
@@ -142,8 +137,7 @@ def _lines(role, parts, host=0): return [(role, p, *((0, x) if host else (x, 0))
 # %% ../../nbs/apps/01_plan.ipynb #51718f02
 def _predict(
     shape, config,          # of all models, as for `count`; the stage's: PPOConfig, SFTConfig or ScoreConfig
-    gpus=1, zero=0,         # that share a step; ZeRO stage
-    offload=None,           # role -> 'optimizer', 'weights' or 'all': what lies on the host
+    gpus=1, zero=0, offload=None, # that share a step; stage; role -> 'optimizer', 'weights' or 'all': on the host
     recompute=False, compile=False, # trained models keep their layers' inputs only; layers are compiled
     engine='',              # 'torch' or 'deepspeed'; '': torch on one GPU without ZeRO and offload
     dense='freed',          # or 'kept': at ZeRO 3, the decoder's weights and cache, between rollouts
@@ -177,12 +171,10 @@ def _peak(table): # from `_predict` -> the fullest phase, GB (1e9 bytes) on a GP
 
 # %% ../../nbs/apps/01_plan.ipynb #76c22370
 def predicted_gb(
-    shape:dict,           # of all six models, as for `count`
-    prompts_per_gpu:int,  # rows of a rollout on each GPU
+    shape:dict, prompts_per_gpu:int, # of all six models, as for `count`; rows of a rollout
     prompt_tokens:int, new_tokens:int, # S, T
     gpus:int=1, zero:int=0, offload:dict|None=None, # that share a step; ZeRO stage; role -> what is moved
-    micro_batch:int=16,   # rows in a backward pass
-    recompute:bool=False, compile:bool=False, # activations are recomputed; layers are compiled
+    micro_batch:int=16, recompute:bool=False, compile:bool=False, # rows of a backward pass; as `_predict`
     engine:str='', dense:str='freed', # '', 'torch' or 'deepspeed'; 'kept': at ZeRO 3 the decoder's copy stays
 )->float:                 # GB (1e9 bytes) on each GPU, as `bench.peak` measures
     "Peak of a step of PPO-Lag with PTX, every sequence full."
@@ -230,12 +222,14 @@ def _changes(shape, config, gpus, gpu_memory, host_memory, zero): # single chang
     now = dict(config=config, gpus=gpus, gpu_memory=gpu_memory, host_memory=host_memory, zero=zero)
     larger = [G for G in (24, 40, 48, 80, 96, 141, 192) if G > gpu_memory]
     ways = [{f'{gpus << k} GPUs instead of {gpus}': dict(gpus=gpus << k) for k in range(1, 8)},
-            {f'{h:g} GB on each host': dict(host_memory=h) for h in (host_memory * 2 ** k for k in range(1, 6))},
+            {f'{k * host_memory:g} GB on each host': dict(host_memory=k * host_memory)
+             for k in (2, 4, 8, 16, 32)},
             {f'GPUs of {G} GB': dict(gpu_memory=G) for G in larger}]        # in each, from little to much
     for field in ('prompts' if isinstance(config, PPOConfig) else 'batch_size', 'micro_batch'):
         most, least = getattr(config, field, 0), 1 if field == 'micro_batch' else gpus
         fewer = [most >> k for k in range(1, 12) if most >> k >= least]
-        ways.insert(0, {f'{field}={n} instead of {most}': dict(config=replace(config, **{field: n})) for n in fewer})
+        ways.insert(0, {f'{field}={n} instead of {most}': dict(config=replace(config, **{field: n}))
+                        for n in fewer})
     def enough(change): return fit(shape, **now | change, advise=False)['fits']
     out = [next(text for text, change in way.items() if enough(change))
            for way in ways if way and enough([*way.values()][-1])]

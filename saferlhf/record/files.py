@@ -37,7 +37,7 @@ def atomic_write(path:str|Path, content:bytes|str): # in a folder that exists; t
     finally: temporary.unlink(missing_ok=True)
 
 # %% ../../nbs/record/01_files.ipynb #bc9e6f6e
-def inside(folder:str|Path, name:str)->Path: # folder that may not be left; relative name, also in a sub-folder
+def inside(folder:str|Path, name:str)->Path: # the folder that may not be left; a relative name
     "`folder/name`; ValueError when the name is empty, absolute, has control characters, or leads out."
     name, root = str(name), Path(folder).resolve()
     plain = name.isprintable() and not Path(name).is_absolute() and '..' not in Path(name).parts

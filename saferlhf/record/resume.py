@@ -55,7 +55,7 @@ def _decode(x, tensors):
     return tensors[v].numpy() if kind == 'array' else tensors[v].numpy()[()]
 
 # %% ../../nbs/record/02_resume.ipynb #ba9d11ba
-def write_state(folder:str|Path, state): # made; nested dicts, lists, tuples, numbers, texts, arrays and tensors
+def write_state(folder:str|Path, state): # made; nested dicts, lists, tuples, numbers, texts, arrays, tensors
     "Store a state as tensors.safetensors and state.json; TypeError for anything else in it."
     folder, tensors = Path(folder), {}
     tree = _encode(state, tensors, {})
@@ -84,9 +84,7 @@ def _handler(function, signals):
             if signal.getsignal(s) is function: signal.signal(s, handler or signal.SIG_DFL)
 
 @contextmanager
-def stopping(
-    act:Callable|None=None, # called when the first signal comes, e.g. to pass it on
-):                          # -> list, with the signal's name once one has come
+def stopping(act:Callable|None=None): # called when the first signal comes; list, then with the signal's name
     "Note SIGTERM and SIGINT; one more than two seconds after the first acts at once (KeyboardInterrupt)."
     asked, when = [], []
     def note(number, frame):
@@ -170,8 +168,7 @@ class Saver:
                 save_checkpoint(self.folder, step, {'state': lambda path: os.rename(shared, path)})
         except Exception as e:                # a full disk is an OSError here, a SafetensorError there
             if rank() == 0: shutil.rmtree(shared, ignore_errors=True)
-            raise OSError(f'step {step} could not be saved ({e}); earlier checkpoints are whole: '
-                          f'make room, then {self.again}') from e
+            raise OSError(f'step {step} could not be saved ({e}): make room, then {self.again}') from e
         self.saved = time.monotonic(); _barrier()
 
     def _write(self, folder, step, together=True):

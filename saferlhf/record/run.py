@@ -42,8 +42,7 @@ def templates_home()->Path: # a folder of notebooks
 def results_home()->Path: # data/results, made if it is missing
     "Where `publish` merges its tables; FileNotFoundError outside a clone unless SAFERLHF_HOME is set."
     if not (found := homes()):
-        raise FileNotFoundError('nowhere to publish to: set SAFERLHF_HOME to a clone of the project, '
-                                'or to an existing folder of your own')
+        raise FileNotFoundError('nowhere to publish to: set SAFERLHF_HOME to a clone or another folder')
     (found[0]/'data/results').mkdir(parents=True, exist_ok=True)
     return found[0]/'data/results'
 
@@ -60,8 +59,8 @@ class Record:
         self.config = json.loads((self.folder/'config.json').read_text())
         self.manifest = json.loads((self.folder/'manifest.json').read_text())
         if (made := self.manifest.get('format', 1)) != _FORMAT:
-            raise ValueError(f'{folder} has run format {made}, not {_FORMAT}: another version made it; make it '
-                             f'again with `saferlhf run {self.manifest.get("stage")}`, or move it away')
+            raise ValueError(f'{folder} has run format {made}, not {_FORMAT}: another version made it; '
+                             f'make it again with `saferlhf run {self.manifest.get("stage")}`')
 
     done = property(lambda self: (self.folder/'DONE').exists())
     id = property(lambda self: f'{self.manifest["stage"]}/{self.folder.name}')
