@@ -26,7 +26,8 @@ _SPREAD = _GPUS | {
     '--recompute': dict(action='store_true', help='activation checkpointing: less memory, more time'),
     '--micro-batch': dict(type=int, default=0, metavar='ROWS', help='rows of a backward pass on each rank in '
                           'fine-tuning and score models (default: 0, all)'),
-    '--keep-sampler-weights': dict(action='store_true', help="under ZeRO 3, keep the sampler's weights between rollouts")}
+    '--keep-sampler-weights': dict(action='store_true',
+                                   help="under ZeRO 3, keep the sampler's weights between rollouts")}
 
 # %% ../../nbs/apps/04_commands.ipynb #8ee2708c
 def _list(a):
@@ -54,12 +55,12 @@ def _reproduce(a):
     With several jobs or a limit of time, `saferlhf figures` draws afterwards."""
     from saferlhf.reproduction import graph, pipeline
     seeds = a.seeds or [a.seed]
-    if a.jobs == 1 and not a.minutes:
+    if a.jobs > 1 or a.minutes:                         # without red-teaming there is one seed
+        wanted = [(s.name, seed) for s in graph.graph(a.profile) for seed in seeds
+                  if seed == 0 or 'no-red' not in s.name]
+        pipeline.campaign(wanted, a.profile, a.jobs, a.minutes)
+    else:
         for seed in seeds: pipeline.reproduce(a.profile, seed)
-        return
-    once = lambda stage: 'no-red' in stage.name         # of one seed
-    wanted = [(s.name, seed) for s in graph.graph(a.profile) for seed in seeds if seed == 0 or not once(s)]
-    pipeline.campaign(wanted, a.profile, a.jobs, a.minutes)
 
 def _arms(a):
     "Run ablations: policies with one thing changed, compared. Their results are published."
@@ -76,14 +77,13 @@ def _status(a):
     "List finished and unfinished runs."
     from saferlhf.record.run import Run, runs_home
     for path in sorted(runs_home().glob('*/*/manifest.json')):
-        name, state = f'{path.parts[-3]}/{path.parts[-2]}', 'unfinished: run the same command again'
         try:
             run = Run.open(path.parent)
-            if run.done: state = f'done {run.manifest["seconds"]}'
-            state = f'seed {run.seed} {state}'
+            done = f'done {run.manifest["seconds"]}' if run.done else 'unfinished: run the same command again'
+            state = f'seed {run.seed} {done}'
         except (LookupError, ValueError, RuntimeError, OSError):
             state = 'made by an earlier version: delete it, or use that version'
-        print(f'{name:40} {state}')
+        print(f'{"/".join(path.parts[-3:-1]):40} {state}')
 
 def _report(a):
     "Bind all tables and figures into one HTML file."
@@ -103,7 +103,8 @@ def _dry_run(a):
     from saferlhf.reproduction.pipeline import run_stage
     from saferlhf.reproduction.rehearsal import commands, dry_run
     spread = '--gpus 8 ' if a.profile == 'paper' else ''
-    print(f'memory: saferlhf plan {a.profile} {spread}--gpu-memory 80', *commands(a.profile, a.seed), '', sep='\n', flush=True)
+    first = f'memory: saferlhf plan {a.profile} {spread}--gpu-memory 80'
+    print(first, *commands(a.profile, a.seed), '', sep='\n', flush=True)
     with warm_kernel() as km: dry_run(a.profile, lambda *stage: run_stage(*stage, km=km), a.seed)
 
 def _plan(a):
@@ -115,24 +116,24 @@ def _plan(a):
     plan(shape_of(a.profile), configs, a.gpus * a.nodes, a.gpu_memory, a.host_memory, a.zero or None)
 
 # %% ../../nbs/apps/04_commands.ipynb #19bae242
-_STAGE = {'stage': dict(help='its name, see `saferlhf list`')}
-_SET = {'--set': dict(nargs='*', default=[], metavar='FIELD=VALUE', help='overrides, e.g. kl_coef=0.1')}
-_SEEDS = {'--seeds': dict(type=int, nargs='*', default=[], help='several seeds (default: that of --seed)')}
-_OUT = {'--out': dict(default='', metavar='FILE', help='(default: report-PROFILE.html among the runs)')}
-_PROFILE_FIRST = {'of': dict(nargs='?', metavar='PROFILE', help='the same as --profile')}
-_MEMORY = {'--gpu-memory': dict(type=float, default=80., metavar='GB', help='of each GPU (default: 80)'),
-           '--host-memory': dict(type=float, default=256., metavar='GB', help='of a machine (default: 256)')}
 _COMMANDS = {   # name -> function, options
     'list': (_list, _PROFILE),
     'dry-run': (_dry_run, _PROFILE | _SEED | _SPREAD),
-    'plan': (_plan, _PROFILE_FIRST | _PROFILE | _GPUS | _MEMORY),
-    'run': (_run, _STAGE | _PROFILE | _SEED | _SET | _SPREAD),
-    'reproduce': (_reproduce, _PROFILE | _SEED | _SEEDS | _JOBS | _SPREAD),
+    'plan': (_plan, _PROFILE | _GPUS | {
+        'of': dict(nargs='?', metavar='PROFILE', help='the same as --profile'),
+        '--gpu-memory': dict(type=float, default=80., metavar='GB', help='of each GPU (default: 80)'),
+        '--host-memory': dict(type=float, default=256., metavar='GB', help='of a machine (default: 256)')}),
+    'run': (_run, _PROFILE | _SEED | _SPREAD | {
+        'stage': dict(help='its name, see `saferlhf list`'),
+        '--set': dict(nargs='*', default=[], metavar='FIELD=VALUE', help='overrides, e.g. kl_coef=0.1')}),
+    'reproduce': (_reproduce, _PROFILE | _SEED | _JOBS | _SPREAD | {
+        '--seeds': dict(type=int, nargs='*', default=[], help='several seeds (default: that of --seed)')}),
     'arms': (_arms, {'groups': dict(nargs='*', help='core, shaped, thresholds, data, strict (default: all)')}
              | _PROFILE | _JOBS | _SPREAD),
     'status': (_status, {}),
     'figures': (_figures, _PROFILE | _SEED),
-    'report': (_report, _PROFILE | _SEED | _OUT),
+    'report': (_report, _PROFILE | _SEED | {
+        '--out': dict(default='', metavar='FILE', help='(default: report-PROFILE.html among the runs)')}),
     'join': (_join, {'folder': dict(help='its CSV files, e.g. again/data/results/gpu')} | _PROFILE)}
 
 # %% ../../nbs/apps/04_commands.ipynb #0c9234e0
@@ -164,7 +165,6 @@ def main(
     finally: os.environ['SAFERLHF_SPREAD'] = before      # a later call in this process starts anew
     print(f'saferlhf: {message}', file=sys.stderr)
     return status
-
 
 # %% ../../nbs/apps/04_commands.ipynb #3fddf50c
 def _profile(a): # the one that is named, or what suits this machine

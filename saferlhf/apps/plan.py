@@ -9,9 +9,7 @@ __all__ = ['count', 'predicted_gb', 'fit', 'plan']
 import math
 from dataclasses import replace
 from types import SimpleNamespace
-
 import pandas as pd
-
 from ..ppo import PPOConfig, make_objective
 from ..train import ScoreConfig, SFTConfig
 
@@ -30,9 +28,8 @@ def _sizes(shape): # D, F, L, H, K, d, V and tied; ValueError for a family witho
                            tied=bool(c.get('tie_word_embeddings')))
 
 def count(
-    shape,               # dict with transformers' names (hidden_size, ...), or a configuration
-    head:bool=True,      # a language model's; False: a score model's body
-    most:float=math.inf, # only weights of at most so many elements
+    shape, head:bool=True, # dict or configuration with transformers' names; False: a score model's body
+    most:float=math.inf,   # only weights of at most so many elements
 )->int:
     "Elements of all weights. ValueError for a family without a gated MLP."
     s = _sizes(shape)
@@ -47,10 +44,8 @@ def _pinned(elements, size): # bytes of page-locked memory: each `_PORTION` is r
     return whole * up(_PORTION * size) + up(rest * size)
 
 def _states(
-    n, trained=True,        # weights of the model; False: frozen
-    gpus=1, zero=None,      # W; ZeRO stage, None: `TorchEngine`
-    offload='',             # '', 'optimizer', 'weights' or 'all'
-    small=0, passes=2,      # weights that stage 3 leaves whole; backward passes of an optimizer step
+    n, trained=True, gpus=1, zero=None, # weights; False: frozen; W; ZeRO stage, None: `TorchEngine`
+    offload='', small=0, passes=2, # of this role; weights that stage 3 leaves whole; backward passes of a step
 ): # -> always, backward, step: part -> bytes on a GPU; host: part -> bytes
     if offload not in ('', 'optimizer', 'weights', 'all'):
         raise ValueError(f"offload is 'optimizer', 'weights' or 'all', not {offload!r}")
@@ -121,15 +116,14 @@ def _rows(config, gpus): # rows of a step on a GPU, of a backward pass; backward
     return rows, micro, math.ceil(group / micro)
 
 # %% ../../nbs/apps/01_plan.ipynb #fb929d02
-def _acting(shape, config, n, rows, stage, fill, dense): # -> what always stays, phase -> what it adds
+def _acting(shape, config, n, rows, stage, dense): # -> what always stays, phase -> what it adds
     S, T, s, t = config.max_prompt_tokens, config.max_new_tokens, _sizes(shape), 64
     stacked = 2 * (n['actor'] if stage == 3 else s.L * s.D * ((s.H + 2 * s.K) * s.d + 2 * s.F))
     decoder = {'KV cache': 4 * rows * t * math.ceil((S + T) / t) * s.L * s.K * s.d, 'decoder': stacked}
     stays = stage != 3 or dense == 'kept'
     prefill = dict(activations=rows * S * (6 * s.F + 4 * s.D), logits=2 * s.V * rows)
     copied = {} if stays else decoder | {'gathered weights': 4 * s.D * s.F}
-    tokens, answers = round(rows * (S + fill * T)), round(rows * fill * T)
-    asked = {role: _forward(shape, tokens, answers * head) | _gathered(n[role], stage)
+    asked = {role: _forward(shape, rows * (S + T), rows * T * head) | _gathered(n[role], stage)
              for role, (head, _) in _roles(config).items() if role != 'actor'}
     top = max(asked, key=lambda role: sum(asked[role].values()))
     ids = config.prompts * config.samples * (24 * (S + T) + 64 * T)    # all ranks' ids, masks, numbers
@@ -143,11 +137,9 @@ def _lines(role, parts, host=0): return [(role, p, *((0, x) if host else (x, 0))
 # %% ../../nbs/apps/01_plan.ipynb #51718f02
 def _predict(
     shape, config,          # of all models, as for `count`; the stage's: PPOConfig, SFTConfig or ScoreConfig
-    gpus=1, zero=0,         # that share a step; ZeRO stage
-    offload=None,           # role -> 'optimizer', 'weights' or 'all': what lies on the host
+    gpus=1, zero=0, offload=None, # that share a step; stage; role -> 'optimizer', 'weights' or 'all': on the host
     recompute=False, compile=False, # trained models keep their layers' inputs only; layers are compiled
     engine='',              # 'torch' or 'deepspeed'; '': torch on one GPU without ZeRO and offload
-    fill=1.,                # share of the answers' budget in use
     dense='freed',          # or 'kept': at ZeRO 3, the decoder's weights and cache, between rollouts
 ): # who holds what in every phase -> table: phase, role, part, gpu (bytes on each), host (bytes for each GPU)
     if dense not in ('freed', 'kept'): raise ValueError(f"dense is 'freed' or 'kept', not {dense!r}")
@@ -157,15 +149,15 @@ def _predict(
     stage, S, T = None if torch_alone else zero, config.max_prompt_tokens, config.max_new_tokens
     n = {role: count(shape, head) for role, (head, _) in roles.items()}
     rows, micro, micros = _rows(config, gpus)
-    always, moments = _acting(shape, config, n, rows, stage, fill, dense) if policy else ([], {})
+    always, moments = _acting(shape, config, n, rows, stage, dense) if policy else ([], {})
     always = _lines('all', dict(workspace=_WORKSPACE)) + always
     for role, (head, trained) in roles.items():
         passes = micros * (2 if role == 'actor' and config.ptx_coef else 1)
         x = _states(n[role], trained, gpus, stage, offload.get(role, ''), count(shape, head, _SMALL), passes)
         always += _lines(role, x['always']) + _lines(role, x['host'], host=True)
         if not trained: continue
-        tokens = round(micro * (S + fill * T + (not head and not policy)))
-        kept = _passing(shape, tokens, round(micro * fill * T) * head, compile, recompute)
+        tokens = micro * (S + T + (not head and not policy))
+        kept = _passing(shape, tokens, micro * T * head, compile, recompute)
         moments[f'{role}: backward'] = _lines(role, x['backward'] | _gathered(n[role], stage) | kept)
         moments[f'{role}: step'] = _lines(role, x['step'])
     lines = [(phase, *r) for phase, parts in moments.items() for r in always + parts]
@@ -179,12 +171,10 @@ def _peak(table): # from `_predict` -> the fullest phase, GB (1e9 bytes) on a GP
 
 # %% ../../nbs/apps/01_plan.ipynb #76c22370
 def predicted_gb(
-    shape:dict,           # of all six models, as for `count`
-    prompts_per_gpu:int,  # rows of a rollout on each GPU
+    shape:dict, prompts_per_gpu:int, # of all six models, as for `count`; rows of a rollout
     prompt_tokens:int, new_tokens:int, # S, T
     gpus:int=1, zero:int=0, offload:dict|None=None, # that share a step; ZeRO stage; role -> what is moved
-    micro_batch:int=16,   # rows in a backward pass
-    recompute:bool=False, compile:bool=False, # activations are recomputed; layers are compiled
+    micro_batch:int=16, recompute:bool=False, compile:bool=False, # rows of a backward pass; as `_predict`
     engine:str='', dense:str='freed', # '', 'torch' or 'deepspeed'; 'kept': at ZeRO 3 the decoder's copy stays
 )->float:                 # GB (1e9 bytes) on each GPU, as `bench.peak` measures
     "Peak of a step of PPO-Lag with PTX, every sequence full."
@@ -229,22 +219,20 @@ def fit(
 
 # %% ../../nbs/apps/01_plan.ipynb #27687ff3
 def _changes(shape, config, gpus, gpu_memory, host_memory, zero): # single changes that are enough
-    def ok(c=config, g=gpus, G=gpu_memory, H=host_memory):
-        return fit(shape, c, g, G, H, zero, advise=False)['fits']
-    def least(options, ok): # each is more than the one before
-        return next(filter(ok, options)) if options and ok(options[-1]) else None
-    size, out = 'prompts' if isinstance(config, PPOConfig) else 'batch_size', []
-    for field in ('micro_batch', size):
-        if not (most := getattr(config, field, 0)): continue
-        fewer = [most >> k for k in range(1, 12) if most >> k >= (gpus if field == size else 1)]
-        n = least(fewer, lambda n, field=field: ok(replace(config, **{field: n})))
-        if n: out.append(f'{field}={n} instead of {most}')
-    g = least([gpus << k for k in range(1, 8)], lambda g: ok(g=g))
-    h = least([host_memory * 2 ** k for k in range(1, 6)], lambda h: ok(H=h))
-    G = least([G for G in (24, 40, 48, 80, 96, 141, 192) if G > gpu_memory], lambda G: ok(G=G))
-    if g: out.append(f'{g} GPUs instead of {gpus}')
-    if h: out.append(f'{h:g} GB on each host')
-    if G: out.append(f'GPUs of {G} GB')
+    now = dict(config=config, gpus=gpus, gpu_memory=gpu_memory, host_memory=host_memory, zero=zero)
+    larger = [G for G in (24, 40, 48, 80, 96, 141, 192) if G > gpu_memory]
+    ways = [{f'{gpus << k} GPUs instead of {gpus}': dict(gpus=gpus << k) for k in range(1, 8)},
+            {f'{k * host_memory:g} GB on each host': dict(host_memory=k * host_memory)
+             for k in (2, 4, 8, 16, 32)},
+            {f'GPUs of {G} GB': dict(gpu_memory=G) for G in larger}]        # in each, from little to much
+    for field in ('prompts' if isinstance(config, PPOConfig) else 'batch_size', 'micro_batch'):
+        most, least = getattr(config, field, 0), 1 if field == 'micro_batch' else gpus
+        fewer = [most >> k for k in range(1, 12) if most >> k >= least]
+        ways.insert(0, {f'{field}={n} instead of {most}': dict(config=replace(config, **{field: n}))
+                        for n in fewer})
+    def enough(change): return fit(shape, **now | change, advise=False)['fits']
+    out = [next(text for text, change in way.items() if enough(change))
+           for way in ways if way and enough([*way.values()][-1])]
     return out or ['no single change is enough: lower the budgets of tokens, or take a smaller model']
 
 # %% ../../nbs/apps/01_plan.ipynb #a78ed665

@@ -9,9 +9,7 @@ __all__ = ['report']
 import html
 import re
 from pathlib import Path
-
 import pandas as pd
-
 from ..record.execute import execute, warm_kernel
 from ..record.files import atomic_write
 from ..record.run import provenance, results_home, runs_home
@@ -34,7 +32,6 @@ def _exporter(): # of notebooks to HTML
         config=Config(TagRemovePreprocessor=tags), template_file='cells.html.j2',
         extra_loaders=[DictLoader({'cells.html.j2': _CELLS})],
         exclude_input_prompt=True, exclude_output_prompt=True, exclude_anchor_links=True)
-
 
 # %% ../../nbs/apps/02_report.ipynb #745b023a
 def _formulas(page): # formulas between dollar signs as MathML; code, and what is no TeX, stays as it is
@@ -74,7 +71,6 @@ pre{padding:8px 10px;margin:4px 0;white-space:pre-wrap} .output_text pre{backgro
 details{margin:5px 0;color:#7a8490;font-size:12px} summary{cursor:pointer} .runs{columns:2;font-size:12px}
 @media(max-width:900px){nav{position:static;width:auto} main{margin:0;padding:16px}}
 @media print{nav,details{display:none} main{margin:0}}'''
-
 
 # %% ../../nbs/apps/02_report.ipynb #38ee865e
 def _page(parts, profile, runs): # name -> executed notebook; as from `_made_by`; HTML that needs nothing else
@@ -122,8 +118,7 @@ def _made_by(profile): # run id -> results files that hold its rows
 
 # %% ../../nbs/apps/02_report.ipynb #11e6a55d
 def report(
-    profile:str,      # whose results
-    seed:int,         # the seed that is looked at; tables over seeds show all
+    profile:str, seed:int, # whose results; the seed that is looked at, tables over seeds show all
     papers:Path,      # folder of the paper notebooks
     out:str|Path='',  # the file; empty: report-<profile>.html among the runs
 )->Path:              # the file

@@ -52,9 +52,7 @@ def _imports(module, tree):
 # %% ../../nbs/record/04_code.ipynb #48ee8b93
 _BOOKKEEPING = 'record', 'apps' # wings that keep and show runs: no number depends on them
 
-def source_hashes(
-    modules, # names in the package: ('ppo', 'hardware.packing')
-)->dict:     # module -> sha256 of what it says, the modules that it imports included
+def source_hashes(modules)->dict: # names: ('ppo', 'hardware.packing'); module -> sha256, imported ones too
     "What the algorithm is, `record` and `apps` apart; FileNotFoundError for a module that does not exist."
     hashes, seen, todo = {}, set(), ['saferlhf.' + m.removeprefix('saferlhf.') for m in modules]
     while todo:

@@ -31,8 +31,7 @@ def _check_parameters(template, given):
     import papermill
     cells = json.loads(Path(template).read_text())['cells']
     if not any('parameters' in c['metadata'].get('tags', []) for c in cells):
-        raise ValueError(f'{template} has no cell tagged `parameters`, '
-                         'so its defaults would run whatever is asked: tag the cell')
+        raise ValueError(f'{template} has no cell tagged `parameters`: its defaults would run, tag the cell')
     known = papermill.inspect_notebook(str(template))
     for name, p in known.items():
         if name not in _PARAMETERS:

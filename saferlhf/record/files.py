@@ -24,16 +24,11 @@ def _fsync(path):
     try: os.fsync(fd)
     finally: os.close(fd)
 
-def flush(
-    path:str|Path, # a file, or a folder with all that is in it
-):
+def flush(path:str|Path): # a file, or a folder with all that is in it
     "Wait until it is on the disk."
     for p in [*Path(path).rglob('*'), path]: _fsync(p)
 
-def atomic_write(
-    path:str|Path,     # written or replaced; its folder must exist
-    content:bytes|str, # text is stored as UTF-8
-):
+def atomic_write(path:str|Path, content:bytes|str): # in a folder that exists; text is stored as UTF-8
     "Write a file so that a reader, or a crash, sees the old content or the new one and nothing between."
     path = Path(path); temporary = path.with_name(f'.{path.name}.{os.getpid()}.aside')
     try:
@@ -42,10 +37,7 @@ def atomic_write(
     finally: temporary.unlink(missing_ok=True)
 
 # %% ../../nbs/record/01_files.ipynb #bc9e6f6e
-def inside(
-    folder:str|Path, # the folder that may not be left
-    name:str,        # a relative name; sub-folders are fine
-)->Path:             # folder/name
+def inside(folder:str|Path, name:str)->Path: # the folder that may not be left; a relative name
     "`folder/name`; ValueError when the name is empty, absolute, has control characters, or leads out."
     name, root = str(name), Path(folder).resolve()
     plain = name.isprintable() and not Path(name).is_absolute() and '..' not in Path(name).parts
@@ -55,17 +47,14 @@ def inside(
 
 # %% ../../nbs/record/01_files.ipynb #5d0ea5c3
 @contextmanager
-def lock(
-    folder:str|Path, # made if it is missing
-):
+def lock(folder:str|Path): # made if it is missing
     "Hold a folder for this process; RuntimeError when another run holds it."
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
     with open(folder/'.lock', 'a+') as f:
         try: fcntl.flock(f, fcntl.LOCK_EX|fcntl.LOCK_NB)
         except BlockingIOError:
             f.seek(0); holder = f.read().strip() or 'unknown process'
-            raise RuntimeError(f'another run holds {folder} ({holder}): '
-                               'wait for it or stop it, then start again') from None
+            raise RuntimeError(f'another run holds {folder} ({holder}): wait for it or stop it') from None
         f.truncate(0)
         f.write(f'process {os.getpid()} on {os.uname().nodename}, since {time.strftime("%Y-%m-%d %H:%M:%S")}')
         f.flush()
@@ -141,9 +130,7 @@ def newest(
         report(f'skipped the damaged checkpoint {p}: {damage}')
 
 # %% ../../nbs/record/01_files.ipynb #21c098bd
-def read_lines(
-    path:str|Path, # JSON Lines, UTF-8
-)->list[dict]:     # its rows
+def read_lines(path:str|Path)->list[dict]: # JSON Lines, UTF-8; its rows
     "Read a JSON Lines file; a last line that a crash has cut is left out, ValueError for another broken one."
     *lines, last = Path(path).read_bytes().split(b'\n')
     rows = [json.loads(line) for line in lines]
@@ -151,11 +138,8 @@ def read_lines(
     except ValueError: pass                                     # nothing, or half a row
     return rows
 
-def cut_lines(
-    path:str|Path, # JSON Lines; it may be missing
-    step:int,      # rows up to and including this step stay, and rows without a `step`
-):
-    "Drop what was logged after a checkpoint."
+def cut_lines(path:str|Path, step:int): # JSON Lines, may be missing; the last step to keep
+    "Drop what was logged after a step; rows without a `step` stay."
     if Path(path).exists():
         rows = [json.dumps(r) + '\n' for r in read_lines(path) if r.get('step', step) <= step]
         atomic_write(path, ''.join(rows))

@@ -28,10 +28,7 @@ _RANK = ("import base64, importlib, json, os, sys, warnings; warnings.simplefilt
          "d.is_initialized() and d.barrier(); "
          "sys.stdout.flush(); sys.stderr.flush(); os._exit(0)")
 
-def rank_target(
-    function:Callable, # at the top of an importable module
-    arguments:list,    # JSON values
-)->list:               # arguments for python
+def rank_target(function:Callable, arguments:list)->list: # of an importable module; JSON values; for python
     "What each rank runs to call a function; ValueError for one that other processes cannot import."
     if '.' in function.__qualname__ or function.__module__ == '__main__':
         raise ValueError(f'{function.__qualname__} cannot be imported by other ranks: move it into a module')

@@ -55,10 +55,7 @@ def _decode(x, tensors):
     return tensors[v].numpy() if kind == 'array' else tensors[v].numpy()[()]
 
 # %% ../../nbs/record/02_resume.ipynb #ba9d11ba
-def write_state(
-    folder:str|Path, # made
-    state,           # nested dicts, lists, tuples, numbers, texts, arrays and tensors
-):
+def write_state(folder:str|Path, state): # made; nested dicts, lists, tuples, numbers, texts, arrays, tensors
     "Store a state as tensors.safetensors and state.json; TypeError for anything else in it."
     folder, tensors = Path(folder), {}
     tree = _encode(state, tensors, {})
@@ -66,9 +63,7 @@ def write_state(
     if tensors: save_file(tensors, folder/'tensors.safetensors')
     (folder/'state.json').write_text(json.dumps(tree))
 
-def read_state(
-    folder:str|Path, # as from `write_state`, of a checkpoint whose hashes were compared
-):                   # the state, tensors on the CPU
+def read_state(folder:str|Path): # as from `write_state`, hashes compared; the state, tensors on the CPU
     "Read a state back."
     file = Path(folder)/'tensors.safetensors'
     tensors = load_file(file) if file.exists() else {}
@@ -89,9 +84,7 @@ def _handler(function, signals):
             if signal.getsignal(s) is function: signal.signal(s, handler or signal.SIG_DFL)
 
 @contextmanager
-def stopping(
-    act:Callable|None=None, # called when the first signal comes, e.g. to pass it on
-):                          # -> list, with the signal's name once one has come
+def stopping(act:Callable|None=None): # called when the first signal comes; list, then with the signal's name
     "Note SIGTERM and SIGINT; one more than two seconds after the first acts at once (KeyboardInterrupt)."
     asked, when = [], []
     def note(number, frame):
@@ -102,9 +95,7 @@ def stopping(
     with _handler(note, (signal.SIGTERM, signal.SIGINT)): yield asked
 
 @contextmanager
-def exit_on_sigterm(
-    again:str, # how to go on
-):
+def exit_on_sigterm(again:str): # how to go on
     "SIGTERM raises `Interrupted`, which says how to go on; a handler that is set already stays."
     def leave(number, frame):
         raise Interrupted(f'stopped by SIGTERM: it goes on from the last save; to go on, {again}')
@@ -112,9 +103,7 @@ def exit_on_sigterm(
     with _handler(leave, [signal.SIGTERM] if free else []): yield
 
 # %% ../../nbs/record/02_resume.ipynb #3b20e262
-def agree(
-    *flags:bool, # this rank's
-)->list:         # True where any rank's is
+def agree(*flags:bool)->list: # this rank's; True where any rank's is
     "One decision for all ranks."
     return (largest(torch.tensor([float(f) for f in flags], device=device())) > 0).tolist()
 
@@ -179,8 +168,7 @@ class Saver:
                 save_checkpoint(self.folder, step, {'state': lambda path: os.rename(shared, path)})
         except Exception as e:                # a full disk is an OSError here, a SafetensorError there
             if rank() == 0: shutil.rmtree(shared, ignore_errors=True)
-            raise OSError(f'step {step} could not be saved ({e}); earlier checkpoints are whole: '
-                          f'make room, then {self.again}') from e
+            raise OSError(f'step {step} could not be saved ({e}): make room, then {self.again}') from e
         self.saved = time.monotonic(); _barrier()
 
     def _write(self, folder, step, together=True):

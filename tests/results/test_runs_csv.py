@@ -38,13 +38,13 @@ def test_ids_are_found_wherever_results_name_them():
      '{"cells": [{"source": "runs/sft/cpu-feedfeedfeed", "metadata": {}}]}')])
 def test_an_unknown_run_is_found(tmp_path, path, text):
     (tmp_path/path).parent.mkdir(parents=True); (tmp_path/path).write_text(text)
-    known = runs.merge(runs.read(tmp_path/'none.csv'), [A])
+    known = runs.merge(runs.read(tmp_path/'none.csv'), [A], {})
     wrong = runs.problems(known, tmp_path)
     assert wrong == [f'sft/cpu-feedfeedfeed, of {path}, has no row: run tools/runs.py']
 
 
 def test_the_rows_themselves_are_checked(tmp_path):
-    bad = runs.merge(runs.read(tmp_path/'none.csv'), [A, B])
+    bad = runs.merge(runs.read(tmp_path/'none.csv'), [A, B], {})
     parents = f'sft={B} base=sft/cpu-feedfeedfeed'
     bad.loc[bad.run_id == A, ['commit', 'seed', 'parents', 'replaces']] = 'yesterday', '', parents, 'sft/gone'
     wanted = ('seed is empty', 'yesterday is no commit', 'parent sft/cpu-feedfeedfeed has no row',
@@ -65,15 +65,15 @@ def manifest(root, run_id, **facts):
 def test_rows_come_from_manifests_and_older_ones_stay(tmp_path):
     manifest(tmp_path, A); manifest(tmp_path, B, parent_folders={'sft': f'{tmp_path}/runs/{A}'}, dirty=True)
     results = tmp_path/'data/results'; results.mkdir(parents=True)
-    (results/'t.csv').write_text(f'run_id,seed,device\n{B},3,GPU\n')
+    (results/'t.csv').write_text(f'run_id,value\n{B},3\n')
     table = runs.update([tmp_path/'runs'], tmp_path).set_index('run_id')
     assert list(table.index) == [B, A], 'a parent that no result names gets a row too'
     assert table.parents.tolist() == [f'sft={A}', 'none']
     assert table.loc[B, 'commit'] == 'c' * 40 + ' with changes'
     said = table.loc[B, ['seed', 'device', 'versions']].tolist()
-    assert said == ['0', 'cpu', 'python 3.12, torch 2.13'], 'manifests go before results'
+    assert said == ['0', 'cpu', 'python 3.12, torch 2.13']
     assert table.loc[A, 'command'] == "execute('x', dict(parents='runs/sft'))"
-    assert table.loc[A, 'published'] == runs.NONE, 'there is no history'
+    assert table.loc[A, 'published'] == runs.NONE, 'no manifest knows it'
     before = (results/'runs.csv').read_bytes()
     assert str(tmp_path) not in before.decode()
     shutil.rmtree(tmp_path/'runs'); manifest(tmp_path, B, device='another'); (results/'t.csv').unlink()
@@ -83,9 +83,9 @@ def test_rows_come_from_manifests_and_older_ones_stay(tmp_path):
 
 def test_a_later_manifest_fills_what_was_not_recorded(tmp_path):
     results = tmp_path/'data/results'; results.mkdir(parents=True)
-    (results/'t.csv').write_text(f'run_id,seed\n{A},0\n{A},1\n')
+    (results/'t.csv').write_text(f'run_id,value\n{A},0\n')
     row = runs.update([], tmp_path).iloc[0]
-    assert row.seed == row.commit == runs.NONE, 'rows of two seeds do not say which seed the run had'
+    assert row.seed == row.commit == runs.NONE
     manifest(tmp_path, A, seed=7)
     row = runs.update([tmp_path/'runs'], tmp_path, note='a repetition').iloc[0]
     assert row.seed == '7' and row.commit == 'c' * 40

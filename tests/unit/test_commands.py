@@ -93,6 +93,23 @@ def test_status_lists_runs_of_earlier_versions_too(home, monkeypatch, capsys):
     assert commands.main(['status']) == 0 and capsys.readouterr().out.count('earlier version') == 2   # as they are
 
 
+def test_a_page_of_the_report_folds_code_and_hides_parameters_and_warnings(home):
+    from nbformat import v4
+
+    from saferlhf.apps.report import _formulas, _page
+    def code(source, *outputs, tags=()): return v4.new_code_cell(source, metadata=dict(tags=list(tags)), outputs=list(outputs))
+    table = v4.new_output('display_data', {'text/markdown': '| a |\n| --- |\n| 1 |'})
+    warning = v4.new_output('stream', name='stderr', text='/somewhere: a warning')
+    text = v4.new_markdown_cell('# Title\n\n$\\lambda$, see [other](other.ipynb)\n\n## Part')
+    cells = [text, code('seed = 0', tags=['parameters']), code('print(1)', table, warning)]
+    path = home/'one.ipynb'; path.write_text(json.dumps(v4.new_notebook(cells=cells)))
+    made = _page(dict(one=path, other=path), 'cpu', {'policy/x': ['models']})
+    shown = '<h2 id="one">Title</h2>', 'id="one-part"', '&#x003BB;', 'href="#other"', '<td>1</td>', 'policy/x'
+    for wanted in shown: assert wanted in made, wanted
+    for gone in ('seed = 0', 'a warning', 'src="http', '<link'): assert gone not in made
+    assert _formulas('<p>5 $</p><code>$HOME$</code>') == '<p>5 $</p><code>$HOME$</code>'
+
+
 def test_results_of_two_machines(home):
     "Joining again changes nothing; a column that only one of them has is no difference."
     def machine(name, cost, *arms, **more):

@@ -2,6 +2,7 @@
 import gc
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -75,7 +76,7 @@ def test_states_of_the_torch_engine_are_the_counted_ones():
     assert found['after_backward'] == pytest.approx(busy, rel=.002)
 
 
-RANK = """import json, os, sys; sys.path[:0] = [{tests!r}, {tests!r} + '/unit']
+RANK = """import json, os, sys; sys.path[:0] = [{tests!r}, {tests!r} + '/unit', {tests!r} + '/../tools']
 import logging, warnings; warnings.filterwarnings('ignore'); logging.disable(logging.WARNING)
 import torch.distributed as dist
 from test_plan import count_states
@@ -142,6 +143,28 @@ def test_more_rows_in_a_rollout_cost_their_cache():
     rows = pd.read_csv(ROOT/'data/results/bench/ppo_step.csv').query('what == "peak memory, activations kept"').set_index('batch').ours
     gb = {b: plan.predicted_gb(SIZES['1.1B'], b, 64, 448, compile=True) for b in (16, 64)}
     assert gb[64] - gb[16] == pytest.approx(rows[64] - rows[16], rel=.05)
+
+
+def test_measured_peaks_of_training_are_predicted():
+    "Two kinds of training, full and unequal lengths, as the executed benchmark printed them."
+    cells = json.loads((ROOT/'data/results/bench/training.ipynb').read_text())['cells']
+    printed = ''.join(''.join(o.get('text', '')) for c in cells for o in c.get('outputs', []))
+    found = re.findall(r'(cost model|fine-tuning), (full|unequal) lengths, ours: .*?([\d.]+) GB', printed)
+    lengths = torch.randint(64, 513, (32,), generator=torch.Generator().manual_seed(0))          # the benchmark's
+    answers = dict(full=448, unequal=round(lengths.float().mean().item()) - 64)
+    assert len(found) == 4
+    for kind, case, gb in found:
+        room = dict(max_new_tokens=answers[case])
+        config = (ScoreConfig('cost', batch_size=16, max_prompt_tokens=63, **room) if kind == 'cost model' else
+                  SFTConfig(batch_size=32, max_prompt_tokens=64, **room))
+        predicted = plan._peak(plan._predict(SIZES['1.1B'], config, compile=True))[1]
+        assert predicted == pytest.approx(float(gb), rel=.15), (kind, case)
+
+
+def test_all_weights_are_counted():
+    for shape in (*SIZES.values(), LLAMA_7B, SHAPE | dict(tie_word_embeddings=True)):
+        with torch.device('meta'): model = lm(shape)
+        assert plan.count(shape) == sum(p.numel() for p in model.parameters())
 
 
 def test_scale_is_predicted_where_it_was_measured():
