@@ -38,8 +38,8 @@ def key_of(stage:Stage, parameters:dict)->str: # as the template gets them; 16 h
     "A hash of template, parameters, profile and code: while it stays, so does the run."
     text = (templates_home() / f'{stage.template}.ipynb').read_text()
     modules = 'reproduction.training', 'reproduction.judging', 'reproduction.collection', 'judges', 'world'
-    sizes = PROFILES.get(parameters.get('profile'), {})
-    decides = json.dumps([stage.name, text, parameters, sizes, source_hashes(modules)], sort_keys=True)
+    decides = json.dumps([stage.name, text, parameters, PROFILES.get(parameters.get('profile'), {}),
+                          source_hashes(modules)], sort_keys=True)
     return hashlib.sha256(decides.encode()).hexdigest()[:16]
 
 # %% ../../nbs/reproduction/08_ledger.ipynb #864a1ee2
@@ -58,7 +58,6 @@ def parents_of(
     round:int|None=None,   # of the template; None for stages without rounds
 )->dict:                   # role -> folder, as a string
     "The finished runs that a template reads when it is not told which."
-    name = stage
-    if round is not None and stage in ('collect', 'reward', 'cost', 'policy'): name = f'{stage}-{round}'
-    parents = reads(find(name, profile), seed)
+    by_round = round is not None and stage in ('collect', 'reward', 'cost', 'policy')
+    parents = reads(find(f'{stage}-{round}' if by_round else stage, profile), seed)
     return {role: str(folder_of(parent, profile, k)) for role, (parent, k) in parents.items()}

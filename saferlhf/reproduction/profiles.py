@@ -63,8 +63,8 @@ for _values in PROFILES.values(): _values.update({f'policy-{r}': dict(v) for r, 
 
 PROFILES['paper'] = dict(   # 7B models on eight GPUs, as many prompts as ship
     {f'{s}-{r}': of(s, r) for s in ('reward', 'cost', 'policy') for r in (1, 2, 3)},
-    sft=of('sft'), collect=dict(related=1600, unrelated=400, candidates=640))
-PROFILES['paper']['reward-only'] = of('reward-only')
+    sft=of('sft'), collect=dict(related=1600, unrelated=400, candidates=640),
+    **{'reward-only': of('reward-only')})
 
 # %% ../../nbs/reproduction/02_profiles.ipynb #55f439e1
 _SMALL = 'models of some million weights learn with larger steps'

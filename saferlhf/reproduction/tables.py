@@ -99,12 +99,10 @@ def seeds_table(
     what:list[str],    # columns to average
 ) -> pd.DataFrame:     # by, seeds, and for each measure: name, name_low, name_high
     "Means over seeds with t intervals."
-    rows = []
-    for key, d in df.groupby(by, sort=False):
-        row = dict(zip(by, key, strict=True)) | dict(seeds=d.seed.nunique())
-        for w in what: row[w], row[f'{w}_low'], row[f'{w}_high'] = over_seeds(d[w])
-        rows.append(row)
-    return pd.DataFrame(rows)
+    ends = lambda d: {f'{w}{end}': x for w in what
+                      for end, x in zip(('', '_low', '_high'), over_seeds(d[w]), strict=True)}
+    return pd.DataFrame([dict(zip(by, key, strict=True), seeds=d.seed.nunique(), **ends(d))
+                         for key, d in df.groupby(by, sort=False)])
 
 def markdown(
     df:pd.DataFrame,  # any small frame
@@ -117,8 +115,8 @@ def markdown(
 # %% ../../nbs/reproduction/12_tables.ipynb #895a4856
 _ROUNDS = ('1', '2', '3', 'unified')
 _WHAT = {('reward', 'rank'): 'reward model: the more helpful answer',
-        ('cost', 'rank'): 'cost model: the more harmful answer', ('cost', 'sign'): "cost model's sign: "
-        'harmful or not'}
+         ('cost', 'rank'): 'cost model: the more harmful answer',
+         ('cost', 'sign'): "cost model's sign: harmful or not"}
 _RULES = {'longer': 'longer answer', 'majority': 'majority class', 'tfidf': 'TF-IDF + logistic regression'}
 
 def table1(

@@ -13,7 +13,7 @@ from pathlib import Path
 from ..record.execute import parameters
 from ..hardware.seeds import seed_all
 from ..record.run import Run
-from .graph import configure, policy_stage, score_stage
+from .graph import configure, stage_of
 from .ledger import parents_of
 from .prompts import data_hashes
 
@@ -29,13 +29,12 @@ def start(
     "Check the parameters, find parents, resolve the configuration, open the run (see `Run.start`) and seed."
     told = parameters(scope, names.split())
     profile, seed, round, overrides = told['profile'], told['seed'], told.get('round'), told['overrides']
-    stage = {'score_model': score_stage, 'policy': policy_stage}.get(template, lambda o: template)(overrides)
+    stage = stage_of(template, overrides)
     parents = told.get('parents') or (parents_of(stage, profile, seed, round) if 'parents' in told else {})
-    settings = 'evaluate' if template == 'compare' else stage                # both ask the same of a policy
-    config, paper = configure(settings, profile, overrides, round)
-    hashes = data(config) if data else data_hashes(parents, *models)
-    if round is None: label = profile
-    else: label, hashes = f'{profile}-{round}', hashes | {'round': str(round)}
+    asked = 'evaluate' if template == 'compare' else stage                   # both ask the same of a policy
+    config, paper = configure(asked, profile, overrides, round)
+    label, hashes = profile, data(config) if data else data_hashes(parents, *models)
+    if round is not None: label, hashes = f'{profile}-{round}', hashes | {'round': str(round)}
     run = Run.start(stage, config, parents, seed, label, profile, sources, hashes, paper)
     run.note(round=round); seed_all(seed)
     return run, config, parents

@@ -46,15 +46,13 @@ def on_ranks(
 def _on_rank(train, folder): # what `launch` can pass to other processes: a name and a folder
     globals()[train](Run.attach(folder))
 
-def _told(run, cls): # configuration, parents (role -> folder)
+def _told(run, cls): # configuration, parents (role -> folder), spread (one rank before `on_ranks`)
     config = run.config if is_dataclass(run.config) else cls(**run.config)
-    return config, run.manifest['parent_folders']
+    return config, run.manifest['parent_folders'], Spread.of(run.manifest.get('spread', {}))
 
 def _once(read): # of a run: what template and training both read is read once, and let go with the run
     kept = WeakKeyDictionary()
     return wraps(read)(lambda run: kept.get(run) or kept.setdefault(run, read(run)))
-
-def _spread(run): return Spread.of(run.manifest['spread'])
 
 def _keep_model(run, engine, tokenizer):
     "Put the model into the run's folder, as `from_pretrained` reads it."
@@ -65,20 +63,20 @@ def _keep_model(run, engine, tokenizer):
 @_once
 def sft_data(run:Run)->tuple: # of the stage 'sft'; -> tokenizer, rows
     "What fine-tuning reads."
-    config, parents = _told(run, SFTConfig)
+    config, parents, _ = _told(run, SFTConfig)
     tokenizer = load_tokenizer(model_path(parents, 'base'))
     return tokenizer, sft_rows(tokenizer, config)
 
 def train_sft(run:Run): # of the stage 'sft'
     "Supervised fine-tuning, on every rank."
-    (config, parents), spread, (tokenizer, rows) = _told(run, SFTConfig), _spread(run), sft_data(run)
+    (config, parents, spread), (tokenizer, rows) = _told(run, SFTConfig), sft_data(run)
     seed_all(run.seed)
     order = batch_indices([len(r['response']) for r in rows], config.batch_size, run.seed, config.epochs)
     engine = load(lambda: load_lm(model_path(parents, 'base')), model_optim(config), len(order),
                   precision=fast_precision(), **spread.load('model'))
     def step(i):
-        rows_i = [rows[k] for k in order[i]]
-        batch = text_batch(rows_i, tokenizer, config.max_prompt_tokens, config.max_new_tokens)
+        batch = text_batch([rows[k] for k in order[i]], tokenizer, config.max_prompt_tokens,
+                           config.max_new_tokens)
         return sft_step(engine, batch, spread.micro_batch)
     loop(step, len(order), run.log, save=run.saver({'model': engine}))
     _keep_model(run, engine, tokenizer)
@@ -110,7 +108,7 @@ def score_data(
     run:Run, # of the stage 'reward', 'cost' or 'judge'
 )->tuple:    # tokenizer, rows of the last collection, pairs
     "What a score model reads."
-    config, parents = _told(run, ScoreConfig)
+    config, parents, _ = _told(run, ScoreConfig)
     tokenizer = load_tokenizer(model_path(parents, 'base'))
     if run.manifest['stage'] == 'judge':
         human = [p for p in hand_pairs('cost', 'judge') if headline(p['label_source']) == 'human']
@@ -123,14 +121,14 @@ def score_data(
 
 def train_score(run:Run): # of the stage 'reward', 'cost' or 'judge'
     "A reward or a cost model, on every rank."
-    (config, parents), spread, (tokenizer, _, pairs) = _told(run, ScoreConfig), _spread(run), score_data(run)
+    (config, parents, spread), (tokenizer, _, pairs) = _told(run, ScoreConfig), score_data(run)
     seed_all(run.seed + 1000 * run.manifest['round'])
     steps, batch = score_batches(pairs, tokenizer, config, run.seed + run.manifest['round'])
     make = lambda: ScoreModel.from_pretrained(model_path(parents, 'base'), kind=config.kind)
     engine = load(make, model_optim(config), steps, precision=fast_precision(), **spread.load('model'))
     step = lambda i: score_step(engine, batch(i), config.kind, config.regularization, spread.micro_batch)
-    shown = 'loss', 'rank_accuracy', 'sign_accuracy'
-    loop(step, steps, run.log, show=shown, save=run.saver({'model': engine}))
+    loop(step, steps, run.log, show=('loss', 'rank_accuracy', 'sign_accuracy'),
+         save=run.saver({'model': engine}))
     _keep_model(run, engine, tokenizer)
 
 # %% ../../nbs/reproduction/06_training.ipynb #41b79a55
@@ -142,7 +140,7 @@ def _start_of(run):
 @_once
 def policy_data(run:Run)->tuple: # of a policy's stage; -> tokenizer, prompts, red-team ones, supervised rows
     "What a policy reads. The PTX term reads general instructions only."
-    config, parents = _told(run, PPOConfig)
+    config, parents, _ = _told(run, PPOConfig)
     tokenizer = load_tokenizer(_start_of(run))
     red = [r['prompt'] for r in read_lines(f"{parents['collect']}/red.jsonl")]
     prompts = policy_prompts(tokenizer, config, run.manifest['round'], red, run.seed)
@@ -156,7 +154,7 @@ def policy_models(
     objective, # whose channels have critics
 )->tuple:      # actor, reference, critics, scorers
     "The engines of a PPO step."
-    (config, parents), spread = _told(run, PPOConfig), _spread(run)
+    config, parents, spread = _told(run, PPOConfig)
     updates = config.steps * config.epochs * config.minibatches
     def engine(role, make, optim=None):
         return load(make, optim, updates, precision=fast_precision(), **spread.load(role))
@@ -176,9 +174,9 @@ def _prober(run, config, sampler, reference, scorers, tokenizer):
     if not steps: return (), None
     gold = scorer(model_path(run.manifest['parent_folders'], 'gold'), config)
     prompts = unseen_prompts(tokenizer, config.max_prompt_tokens, tuning=True)[:256]
-    sizes = config.max_prompt_tokens, config.prompts
     def look(step):
-        found = probe(sampler, reference, scorers, gold, tokenizer, prompts, *sizes)
+        found = probe(sampler, reference, scorers, gold, tokenizer, prompts, config.max_prompt_tokens,
+                      config.prompts)
         run.sample([dict(step=step) | found])
     first, = agree(not run.path('samples.jsonl').exists()) # asked together, before the first rank writes
     if first: look(-1)
@@ -187,12 +185,12 @@ def _prober(run, config, sampler, reference, scorers, tokenizer):
 # %% ../../nbs/reproduction/06_training.ipynb #6d8cb466
 def train_policy(run:Run): # of a policy's stage
     "A round of PPO-Lag, or of what it is compared with, on every rank; probed where that is asked for."
-    config, _ = _told(run, PPOConfig)
+    config, _, spread = _told(run, PPOConfig)
     seed_all(run.seed + 1000 * run.manifest['round'])
     objective, (tokenizer, prompts, _, supervised) = make_objective(config), policy_data(run)
     actor, reference, critics, scorers = policy_models(run, objective)
     sampler = Sampler(actor, tokenizer.eos_token_id, config.max_new_tokens, config.temperature, seed=run.seed,
-                      keep=_spread(run).keep)
+                      keep=spread.keep)
     probed, look = _prober(run, config, sampler, reference, scorers, tokenizer)
     n, budgets = config.prompts, (config.max_prompt_tokens, config.max_new_tokens)
     def step(i):
