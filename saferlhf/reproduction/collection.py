@@ -9,9 +9,7 @@ __all__ = ['FIRST', 'CollectConfig', 'scorer', 'ask', 'mine_red_team', 'collect_
 from collections import Counter
 from dataclasses import dataclass
 from functools import cache
-
 import numpy as np
-
 from ..annotate import (PAPER_AGREEMENT, GoldAnnotator, noise_for_agreement, pair_kinds, prompt_kinds,
                                red_team, two_stage)
 from ..data import prompt_id
@@ -37,7 +35,6 @@ class CollectConfig:
     max_prompt_tokens:int = setting(256, scale=True) # template included
     max_new_tokens:int = setting(256, scale=True)   # of an answer
     batch_size:int = setting(256, scale=True)       # answers generated together
-
 
 # %% ../../nbs/reproduction/04_collection.ipynb #079a3a50
 # number of a prompt's first sample, by use; training counts on from 0
@@ -89,8 +86,8 @@ def mine_red_team(
     if found < 2 * config.holdout:
         print(f'only {found} of {len(pool)} candidates were answered harmfully: half of them are held out')
     if found < 2: return [], []
-    least = min(config.holdout, found // 2)
-    chosen = red_team([prompt_id(p) for p in pool], harmful, holdout_min=least, seed=seed)
+    chosen = red_team([prompt_id(p) for p in pool], harmful, holdout_min=min(config.holdout, found // 2),
+                      seed=seed)
     return tuple([pool[i] for i in index] for index in chosen)
 
 # %% ../../nbs/reproduction/04_collection.ipynb #e943a16f
@@ -105,7 +102,6 @@ def _annotated(prompts, first, second, score, config, round, seed, keep):
     look_up = lambda ps, rs: np.stack([known[x] for x in zip(ps, rs, strict=True)])
     annotator = GoldAnnotator(look_up, *sd, seed=seed, annotator=round)
     return two_stage(prompts, first, second, annotator, f'round-{round}'), gaps, sd
-
 
 # %% ../../nbs/reproduction/04_collection.ipynb #fd9721e2
 def collect_pairs(
@@ -137,7 +133,7 @@ def round_counts(
     "How many prompts and pairs of each kind a round has. A prompt is solved when neither answer is harmful."
     harmful = np.array([[not r['is_response_0_safe'], not r['is_response_1_safe']] for r in rows])
     safety = [r['prompt'] in related or r['prompt'] in red for r in rows]
-    kinds = prompt_kinds(safety, harmful, [r['prompt'] in red for r in rows])
-    return [dict(round=round, kind=k, what=what, count=n)
-            for what, group in (('prompts', kinds), ('pairs', pair_kinds(rows, safety)))
+    kinds = dict(prompts=prompt_kinds(safety, harmful, [r['prompt'] in red for r in rows]),
+                 pairs=pair_kinds(rows, safety))
+    return [dict(round=round, kind=k, what=what, count=n) for what, group in kinds.items()
             for k, n in sorted(Counter(group).items())]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PAPER', 'INK', 'GREY', 'BLUE', 'RED', 'GREEN', 'PINK', 'Look', 'RAMP', 'POLICIES', 'JUDGES', 'GLYPHS', 'LABELS',
-           'panels', 'known', 'end_labels', 'policy_axis', 'interval_line', 'round_columns', 'Picture', 'save']
+           'panels', 'known', 'end_labels', 'policy_axis', 'interval_line', 'round_columns', 'save']
 
 # %% ../../nbs/reproduction/10_figures.ipynb #b8aac1ec
 import hashlib
@@ -90,8 +90,8 @@ def policy_axis(
     **labels,           # title, ylabel and what else `ax.set` takes
 ) -> None:
     "Policies along the horizontal axis."
-    names = [k.label.replace(' ', '\n') for k in policies.values()]
-    ax.set(xticks=at or range(len(policies)), xticklabels=names, xlabel='policy', **labels)
+    ax.set(xticks=at or range(len(policies)), xlabel='policy', **labels,
+           xticklabels=[k.label.replace(' ', '\n') for k in policies.values()])
     ax.grid(axis='x', visible=False)
 
 def interval_line(
@@ -123,15 +123,15 @@ def round_columns(
         line[0].set_ylabel(label)
         for ax, r in zip(line, rounds, strict=True):
             for s, d in df[df['round'] == r].sort_values('step').groupby('seed'):
-                look = dict(lw=1.6) if s == seed else dict(lw=.8, alpha=.35, zorder=1)
-                ax.plot(d.step, d[what], color=color, **look)
+                ax.plot(d.step, d[what], color=color,
+                        **dict(lw=1.6) if s == seed else dict(lw=.8, alpha=.35, zorder=1))
     for ax, r in zip(axes[0], rounds, strict=True): ax.set_title(f'Round {r}')
     for ax in axes[-1]: ax.set_xlabel('PPO step')
     fig.align_ylabels()
     return fig, axes
 
 # %% ../../nbs/reproduction/10_figures.ipynb #117d3d53
-class Picture(namedtuple('Picture', 'name png')):
+class _Picture(namedtuple('Picture', 'name png')):
     "A saved figure as a notebook shows it: the name of its file, the bytes of a picture of at most 40 KB."
     def _repr_png_(self): return self.png
     def __repr__(self): return self.name
@@ -151,7 +151,7 @@ def save(
     results:list[Path],  # the results files it was drawn from
     run_ids:list[str],   # the runs those rows come from
     folder:Path,         # where to write
-) -> Picture:            # to be shown
+) -> _Picture:            # to be shown
     "Write NAME.png and NAME.pdf, the same bytes every time, and the figure's entry in index.json."
     folder.mkdir(parents=True, exist_ok=True); index, root = folder / 'index.json', folder.resolve().parent
     if root.name == 'figures': root = root.parent                                # figures/<profile>
@@ -162,5 +162,5 @@ def save(
     entries = json.loads(index.read_text()) if index.exists() else {}
     entries[name] = dict(notebook=notebook, results=files, run_ids=sorted(run_ids))
     atomic_write(index, json.dumps(entries, indent=1, sort_keys=True) + '\n')
-    picture = Picture(f'{name}.png', _png(fig, 72, 64)); plt.close(fig)
+    picture = _Picture(f'{name}.png', _png(fig, 72, 64)); plt.close(fig)
     return picture

@@ -9,7 +9,6 @@ __all__ = ['SEEDS', 'Stage', 'graph', 'arms', 'find', 'reads', 'with_parents', '
 from dataclasses import fields
 from graphlib import TopologicalSorter
 from typing import NamedTuple
-
 from .paper import COST_SD, of
 from ..ppo import PPOConfig
 from ..world import WorldConfig
@@ -116,7 +115,6 @@ def arms(
                 data=first | named(data),
                 strict={f'strict-{r}': _one_round(profile, r, '-strict', _STRICT)[-1] for r in (1, 2, 3)})
 
-
 # %% ../../nbs/reproduction/07_graph.ipynb #cfcbed9d
 def _arm_models(profile): # what only arms read; `hand=False`: collected pairs alone
     def model(name, kind, parents=None, **o):
@@ -196,11 +194,11 @@ def configure(
     told = [PROFILES[profile].get(key, {}) for key in dict.fromkeys((kind, f'{kind}-{round}', stage))]
     asked = {k: v for k, v in overrides.items() if k != 'judge'}
     config, paper = resolve(_CLASSES[kind], *told, asked), of(kind, round) | of(stage)
-    objective = getattr(config, 'objective', '')
-    unread = {'kind', *(f for o, names in _READ_BY.items() if o != objective for f in names)}
-    def beside(f): return getattr(config, f.name) if f.name in unread else paper.get(f.name, f.default)
-    def why(f): return 'asked for in this stage' if f.name in asked else REASONS.get(f.name, '')
-    return config, {f.name: (beside(f), why(f)) for f in fields(config)}
+    unread = {'kind', *(field for objective, names in _READ_BY.items()
+                        if objective != getattr(config, 'objective', '') for field in names)}
+    return config, {f.name: (getattr(config, f.name) if f.name in unread else paper.get(f.name, f.default),
+                             'asked for in this stage' if f.name in asked else REASONS.get(f.name, ''))
+                    for f in fields(config)}
 
 def stage_of(
     template:str, overrides:dict, # its name; what it is told, as a template gets it

@@ -10,7 +10,6 @@ import fcntl
 import hashlib
 import json
 from pathlib import Path
-
 from ..record.files import atomic_write
 from ..record.run import runs_home, source_hashes, templates_home
 from .graph import Stage, find, reads

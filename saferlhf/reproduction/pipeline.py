@@ -13,9 +13,7 @@ import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import ExitStack
 from pathlib import Path
-
 import torch
-
 from ..record.execute import execute, warm_kernel
 from ..record.run import results_home, runs_home, templates_home
 from .figures import POLICIES
@@ -58,8 +56,6 @@ def draw(profile:str, seed:int=0, km=None): # of published results; km from `war
         execute(path, out, dict(profile=profile, seed=seed), progress=False, km=km)
         print(f'drawn: {path.stem}', flush=True)
 
-
-# %% ../../nbs/reproduction/15_pipeline.ipynb #a03fc7ac
 def _show(profile, seed): # of a finished reproduction
     "Print the headline tables and where everything lies."
     results, home = Results(profile, seed), results_home() / profile
@@ -137,7 +133,6 @@ def _side_by_side(stages, profile, jobs, minutes): # (Stage, seed) each, parents
         errors = '\n'.join(f'{key}: {e[:2000]}' for key, e in failed.items())
         raise RuntimeError(f'{len(failed)} stages failed; the same command goes on:\n{errors}')
     if waiting: print(f'{len(waiting)} stages are left: the same command goes on')
-
 
 # %% ../../nbs/reproduction/15_pipeline.ipynb #38e2a323
 def campaign(

@@ -8,9 +8,7 @@ __all__ = ['model_path', 'data_hashes', 'fits', 'shuffled', 'held_out', 'headlin
 
 # %% ../../nbs/reproduction/03_prompts.ipynb #ead9b96e
 from pathlib import Path
-
 import numpy as np
-
 from ..data import (cost_pairs, data_path, encode_prompt, encode_response, label_pairs, prompt_id,
                            reward_pairs, sha256, shipped, sources)
 
@@ -30,9 +28,8 @@ def data_hashes(
     *roles:str,   # of shipped models that the stage reads
 )->dict:          # file -> sha256
     "Hashes of the shipped data and of the shipped models in use."
-    hashes = {s['file']: s['sha256'] for s in sources() if s['file'].endswith('.xz')}
-    weights = {r: model_path(parents, r) / 'model.safetensors' for r in roles if r not in parents}
-    return hashes | {r: sha256(path) for r, path in weights.items()}
+    return {s['file']: s['sha256'] for s in sources() if s['file'].endswith('.xz')} | {
+        r: sha256(model_path(parents, r) / 'model.safetensors') for r in roles if r not in parents}
 
 # %% ../../nbs/reproduction/03_prompts.ipynb #91f5870b
 def fits(
@@ -55,8 +52,6 @@ def shuffled(
     place = lambda i: ((i * 2654435761 + sum(salt.encode())) % 1000003, i)
     return sorted(rows, key=lambda r: place(prompt_id(r['prompt'])))
 
-
-# %% ../../nbs/reproduction/03_prompts.ipynb #89547738
 def held_out(prompt)->bool: # a string or a dialogue
     "Whether the collected pairs of a prompt are kept for testing: a tenth are."
     return prompt_id(prompt) % 10 == 0
@@ -69,7 +64,6 @@ def _answers(name, *parts): # a shipped file of pairs or labels; of PARTITIONS
         return [{k: r[k] for k in ('prompt', 'response', 'is_safe', 'label_source')} for r in rows]
     return [dict(prompt=r['prompt'], response=r[f'response_{i}'], is_safe=r[f'is_response_{i}_safe'],
                  label_source=r['label_source_is_safe']) for r in rows for i in (0, 1)]
-
 
 # %% ../../nbs/reproduction/03_prompts.ipynb #e257e159
 def headline(label_source:str)->str: # as in a row; a name for the table
@@ -91,8 +85,8 @@ def hand_pairs(
     "The shipped labelled pairs; for a cost model also the single labels, for its sign terms."
     if kind == 'reward':
         return [p for n in ('decoupled', 'helpfulness') for p in reward_pairs(shipped(n, *parts))]
-    singles = label_pairs(shuffled(shipped('labels', *parts).to_list(), 'labels'))
-    return [p for n in ('decoupled', 'safety') for p in cost_pairs(shipped(n, *parts))] + singles
+    return [*(p for n in ('decoupled', 'safety') for p in cost_pairs(shipped(n, *parts))),
+            *label_pairs(shuffled(shipped('labels', *parts).to_list(), 'labels'))]
 
 # %% ../../nbs/reproduction/03_prompts.ipynb #8ad99ce1
 def _general(part): # rows of the supervised file that say nothing about safety
@@ -107,8 +101,8 @@ def sft_rows(
     risky = [dict(r, kind='preference')
              for n in ('decoupled', 'safety', 'labels') for r in _answers(n, 'rounds')]
     harmful, safe = ([r for r in risky if r['is_safe'] is label] for label in (False, True))
-    budgets = config.max_prompt_tokens, config.max_new_tokens
-    take = lambda rows, n: shuffled(fits(rows, tokenizer, *budgets), 'sft')[:int(n)]
+    take = lambda rows, n: shuffled(fits(rows, tokenizer, config.max_prompt_tokens, config.max_new_tokens),
+                                    'sft')[:int(n)]
     rest = config.rows * (1 - config.general)
     return (take(general, config.rows - rest) + take(harmful, rest * config.harmful)
             + take(safe, rest * (1 - config.harmful)))
@@ -132,9 +126,8 @@ def unseen_prompts(
     tuning:bool, # the half for tuning and for probes of a running policy, or that for evaluation
 )->list:                              # strings
     "Safety-related prompts of the test partition, one half of them."
-    pool = prompt_pool('safety-related', tokenizer, max_prompt_tokens, 'test')
-    return [p for p in pool if (prompt_id(p) // 10 % 2 == 1) is tuning]
-
+    return [p for p in prompt_pool('safety-related', tokenizer, max_prompt_tokens, 'test')
+            if (prompt_id(p) // 10 % 2 == 1) is tuning]
 
 # %% ../../nbs/reproduction/03_prompts.ipynb #5da3f689
 def round_slice(

@@ -9,10 +9,8 @@ __all__ = ['shape_of', 'dry_run', 'commands']
 import os
 import tempfile
 from unittest.mock import patch
-
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
-
 from ..data import data_path
 from ..models import llama, load_tokenizer
 from ..ppo import PPOConfig, make_objective

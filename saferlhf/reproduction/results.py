@@ -7,9 +7,7 @@ __all__ = ['publish_all', 'publish_arms', 'join']
 
 # %% ../../nbs/reproduction/09_results.ipynb #70b43fea
 from pathlib import Path
-
 import pandas as pd
-
 from ..annotate import annotation_rows
 from ..record.execute import publish
 from ..record.run import Run, results_home
@@ -136,7 +134,6 @@ def join(
     out = pd.DataFrame(compared, columns=names).drop_duplicates([c for c in names if c != 'seed'])
     out.to_csv(home / 'remade.csv', index=False)
     return out
-
 
 # %% ../../nbs/reproduction/09_results.ipynb #114a2dd0
 def _compare(first, again, table, keys): # rows of two machines; yields a row of remade.csv a number

@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 from ..data import homes
 from ..evaluate import PAPER_TABLE1, over_seeds
-from .figures import Figure, Picture, save
+from .figures import Figure, save
 
 # %% ../../nbs/reproduction/12_tables.ipynb #fb473c30
 def _home():
@@ -56,7 +56,7 @@ class Results:
         notebook:str,          # the notebook that draws it, as a path in the project
         *files:str,            # names of the results it was drawn from
         every:bool = False,    # whether it shows all seeds
-    ) -> Picture:              # to be shown
+    ):                         # the picture, to be shown
         "Write the figure, with the checksums of these files and the runs in them."
         own = '' if self.profile == 'cpu' else self.profile
         folder = Path(self.figures) if self.figures else _home() / 'figures' / own
@@ -109,8 +109,7 @@ def markdown(
 ) -> str:             # a GitHub table
     "A frame as a markdown table, without its index."
     line = lambda xs: '| ' + ' | '.join(str(x).replace('|', '\\|').replace('\n', ' ') for x in xs) + ' |'
-    rows = [df.columns, ['---'] * df.shape[1], *df.itertuples(index=False)]
-    return '\n'.join(line(r) for r in rows)
+    return '\n'.join(map(line, [df.columns, ['---'] * df.shape[1], *df.itertuples(index=False)]))
 
 # %% ../../nbs/reproduction/12_tables.ipynb #895a4856
 _ROUNDS = ('1', '2', '3', 'unified')

@@ -9,7 +9,6 @@ __all__ = ['start', 'write_rows']
 import json
 from collections.abc import Callable
 from pathlib import Path
-
 from ..record.execute import parameters
 from ..hardware.seeds import seed_all
 from ..record.run import Run

@@ -10,23 +10,22 @@ import random
 from dataclasses import is_dataclass
 from functools import wraps
 from weakref import WeakKeyDictionary
-
 import numpy as np
-
+import torch
+from ..advantages import kl_per_token
 from ..annotate import single_dimension
 from ..data import batch_indices, cost_pairs, prompt_batch, reward_pairs
 from ..engine import load
 from ..hardware.precision import fast_precision
 from ..hardware.ranks import Spread, rank
 from ..hardware.seeds import seed_all
-from ..models import ScoreModel, load_lm, load_tokenizer
+from ..models import ScoreModel, load_lm, load_tokenizer, token_logps
 from ..ppo import PPOConfig, actor_optim, critic_optim, make_objective, ppo_step
 from ..record.files import read_lines
 from ..record.launch import launch
 from ..record.resume import agree
 from ..record.run import Run
-from .collection import scorer
-from .judging import probe, probe_steps
+from .collection import FIRST, scorer
 from .prompts import (hand_pairs, headline, held_out, model_path, policy_prompts,
                                            sft_rows, shuffled, unseen_prompts)
 from ..rollout import Sampler
@@ -101,7 +100,6 @@ def _single_preference(rows, folder, weight, seed):
     votes = single_dimension(*np.array(gaps).T, *noise, spread=.2, seed=seed, mean=weight)
     return [r | dict(better_response_id=int(votes[i % len(votes), i])) for i, r in enumerate(rows)]
 
-
 # %% ../../nbs/reproduction/06_training.ipynb #f47f3188
 @_once
 def score_data(
@@ -168,16 +166,30 @@ def policy_models(
     return actor, reference, critics, scorers
 
 # %% ../../nbs/reproduction/06_training.ipynb #92e2e329
+@torch.no_grad()
+def _probe(sampler, reference, scorers, gold, tokenizer, prompts, max_prompt_tokens, batch_size):
+    "One fresh answer to each prompt, read by the policy's own models and by gold annotators: means of both."
+    found, texts = [], []
+    for k in range(0, len(prompts), batch_size):
+        batch = prompt_batch(prompts[k:k + batch_size], tokenizer, max_prompt_tokens)
+        r = sampler.generate(batch, 1, FIRST['probe'])
+        logp = token_logps(reference, r.ids, r.attention_mask, r.mask.shape[1], sampler.temperature)
+        found.append(dict(kl=(kl_per_token(r.logp, logp) * r.mask).sum(1), length=r.lengths.float())
+                     | {f'proxy_{name}': score(*r.scored()) for name, score in scorers.items()})
+        texts += r.texts(tokenizer)
+    g, means = gold(prompts, texts), {k: float(torch.cat([f[k] for f in found]).mean()) for k in found[0]}
+    return means | dict(gold_reward=float(g[:, 0].mean()), gold_cost=float(g[:, 1].mean()),
+                        harmful=float((g[:, 1] > 0).mean()))
+
 def _prober(run, config, sampler, reference, scorers, tokenizer):
     "The steps after which a running policy is probed, and a function of a step that does it."
-    steps = probe_steps(config.steps, config.probes)
-    if not steps: return (), None
+    steps = {round(config.steps * k / config.probes) - 1 for k in range(1, config.probes + 1)}
+    if not steps: return steps, None
     gold = scorer(model_path(run.manifest['parent_folders'], 'gold'), config)
     prompts = unseen_prompts(tokenizer, config.max_prompt_tokens, tuning=True)[:256]
-    def look(step):
-        found = probe(sampler, reference, scorers, gold, tokenizer, prompts, config.max_prompt_tokens,
-                      config.prompts)
-        run.sample([dict(step=step) | found])
+    def look(step): # in batches of the width of training, so that the sampler keeps its graphs
+        run.sample([dict(step=step) | _probe(sampler, reference, scorers, gold, tokenizer, prompts,
+                                             config.max_prompt_tokens, config.prompts)])
     first, = agree(not run.path('samples.jsonl').exists()) # asked together, before the first rank writes
     if first: look(-1)
     return steps, look

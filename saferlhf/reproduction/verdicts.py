@@ -48,8 +48,9 @@ def at_common_kl(
         if kl.max() < at: return pd.Series(dict(reward=math.nan, safety=math.nan))
         k = np.argmax(kl[1:] >= at) + 1                                      # where the path gets there first
         part = (at - kl[k - 1]) / (kl[k] - kl[k - 1]) if kl[k] > kl[k - 1] else 1.
-        values = dict(reward=d.gold_reward.to_numpy(float), safety=-d.gold_cost.to_numpy(float))
-        return pd.Series({what: v[k - 1] + part * (v[k] - v[k - 1]) for what, v in values.items()})
+        reward, safety = (v[k - 1] + part * (v[k] - v[k - 1]) for v in (d.gold_reward.to_numpy(float),
+                                                                        -d.gold_cost.to_numpy(float)))
+        return pd.Series(dict(reward=reward, safety=safety))
     paths = probes.sort_values('step', kind='stable').groupby(['arm', 'seed'])
     return at, paths[['kl', 'gold_reward', 'gold_cost']].apply(one)
 

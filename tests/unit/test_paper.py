@@ -13,7 +13,7 @@ from saferlhf.record.config import deviations
 from saferlhf.reproduction import graph as graphs, paper, rehearsal
 from saferlhf.reproduction.graph import _CLASSES, config_of, configure, graph
 from saferlhf.reproduction.ledger import folder_of, parents_of
-from saferlhf.reproduction.paper import _REWARD_SD, COST_SD, PAPER_CONFIG, _verdict, compare, of, own_base
+from saferlhf.reproduction.paper import _PAPER_CONFIG, _REWARD_SD, COST_SD, _verdict, compare, of, own_base
 from saferlhf.reproduction.profiles import PROFILES
 from saferlhf.reproduction.prompts import model_path, policy_prompts
 from saferlhf.train import ScoreConfig, model_optim
@@ -35,14 +35,14 @@ def unexplained(c): return {r.where for r in compare(c).itertuples() if r.verdic
 
 def test_every_cell_is_equal_or_explained():
     table = compare(configs())
-    assert unexplained(configs()) == set() and len(table) == len(PAPER_CONFIG) > 150
+    assert unexplained(configs()) == set() and len(table) == len(_PAPER_CONFIG) > 150
     assert all(re.fullmatch('equal|(converted|deviates|unknown): .{5,}', v) for v in table.verdict)
     assert all(re.fullmatch(MARKS, m) for m in table.provenance), set(table.provenance)
     for name in ('Table 2', 'Table 3', 'Table 4'): assert set(table[table.table == name]['round']) == {'1', '2', '3'}
 
 
 def test_no_cell_lets_another_value_pass():
-    for cell in PAPER_CONFIG:
+    for cell in _PAPER_CONFIG:
         other = 'other' if isinstance(cell.ours, str) else cell.ours * 2 + 1
         said = _verdict(cell, other)
         assert said.startswith('UNEXPLAINED') or (other == cell.paper and said == 'equal'), cell
@@ -62,7 +62,7 @@ def test_a_changed_default_profile_or_optimizer_is_seen(monkeypatch):
         make = getattr(paper, name)
         monkeypatch.setattr(paper, name, lambda config, make=make: replace(make(config), warmup=.1))
     seen = unexplained(configs())
-    assert seen == {c.where for c in PAPER_CONFIG if c.where.endswith('.warmup')}
+    assert seen == {c.where for c in _PAPER_CONFIG if c.where.endswith('.warmup')}
     assert 'policy-1:critic.warmup' in seen
 
 
@@ -112,7 +112,7 @@ def test_only_sizes_are_scale_and_the_profile_paper_has_no_deviation():
         assert {f.name for f in fields(cls) if f.metadata.get('scale')} <= set(sizes), cls
     own = {s.name: deviations(c, p) for s, c, p in told('paper') if not s.overrides.get('objective')}
     assert all(not own[s.name] for s in graph('paper') if s.name in own)
-    hidden = [c for c in PAPER_CONFIG if c.how.startswith('deviates') and c.table != 'scripts' and c.where]
+    hidden = [c for c in _PAPER_CONFIG if c.how.startswith('deviates') and c.table != 'scripts' and c.where]
     fields_of = {c.where.rpartition('.')[2] for c in hidden}
     assert fields_of == {'batch_size', 'schedule', 'weight_decay'}, 'a size, and two of optimizers'
 
