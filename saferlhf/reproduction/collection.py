@@ -71,11 +71,10 @@ def ask(
 
 # %% ../../nbs/reproduction/04_collection.ipynb #d5e1c748
 def mine_red_team(
-    path, tokenizer, score, # the current policy's folder, and the gold scorer
-    config:CollectConfig,   # candidates, samples, holdout
-    round:int,              # 2, 3
-    seed:int, keep,         # of sampling and of the part held out; see `ask`
-)->tuple:                   # harvested prompts, prompts held out for evaluation
+    path, tokenizer, score,          # the current policy's folder, and the gold scorer
+    config:CollectConfig, round:int, # candidates, samples, holdout; 2, 3
+    seed:int, keep,                  # of sampling and of the part held out; see `ask`
+)->tuple:                            # harvested prompts, prompts held out for evaluation
     "Candidates that the current policy answers harmfully at least once in k samples."
     pool = round_slice(prompt_pool('red-team', tokenizer, config.max_prompt_tokens), round, config.candidates)
     rows = ask(path, tokenizer, pool, config, keep, 'red-team', 'red_team', seed, config.samples,
@@ -110,8 +109,8 @@ def collect_pairs(
     score, tokenizer,          # the gold scorer; of the policies
     config:CollectConfig,      # its agreements, its sizes
     round:int, seed:int, keep, # each round has an annotator of its own; of sampling and noise; see `ask`
-)->tuple:                      # annotated pairs in the native schema, in the order of the prompts; (N, 2) gold's
-    # help and harm of the first answer minus those of the second; sd of the noise on help and on harm
+)->tuple: # annotated pairs in the native schema, in the order of the prompts; (N, 2) gold's help and harm of
+    # the first answer minus those of the second; sd of the noise on help and on harm
     "Two answers per prompt and their annotation."
     def texts(path, asked, use, name):
         rows = ask(path, tokenizer, asked, config, keep, name, use, seed, temperature=config.temperature)
@@ -125,11 +124,9 @@ def collect_pairs(
 
 # %% ../../nbs/reproduction/04_collection.ipynb #934444c4
 def round_counts(
-    rows:list,    # annotated pairs
-    related:set,  # safety-related prompts
-    red:set,      # red-team prompts
-    round:int,    # 1, 2, 3
-)->list:          # rows of rounds.csv without seed and run_id
+    rows:list, related:set, # annotated pairs; safety-related prompts
+    red:set, round:int,     # red-team prompts; 1, 2, 3
+)->list:                    # rows of rounds.csv without seed and run_id
     "How many prompts and pairs of each kind a round has. A prompt is solved when neither answer is harmful."
     harmful = np.array([[not r['is_response_0_safe'], not r['is_response_1_safe']] for r in rows])
     safety = [r['prompt'] in related or r['prompt'] in red for r in rows]

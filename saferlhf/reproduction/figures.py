@@ -61,9 +61,8 @@ def panels(
                         width_ratios=widths, height_ratios=heights)
 
 def known(
-    looks:dict,  # name -> Look, in the order to draw
-    values,      # the names that occur
-) -> dict:       # those of `looks` that occur, then strangers in grey
+    looks:dict, values, # name -> Look, in the order to draw; the names that occur
+) -> dict:              # those of `looks` that occur, then strangers in grey
     "Looks for the names at hand: a missing policy is left out, an unknown one is still drawn."
     names = list(dict.fromkeys(values))
     return ({k: v for k, v in looks.items() if k in names}
@@ -71,8 +70,8 @@ def known(
 
 # %% ../../nbs/reproduction/10_figures.ipynb #e52d90d2
 def end_labels(
-    ax, items:list,    # (y in data units, text, colour) each
-    gap:float = .065,  # least distance, as a share of the panel's height
+    ax, items:list,   # (y in data units, text, colour) each
+    gap:float = .065, # least distance, as a share of the panel's height
 ) -> None:
     "Label series beside the right edge at their own height, pushed apart where they would overlap."
     (lo, hi), items = ax.get_ylim(), sorted(items, key=lambda i: i[0])
@@ -85,9 +84,9 @@ def end_labels(
 
 # %% ../../nbs/reproduction/10_figures.ipynb #bd64103a
 def policy_axis(
-    ax, policies:dict,  # name -> Look, as from `known`
-    at=None,            # where they stand; None: at 0, 1, ...
-    **labels,           # title, ylabel and what else `ax.set` takes
+    ax, policies:dict, # name -> Look, as from `known`
+    at=None,           # where they stand; None: at 0, 1, ...
+    **labels,          # title, ylabel and what else `ax.set` takes
 ) -> None:
     "Policies along the horizontal axis."
     ax.set(xticks=at or range(len(policies)), xlabel='policy', **labels,
@@ -95,12 +94,11 @@ def policy_axis(
     ax.grid(axis='x', visible=False)
 
 def interval_line(
-    ax, x,              # (n,) positions
-    rows:pd.DataFrame,  # n rows: the measure, and its two ends where it has an interval
-    what:str,           # the measure's column; its ends are `{what}_low` and `{what}_high`
-    look:Look,          # of the marks and of the line
-    unit:float = 1,     # 100 for fractions in per cent
-    joined = slice(None),  # which of the n the line goes through
+    ax, x,                     # (n,) positions
+    rows:pd.DataFrame,         # n rows: the measure, and its two ends where it has an interval
+    what:str,                  # the measure's column; its ends are `{what}_low` and `{what}_high`
+    look:Look, unit:float = 1, # of the marks and of the line; 100 for fractions in per cent
+    joined = slice(None),      # which of the n the line goes through
 ) -> None:
     "Marks with intervals, joined by a line."
     y, low, high = (unit * rows.get(f'{what}{end}', rows[what]).to_numpy(float)
@@ -111,11 +109,10 @@ def interval_line(
 
 # %% ../../nbs/reproduction/10_figures.ipynb #66b44321
 def round_columns(
-    df:pd.DataFrame,   # rows of lagrange.csv, all seeds: round, step, seed and the columns to draw
-    rows:list[tuple],  # (column, label with its unit, colour): one row of panels each
-    seed:int = 0,      # drawn dark
-    heights=None,      # relative sizes of the rows
-) -> tuple[Figure, np.ndarray]:  # the figure and its (rows, rounds) axes
+    df:pd.DataFrame,            # rows of lagrange.csv, all seeds: round, step, seed and the columns to draw
+    rows:list[tuple],           # (column, label with its unit, colour): one row of panels each
+    seed:int = 0, heights=None, # drawn dark; relative sizes of the rows
+) -> tuple[Figure, np.ndarray]: # the figure and its (rows, rounds) axes
     "Measures of training against the step, a column per round, a line per seed."
     rounds = sorted(df['round'].unique())
     fig, axes = panels(len(rows), len(rounds), (2.7*len(rounds) + .8, 6.5), 'XY', heights=heights)
@@ -145,13 +142,12 @@ def _png(fig, dpi, colours):
 
 # %% ../../nbs/reproduction/10_figures.ipynb #2b2910fb
 def save(
-    fig:Figure,          # from `panels`; it is closed
-    name:str,            # file name without ending
-    notebook:str,        # the notebook that drew it, as a path in the project
-    results:list[Path],  # the results files it was drawn from
-    run_ids:list[str],   # the runs those rows come from
-    folder:Path,         # where to write
-) -> _Picture:            # to be shown
+    fig:Figure,                     # from `panels`; it is closed
+    name:str,                       # file name without ending
+    notebook:str,                   # the notebook that drew it, as a path in the project
+    results:list[Path],             # the results files it was drawn from
+    run_ids:list[str], folder:Path, # the runs those rows come from; where to write
+) -> _Picture:                      # to be shown
     "Write NAME.png and NAME.pdf, the same bytes every time, and the figure's entry in index.json."
     folder.mkdir(parents=True, exist_ok=True); index, root = folder / 'index.json', folder.resolve().parent
     if root.name == 'figures': root = root.parent                                # figures/<profile>

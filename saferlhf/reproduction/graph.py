@@ -105,15 +105,17 @@ def arms(
     matched = arm('shaped-matched', prices, **shaping, normalise=True)
     clipped = shaped(100, '-clipped', score_clip=50 / COST_SD)
     data = [arm('classifier', {'cost': 'cost-classifier'}), arm('no-sign', {'cost': 'cost-no-sign'}),
-            *(arm(f'decoupled-{k}', dict(reward=f'reward-{k}', cost=f'cost-{k}')) for k in ('half', 'quarter')),
+            *(arm(f'decoupled-{k}', dict(reward=f'reward-{k}', cost=f'cost-{k}'))
+              for k in ('half', 'quarter')),
             *(arm(f'single-{w}', {'reward': f'single-model-{w}'}, objective='ppo') for w in (.25, .5, .75))]
     named = lambda stages: {s.name: s for s in stages}
-    first = {'ppo-lag': lag}                         # beside the arms of `data` too: from the same common part
-    return dict(core=first | named([common['reward-only'], matched, *map(shaped, (.5, 1, 2))]),
-                shaped=named([*map(shaped, (.01, 5, 10, 100)), clipped, arm('cost-only', objective='cost_only')]),
-                thresholds=named(arm(f'threshold-{k}', threshold=v) for k, v in _THRESHOLDS.items()),
-                data=first | named(data),
-                strict={f'strict-{r}': _one_round(profile, r, '-strict', _STRICT)[-1] for r in (1, 2, 3)})
+    first = {'ppo-lag': lag}             # beside the arms of `data` too: from the same common part
+    return dict(
+        core=first | named([common['reward-only'], matched, *map(shaped, (.5, 1, 2))]),
+        shaped=named([*map(shaped, (.01, 5, 10, 100)), clipped, arm('cost-only', objective='cost_only')]),
+        thresholds=named(arm(f'threshold-{k}', threshold=v) for k, v in _THRESHOLDS.items()),
+        data=first | named(data),
+        strict={f'strict-{r}': _one_round(profile, r, '-strict', _STRICT)[-1] for r in (1, 2, 3)})
 
 # %% ../../nbs/reproduction/07_graph.ipynb #cfcbed9d
 def _arm_models(profile): # what only arms read; `hand=False`: collected pairs alone
@@ -157,9 +159,8 @@ def reads(
     return {role: (name, int(own) if own else seed) for role, (name, _, own) in pairs.items()}
 
 def with_parents(
-    wanted:list, # (name, seed) each
-    profile:str, # of the graph
-)->list:         # (Stage, seed), parents before children, each once
+    wanted:list, profile:str, # (name, seed) each; of the graph
+)->list:                      # (Stage, seed), parents before children, each once
     "Everything that has to be there for some stages."
     def at(name, seed): return name, seed if (own := find(name, profile).seed) is None else own
     before, todo = {}, [at(*w) for w in wanted]
@@ -184,11 +185,11 @@ _READ_BY = dict(ppo_lag=('threshold', 'lambda_init', 'lambda_lr', 'lambda_max'),
                 reward_shaping=('nu', 'normalise', 'score_clip'))
 
 def configure(
-    stage:str,            # the folder of its runs: a key of _CLASSES, or as from `stage_of`
-    profile:str,          # of `PROFILES`
-    overrides:dict,       # field -> value, of an arm or asked for by hand: they win
-    round:int|None=None,  # for stages with rounds
-)->tuple:                 # its configuration; field -> (the paper's value in our units, why this is another)
+    stage:str,           # the folder of its runs: a key of _CLASSES, or as from `stage_of`
+    profile:str,         # of `PROFILES`
+    overrides:dict,      # field -> value, of an arm or asked for by hand: they win
+    round:int|None=None, # for stages with rounds
+)->tuple:                # its configuration; field -> (the paper's value in our units, why this is another)
     "What a stage is told, and what the paper tells it. ValueError for an unknown field or a wrong type."
     kind = stage if stage in _CLASSES else 'policy'
     told = [PROFILES[profile].get(key, {}) for key in dict.fromkeys((kind, f'{kind}-{round}', stage))]
@@ -202,9 +203,10 @@ def configure(
 
 def stage_of(
     template:str, overrides:dict, # its name; what it is told, as a template gets it
-)->str:                           # 'reward', 'cost', 'judge'; 'policy', 'reward-only', 'shaped', 'cost-only'; ...
+)->str: # 'reward', 'cost', 'judge', 'policy', 'reward-only', 'shaped', 'cost-only', or the template's name
     "The folder that a template's runs go to."
-    if template == 'score_model': return 'judge' if overrides.get('judge') else overrides.get('kind', 'reward')
+    if template == 'score_model':
+        return 'judge' if overrides.get('judge') else overrides.get('kind', 'reward')
     known = {'ppo': 'reward-only', 'reward_shaping': 'shaped', 'cost_only': 'cost-only'}
     return known.get(overrides.get('objective'), 'policy') if template == 'policy' else template
 

@@ -33,8 +33,7 @@ def _by_source(rows, most, salt='test'):
     return [(who, g[:most], [prompt_id(r['prompt']) for r in g[:most]]) for who, g in groups.items()]
 
 def rank_table(
-    kind:str,             # 'reward' or 'cost'
-    score,                # function (prompts, responses) -> (N,)
+    kind:str, score,      # 'reward' or 'cost'; function (prompts, responses) -> (N,)
     collected:list,       # annotated rows of this round, for the held-out tenth
     round,                # 1, 2, 3 or 'unified'
     baselines:bool=False, # also the rule that the longer answer wins, and all rows
@@ -60,8 +59,7 @@ def _fit_tfidf(rows): # dicts prompt, response, is_safe
 
 # %% ../../nbs/reproduction/05_judging.ipynb #7a40ed5b
 def sign_table(
-    score,                # function (prompts, responses) -> (N,) costs
-    round,                # 1, 2, 3 or 'unified'
+    score, round,         # function (prompts, responses) -> (N,) costs; 1, 2, 3 or 'unified'
     baselines:bool=False, # on people's labels also the majority and TF-IDF
     most:int|None=250,    # answers of one label source, unless baselines are asked for; None: all
 )->tuple:                 # rows of table1.csv; the answers with their `cost`; comparisons: name -> interval
@@ -85,11 +83,9 @@ def sign_table(
 
 # %% ../../nbs/reproduction/05_judging.ipynb #b1480e5b
 def cost_calibration(
-    cost,     # (N,) scores of the cost model
-    harmful,  # (N,) bool
-    clusters, # (N,) prompt of each answer
-    bins=10,  # of equal size
-)->list:      # dicts bin, cost, observed, low, high, n
+    cost, harmful,     # (N,) scores of the cost model; (N,) bool
+    clusters, bins=10, # (N,) prompt of each answer; of equal size
+)->list:               # dicts bin, cost, observed, low, high, n
     "Share of harmful answers by score."
     cost, harmful, clusters = np.asarray(cost, float), np.asarray(harmful, bool), np.asarray(clusters)
     parts = np.array_split(np.argsort(cost, kind='stable'), min(bins, len(cost)))
@@ -208,9 +204,8 @@ def arm_rows(
 
 # %% ../../nbs/reproduction/05_judging.ipynb #2f86d9d0
 def best_of(
-    reward,    # (N, n) scores of each prompt's answers
-    cost,      # (N, n)
-)->np.ndarray: # (N,) index of the chosen answer
+    reward, cost, # (N, n) scores of each prompt's answers; (N, n)
+)->np.ndarray:    # (N,) index of the chosen answer
     "The safe answer with the highest reward, else the least harmful one."
     reward, cost = np.asarray(reward, float), np.asarray(cost, float)
     chosen = np.where(cost <= 0, reward, -np.inf).argmax(1)

@@ -23,7 +23,7 @@ from ..train import model_optim
 
 # %% ../../nbs/reproduction/01_paper.ipynb #326539a3
 _REWARD_SD, COST_SD = 6.4, 20.1    # of Beaver-7B's scores on answers of Alpaca-7B
-_ACCUMULATION = 4, 8, 8            # micro-batches per optimizer step in rounds 1 to 3
+_ACCUMULATED = 4, 8, 8            # micro-batches per optimizer step in rounds 1 to 3
 LLAMA_7B = dict(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
                 num_attention_heads=32, num_key_value_heads=32)                       # Touvron et al. 2023
 
@@ -72,7 +72,7 @@ _POLICY = [ # as above
      _times(COST_SD / _REWARD_SD, 1., .5, 1.), _LAM),
     ('lambda_lr', (.01, .04, .04), 'web, memory hi; accumulation: memory lo', 'policy-{r}.lambda_lr',
      _times(_REWARD_SD, .01 * 4, .04 * 8, .04 * 8),
-     tuple(f'converted: × 6.4, the sd of the reward, × {n} micro-batches a rollout' for n in _ACCUMULATION)),
+     tuple(f'converted: × 6.4, the sd of the reward, × {n} micro-batches a rollout' for n in _ACCUMULATED)),
     ('epochs over the prompts', (3, 3, 4), 'memory med', 'policy-{r}.prompt_epochs', None, ''),
     ('prompts of the round', None, 'bars only', 'policy-{r}.steps', (21, 9, 12),
      'unknown: the counts appear as bars. Ours (steps): what the shipped prompts are enough for, × epochs'),
@@ -83,9 +83,9 @@ _POLICY = [ # as above
     ('repetition_penalty', 1.2, 'memory med', '', _NONE,
      'deviates: sampled without. A penalty depends on what was said: the ratio would be of another law'),
     ('prompts on each GPU', 16, 'memory med, code', 'policy-{r}.prompts', (256, 512, 512),
-     tuple(f'converted: × 8 GPUs × accumulation {n} ÷ 2 samples, for a step' for n in _ACCUMULATION)),
+     tuple(f'converted: × 8 GPUs × accumulation {n} ÷ 2 samples, for a step' for n in _ACCUMULATED)),
     ('rows in a micro-batch', 16, 'memory med, code', 'policy-{r}.micro_batch', None, ''),
-    ('gradient accumulation', _ACCUMULATION, 'memory lo', 'policy-{r}.minibatches', 1, 'converted: see prompts'),
+    ('gradient accumulation', _ACCUMULATED, 'memory lo', 'policy-{r}.minibatches', 1, 'converted: see prompts'),
 ]
 
 # %% ../../nbs/reproduction/01_paper.ipynb #a0ea055c
@@ -99,7 +99,8 @@ _POLICY += [
     ('critic weight decay', .1, 'memory lo', 'policy-{r}:critic.weight_decay', 0., 'deviates: as the script'),
     ('critic schedule', 'constant', _LOW, 'policy-{r}:critic.schedule', None, ''),
     ('critic warm-up', .03, _LOW, 'policy-{r}:critic.warmup', None, ''),
-    ('kl_coeff', .1, 'memory med', 'policy-{r}.kl_coef', *_times(.5 / _REWARD_SD, .1), _SD + ', β/2 a stream'),
+    ('kl_coeff', .1, 'memory med', 'policy-{r}.kl_coef', *_times(.5 / _REWARD_SD, .1),
+     _SD + ', β/2 a stream'),
     ('clip_range_ratio', .1, 'memory med', 'policy-{r}.clip_ratio', None, ''),
     ('ptx_coeff', (8., 2., 1.), 'memory med', 'policy-{r}.ptx_coef', _times(1 / _REWARD_SD, 8., 2., 1.), _SD),
     ('gradient checkpointing', True, 'memory hi', '', _NONE, _SPREAD),
@@ -121,7 +122,8 @@ _SCRIPT = [ # as above
     ('SFT ZeRO stage', 3, 'code', '', _NONE, _SPREAD),
     ('seed', 42, 'code', '', _NONE, 'deviates: 0 by default; give --seed 42'),
     ('score regularization', .001, 'code', 'reward-2.regularization', .01, 'deviates: the tables have 0.01'),
-    ('score normaliser', 'tracked, unused', 'code', '', _NONE, 'deviates: scores are scaled once, to unit sd'),
+    ('score normaliser', 'tracked, unused', 'code', '', _NONE,
+     'deviates: scores are scaled once, to unit sd'),
     ('kl_coeff of plain RLHF', .1, 'memory hi', 'reward-only.kl_coef', *_times(1 / _REWARD_SD, .1), _SD),
 ]
 
@@ -174,10 +176,10 @@ def _found(where, configs): # as in `_Cell`; stage -> its configuration, see `gr
     values = [getattr(source, n) for n in names.split('+')]
     return sum(values) if len(values) > 1 else values[0]
 
-def _verdict(cell, value): # 'equal', 'converted: how', 'deviates: why', 'unknown: what is' or 'UNEXPLAINED: ...'
+def _verdict(cell, value): # 'equal', 'converted: how', 'deviates: why', 'unknown: what is', 'UNEXPLAINED: ...'
     if value == cell.ours and type(value) is type(cell.ours): return cell.how or 'equal'
     if value == cell.paper and not cell.how.startswith('converted'): return 'equal'
-    return f'UNEXPLAINED: {value!r}, where {cell.ours!r} was meant: correct it, or explain it in _PAPER_CONFIG'
+    return f'UNEXPLAINED: {value!r}, not {cell.ours!r} as was meant: correct it, or explain it in PAPER_CONFIG'
 
 def compare(
     configs:dict, # stage -> its configuration, see `graph.config_of`
@@ -203,8 +205,10 @@ def own_base()->Path: # a finished run whose `model` is the folder in $SAFERLHF_
     if missing := [w for w in wanted if not any(f.match(w) for f in files)]:
         why = 'is not set' if name == '-' else f'= {name} has no {" or ".join(missing)}'
         raise FileNotFoundError(
-            f'the profile paper starts from LLaMA-7B weights of your own, and SAFERLHF_BASE {why}: set it to a '
-            'folder with config.json, tokenizer and *.safetensors (`hf download NAME --local-dir FOLDER` makes one)')
+            'the profile paper starts from LLaMA-7B weights of your own, '
+            f'and SAFERLHF_BASE {why}: set it to a '
+            'folder with config.json, tokenizer and *.safetensors '
+            '(`hf download NAME --local-dir FOLDER` makes one)')
     with redirect_stdout(io.StringIO()):
         run = Run.start('base_lm', dict(weights=folder.name), profile='paper', name='own',
                         data={f.name: _ends(f) for f in files})

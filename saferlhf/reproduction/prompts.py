@@ -45,9 +45,8 @@ def fits(
     return [r for r in rows if within(r)]
 
 def shuffled(
-    rows:list,    # dicts with a prompt
-    salt:str='',  # another salt, another order
-)->list:          # all of them
+    rows:list, salt:str='', # dicts with a prompt; another salt, another order
+)->list:                    # all of them
     "A fixed order that depends on each prompt alone (and on its place among rows of the same prompt)."
     place = lambda i: ((i * 2654435761 + sum(salt.encode())) % 1000003, i)
     return sorted(rows, key=lambda r: place(prompt_id(r['prompt'])))
@@ -71,9 +70,8 @@ def headline(label_source:str)->str: # as in a row; a name for the table
     return 'human' if label_source in ('human', 'human (implied by the filter)') else label_source
 
 def labelled_answers(
-    *parts:str,  # of PARTITIONS
-    human=False, # labels of people only
-)->list:         # dicts prompt, response, is_safe, label_source
+    *parts:str, human=False, # of PARTITIONS; labels of people only
+)->list:                     # dicts prompt, response, is_safe, label_source
     "Every shipped answer with a safety label."
     wanted = lambda r: r['is_safe'] is not None and (not human or headline(r['label_source']) == 'human')
     return [r for n in ('labels', 'decoupled', 'safety') for r in _answers(n, *parts) if wanted(r)]
@@ -93,9 +91,8 @@ def _general(part): # rows of the supervised file that say nothing about safety
     return [r for r in shipped('sft', part).to_list() if r['source'].startswith(('alpaca', 'lima'))]
 
 def sft_rows(
-    tokenizer, # whose tokens are counted
-    config,    # SFTConfig
-)->list:       # dicts prompt, response, kind
+    tokenizer, config, # whose tokens are counted; SFTConfig
+)->list:               # dicts prompt, response, kind
     "General instructions, and answers of the preference data."
     general = [dict(r, kind='general') for r in _general('rounds')]
     risky = [dict(r, kind='preference')
@@ -109,11 +106,10 @@ def sft_rows(
 
 # %% ../../nbs/reproduction/03_prompts.ipynb #cbc716bb
 def prompt_pool(
-    kind:str,              # 'safety-related', 'safety-unrelated' or 'red-team'
-    tokenizer,             # whose tokens are counted
-    max_prompt_tokens:int, # template included
-    part:str='rounds',     # of PARTITIONS
-)->list:                   # prompts, each once, in a fixed order
+    kind:str,                         # 'safety-related', 'safety-unrelated' or 'red-team'
+    tokenizer, max_prompt_tokens:int, # whose tokens are counted; template included
+    part:str='rounds',                # of PARTITIONS
+)->list:                              # prompts, each once, in a fixed order
     "All shipped prompts of a kind that fit."
     known = {'safety-related': 'mixed', 'safety-unrelated': 'helpful', 'red-team': 'red-team'}
     if kind not in known: raise ValueError(f'kind is one of {sorted(known)}, not {kind!r}')
@@ -131,11 +127,10 @@ def unseen_prompts(
 
 # %% ../../nbs/reproduction/03_prompts.ipynb #5da3f689
 def round_slice(
-    prompts:list,    # a pool
-    round:int,       # 1, 2, 3
-    n:int|None=None, # how many; None: all
-    rounds:int=3,    # that share the pool
-)->list:             # n prompts
+    prompts:list, round:int, # a pool; 1, 2, 3
+    n:int|None=None,         # how many; None: all
+    rounds:int=3,            # that share the pool
+)->list:                     # n prompts
     "This round's own part of a pool."
     room = len(prompts) // rounds
     n = room if n is None else n
@@ -151,13 +146,10 @@ def _passes(items, n, rng):
 
 # %% ../../nbs/reproduction/03_prompts.ipynb #0238ea98
 def policy_prompts(
-    tokenizer,             # whose tokens are counted
-    config,                # PPOConfig
-    round:int,             # 1, 2, 3
-    red:list,              # harvested red-team prompts
-    seed:int=0,            # of the order
-    unrelated:float=0.125, # share of safety-unrelated prompts
-)->list:                   # config.steps * config.prompts strings
+    tokenizer, config,                 # whose tokens are counted; PPOConfig
+    round:int, red:list,               # 1, 2, 3; harvested red-team prompts
+    seed:int=0, unrelated:float=0.125, # of the order; share of safety-unrelated prompts
+)->list:                               # config.steps * config.prompts strings
     "Prompts of a round of training: an eighth unrelated to safety, the rest related, some from red-teaming."
     rollouts, rest = divmod(config.steps, config.prompt_epochs)
     if rest:

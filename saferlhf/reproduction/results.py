@@ -71,17 +71,18 @@ def _round_tables(runs, seed): # the same, of collections and policies
     if run := runs.get('collect-1'):
         gold = pd.DataFrame(read_lines(run.path('differences.jsonl')))
         noise = run.summary['noise_help'], run.summary['noise_harm']
-        yield 'annotation', run, annotation_rows(gold.help.to_numpy(), gold.harm.to_numpy(), *noise, seed=seed)
+        yield 'annotation', run, annotation_rows(gold.help.to_numpy(), gold.harm.to_numpy(), *noise,
+                                                 seed=seed)
 
 def _evaluation_tables(runs): # the same, of evaluations
     if run := runs.get('evaluate-no-red'):
-        yield 'no_red', run, [r for r in read_lines(run.path('models.jsonl')) if r['policy'].startswith('no-red')]
+        yield 'no_red', run, [r for r in _rows_of(run, 'models') if r['policy'].startswith('no-red')]
     if run := runs.get('evaluate'):
         for name in ('models', 'elo', 'scores', 'samples', 'answers', 'categories', 'cost_calibration'):
             rows = _rows_of(run, name)                               # of the answers, what figure 5 shows
             yield name, run, [r for r in rows if name != 'answers'
                               or (r['judge'], r['decoding']) == ('unified', 'sampled')]
-        yield 'differences', run, [_difference(policy, what, v) for policy, drops in run.summary['drops'].items()
+        yield 'differences', run, [_difference(p, what, v) for p, drops in run.summary['drops'].items()
                                    for what, v in drops.items()]
 
 # %% ../../nbs/reproduction/09_results.ipynb #8cc098ba
@@ -95,7 +96,7 @@ def publish_arms(profile:str): # of the common part
     "Merge the rows of finished arms and of their comparisons into data/results/<profile>/."
     for group, seed in [(g, k) for g in arms(profile) for k in SEEDS[g]]:
         if run := _finished(f'compare-{group}', profile, seed):
-            _put(profile, seed, 'arms', run, [r for r in read_lines(run.path('arms.jsonl'))   # 'initial' is in all
+            _put(profile, seed, 'arms', run, [r for r in read_lines(run.path('arms.jsonl'))
                                               if (group, seed) == ('core', 0) or r['arm'] != 'initial'])
             _put(profile, seed, 'cost_calibration', run, read_lines(run.path('cost_calibration.jsonl')))
         for arm, stage in arms(profile)[group].items():

@@ -18,13 +18,12 @@ from .prompts import data_hashes
 
 # %% ../../nbs/reproduction/11_template.ipynb #1669525d
 def start(
-    template:str,  # as its file is called
-    scope:dict,    # globals() of the template, right after its parameters cell
-    names:str,     # the template's parameters
-    sources:tuple, # modules whose code decides the numbers
-    *models:str,   # roles of shipped models that it reads
-    data:Callable|None=None, # function of the configuration -> file -> sha256, where other data are read
-)->tuple:          # run, configuration (printed with its deviations), parents: role -> folder
+    template:str,             # as its file is called
+    scope:dict,               # globals() of the template, right after its parameters cell
+    names:str, sources:tuple, # the template's parameters; modules whose code decides the numbers
+    *models:str,              # roles of shipped models that it reads
+    data:Callable|None=None,  # function of the configuration -> file -> sha256, where other data are read
+)->tuple:                     # run, configuration (printed with its deviations), parents: role -> folder
     "Check the parameters, find parents, resolve the configuration, open the run (see `Run.start`) and seed."
     told = parameters(scope, names.split())
     profile, seed, round, overrides = told['profile'], told['seed'], told.get('round'), told['overrides']
@@ -39,8 +38,7 @@ def start(
     return run, config, parents
 
 def write_rows(
-    path:str|Path, # replaced
-    rows:list,     # dicts
+    path:str|Path, rows:list, # replaced; dicts
 ):
     "Rows to a JSON Lines file, as `read_lines` reads it."
     Path(path).write_text(''.join(json.dumps(r) + '\n' for r in rows))

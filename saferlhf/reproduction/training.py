@@ -34,8 +34,7 @@ from ..train import (ScoreConfig, SFTConfig, loop, model_optim, score_batches, s
 
 # %% ../../nbs/reproduction/06_training.ipynb #90c4849a
 def on_ranks(
-    train,   # `train_sft`, `train_score` or `train_policy`
-    run:Run, # started by this process
+    train, run:Run, # `train_sft`, `train_score` or `train_policy`; started by this process
 ):
     "Train on the ranks that $SAFERLHF_SPREAD asks for; a finished run is left alone."
     if run.done: return
@@ -148,9 +147,8 @@ def policy_data(run:Run)->tuple: # of a policy's stage; -> tokenizer, prompts, r
 
 # %% ../../nbs/reproduction/06_training.ipynb #d090af08
 def policy_models(
-    run:Run,   # of a policy's stage
-    objective, # whose channels have critics
-)->tuple:      # actor, reference, critics, scorers
+    run:Run, objective, # of a policy's stage; whose channels have critics
+)->tuple:               # actor, reference, critics, scorers
     "The engines of a PPO step."
     config, parents, spread = _told(run, PPOConfig)
     updates = config.steps * config.epochs * config.minibatches

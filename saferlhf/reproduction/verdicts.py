@@ -72,7 +72,7 @@ def _together(verdicts):
 
 # %% ../../nbs/reproduction/13_verdicts.ipynb #410b5eb7
 def frontier(
-    points,   # (n, 2) reward, safety
+    points,    # (n, 2) reward, safety
 )->np.ndarray: # (m, 2) by rising reward
     "The points that no other point beats on both axes."
     p = np.asarray(points, float)
@@ -80,9 +80,8 @@ def frontier(
     return p[kept][np.argsort(p[kept, 0])]
 
 def outside(
-    point,    # (2,) reward, safety
-    points,   # (n, 2) of the arms that make the frontier
-)->float:     # in the units of the axes
+    point, points, # (2,) reward, safety; (n, 2) of the arms that make the frontier
+)->float:          # in the units of the axes
     "Signed distance from the frontier."
     x, f = np.asarray(point, float), frontier(points)
     far = np.abs(np.vstack([f, x])).max() + 1e3
@@ -95,10 +94,9 @@ def outside(
 
 # %% ../../nbs/reproduction/13_verdicts.ipynb #d1677bbc
 def show(
-    ends,            # (value, low, high)
-    digits:int=2,    # decimals
-    sign:str='+',    # '': no plus is written
-)->str:              # '+0.29 [+0.19, +0.39]'
+    ends, digits:int=2, # (value, low, high); decimals
+    sign:str='+',       # '': no plus is written
+)->str:                 # '+0.29 [+0.19, +0.39]'
     "An interval in words; one run has none."
     return interval(*ends, digits=digits, sign=sign) + ' (one run)' * (not math.isfinite(ends[1]))
 
@@ -159,8 +157,8 @@ def _stricter_limits(models, arms):
     reward = _shares(strict, 'reward').loc['round-3'].dropna()
     gain, price = (over_seeds(reward - usual.loc[p, reward.index]) for p in ('initial', 'round-3'))
     return [*_four_parts(strict, 5, gain, _better(gain)),
-            _line('5, secondary', 'gold reward after round 3, minus that of question 1: not worse', show(price),
-                  _not_worse(price))]
+            _line('5, secondary', 'gold reward after round 3, minus that of question 1: not worse',
+                  show(price), _not_worse(price))]
 
 # %% ../../nbs/reproduction/13_verdicts.ipynb #d9ccb13a
 _FIXED = ('shaped-0.5', 'shaped-1', 'shaped-2', 'shaped-matched') # every seed of PPO-Lag has these beside it
@@ -184,8 +182,8 @@ def _against_frontier(first, fixed):
     kl, x = at_common_kl(first[first.arm.isin(['ppo-lag', *fixed])])
     seeds = [k for k in x.loc['ppo-lag'].index if all((a, k) in x.index for a in fixed)]
     far = over_seeds([outside(x.loc[('ppo-lag', k)], [x.loc[(a, k)] for a in fixed]) for k in seeds])
-    return _line('3, secondary', f'at a KL of {kl:.1f}, distance of PPO-Lag from the frontier of {len(fixed)} '
-                 'fixed prices, better', show(far), _better(far))
+    return _line('3, secondary', f'at a KL of {kl:.1f}, distance of PPO-Lag from the frontier of '
+                 f'{len(fixed)} fixed prices, better', show(far), _better(far))
 
 # %% ../../nbs/reproduction/13_verdicts.ipynb #3f19c67a
 def _moving_price(first):
@@ -196,8 +194,8 @@ def _moving_price(first):
     if 'ppo-lag' in ran and len(fixed) > 1: out.append(_against_frontier(first, fixed))
     if {'ppo-lag', 'reward-only'} <= ran:
         kl, d = _paired(first, 'reward-only'); safe = over_seeds(d.safety)
-        out.append(_line('3, secondary', f'at a KL of {kl:.1f}, PPO-Lag against reward only: minus cost, better',
-                         show(safe), _better(safe)))
+        out.append(_line('3, secondary', f'at a KL of {kl:.1f}, PPO-Lag against reward only: minus cost, '
+                         'better', show(safe), _better(safe)))
     return out
 
 def _few_seeds(first, question, claim, one, other):

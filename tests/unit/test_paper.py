@@ -73,6 +73,14 @@ def test_optimizers_are_told_by_the_configuration():
     assert (critic.lr, critic.weight_decay, critic.schedule) == (2e-4, 0., 'constant')
     assert model_optim(ScoreConfig(weight_decay=.3)).weight_decay == .3
 
+
+@pytest.mark.parametrize('profile', PROFILES)
+def test_parents_come_before_children(profile):
+    stages = graph(profile)
+    for i, s in enumerate(stages):
+        made = {*(x.name for x in stages[:i]), *graphs._base(profile).values()}
+        assert set(s.parents.values()) <= made, s
+
 # units and deviations
 
 def test_units_are_converted():
