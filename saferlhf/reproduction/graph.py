@@ -92,9 +92,7 @@ SEEDS = dict(core=range(5), shaped=(0,), thresholds=(0,), data=(0, 1), strict=ra
 _STRICT = -.5      # added to the thresholds of three rounds
 _THRESHOLDS = {'0.5': .5, 'm0.15': -3 / COST_SD, 'm0.5': -.5, 'm1': -1.}
 
-def arms(
-    profile:str, # that of the common part
-)->dict:         # group -> dict arm -> Stage
+def arms(profile:str)->dict: # that of the common part; -> group -> dict arm -> Stage
     "Single rounds from the common part, one thing changed in each, and three rounds with stricter limits."
     common = {s.name: s for s in graph(profile)}
     lag = common['policy-1']
@@ -143,9 +141,7 @@ def _every(profile): # name -> Stage
     stages = [*graph(profile), *of_arms, *_arm_models(profile), *_comparisons(profile), *_BESIDE]
     return {s.name: s for s in reversed(stages)}
 
-def find(
-    name:str, profile:str, # of a stage; of the graph
-)->Stage:                  # ValueError lists the stages
+def find(name:str, profile:str)->Stage: # of a stage; of the graph; -> ValueError lists the stages
     "A stage by its name."
     stages = _every(profile)
     if name not in stages: raise ValueError(f'no stage {name!r}; there are {[*stages][::-1]}')
@@ -170,9 +166,7 @@ def with_parents(
         todo += before[node]
     return [(find(name, profile), seed) for name, seed in TopologicalSorter(before).static_order()]
 
-def arm_stages(
-    profile:str, *groups:str, # those of SEEDS; none: all
-)->list:                      # (name, seed) of comparisons
+def arm_stages(profile:str, *groups:str)->list: # those of SEEDS; none: all; -> (name, seed) of comparisons
     "The comparisons that ablations come to."
     if not set(groups) <= set(SEEDS): raise ValueError(f'no arms {list(groups)}; there are {list(SEEDS)}')
     return [(f'compare-{g}', seed) for g in (groups or SEEDS) for seed in SEEDS[g]]
@@ -210,9 +204,7 @@ def stage_of(
     known = {'ppo': 'reward-only', 'reward_shaping': 'shaped', 'cost_only': 'cost-only'}
     return known.get(overrides.get('objective'), 'policy') if template == 'policy' else template
 
-def config_of(
-    stage:Stage, profile:str, # from `graph`
-):                            # its configuration, as its template resolves it
+def config_of(stage:Stage, profile:str): # from `graph`; -> its configuration, as its template resolves it
     "What a stage will be told."
     name = stage_of(stage.template, stage.overrides)
     return configure(name, profile, stage.overrides, stage.round)[0]

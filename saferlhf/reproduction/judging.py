@@ -33,11 +33,10 @@ def _by_source(rows, most, salt='test'):
     return [(who, g[:most], [prompt_id(r['prompt']) for r in g[:most]]) for who, g in groups.items()]
 
 def rank_table(
-    kind:str, score,      # 'reward' or 'cost'; function (prompts, responses) -> (N,)
-    collected:list,       # annotated rows of this round, for the held-out tenth
-    round,                # 1, 2, 3 or 'unified'
-    baselines:bool=False, # also the rule that the longer answer wins, and all rows
-)->list:                  # rows of table1.csv
+    kind:str, score,       # 'reward' or 'cost'; function (prompts, responses) -> (N,)
+    collected:list, round, # annotated rows of this round, for the held-out tenth; 1, 2, 3 or 'unified'
+    baselines:bool=False,  # also the rule that the longer answer wins, and all rows
+)->list:                   # rows of table1.csv
     "Ranking accuracy on held-out pairs, at most 250 of one label source unless baselines are asked for."
     make = reward_pairs if kind == 'reward' else cost_pairs
     pairs = [p for p in hand_pairs(kind, 'test') if p.get('paired', 1.)]

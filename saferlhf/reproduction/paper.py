@@ -85,7 +85,8 @@ _POLICY = [ # as above
     ('prompts on each GPU', 16, 'memory med, code', 'policy-{r}.prompts', (256, 512, 512),
      tuple(f'converted: × 8 GPUs × accumulation {n} ÷ 2 samples, for a step' for n in _ACCUMULATED)),
     ('rows in a micro-batch', 16, 'memory med, code', 'policy-{r}.micro_batch', None, ''),
-    ('gradient accumulation', _ACCUMULATED, 'memory lo', 'policy-{r}.minibatches', 1, 'converted: see prompts'),
+    ('gradient accumulation', _ACCUMULATED, 'memory lo', 'policy-{r}.minibatches', 1,
+     'converted: see prompts'),
 ]
 
 # %% ../../nbs/reproduction/01_paper.ipynb #a0ea055c
@@ -176,10 +177,10 @@ def _found(where, configs): # as in `_Cell`; stage -> its configuration, see `gr
     values = [getattr(source, n) for n in names.split('+')]
     return sum(values) if len(values) > 1 else values[0]
 
-def _verdict(cell, value): # 'equal', 'converted: how', 'deviates: why', 'unknown: what is', 'UNEXPLAINED: ...'
+def _verdict(cell, value): # 'equal', or 'converted', 'deviates', 'unknown', 'UNEXPLAINED' and why
     if value == cell.ours and type(value) is type(cell.ours): return cell.how or 'equal'
     if value == cell.paper and not cell.how.startswith('converted'): return 'equal'
-    return f'UNEXPLAINED: {value!r}, not {cell.ours!r} as was meant: correct it, or explain it in PAPER_CONFIG'
+    return f'UNEXPLAINED: {value!r}, not {cell.ours!r}: correct it, or explain it in _PAPER_CONFIG'
 
 def compare(
     configs:dict, # stage -> its configuration, see `graph.config_of`

@@ -14,9 +14,8 @@ from ..data import (cost_pairs, data_path, encode_prompt, encode_response, label
 
 # %% ../../nbs/reproduction/03_prompts.ipynb #7f63b308
 def model_path(
-    parents:dict, # role -> run folder
-    role:str,     # 'base' and 'gold' fall back to the shipped models
-)->Path:          # folder with weights, configuration and tokenizer
+    parents:dict, role:str, # role -> run folder; 'base' and 'gold' fall back to the shipped models
+)->Path:                    # folder with weights, configuration and tokenizer
     "Where a role's model lies. FileNotFoundError names the command that makes it."
     if role in parents: return Path(parents[role]) / 'model'
     shipped_as = {'base': 'models/nano', 'gold': 'models/gold'}
@@ -44,9 +43,7 @@ def fits(
         not max_new_tokens or len(encode_response(r['response'], tokenizer, uncut)) <= max_new_tokens)
     return [r for r in rows if within(r)]
 
-def shuffled(
-    rows:list, salt:str='', # dicts with a prompt; another salt, another order
-)->list:                    # all of them
+def shuffled(rows:list, salt:str='')->list: # dicts with a prompt; another salt, another order; -> all of them
     "A fixed order that depends on each prompt alone (and on its place among rows of the same prompt)."
     place = lambda i: ((i * 2654435761 + sum(salt.encode())) % 1000003, i)
     return sorted(rows, key=lambda r: place(prompt_id(r['prompt'])))
@@ -90,9 +87,7 @@ def hand_pairs(
 def _general(part): # rows of the supervised file that say nothing about safety
     return [r for r in shipped('sft', part).to_list() if r['source'].startswith(('alpaca', 'lima'))]
 
-def sft_rows(
-    tokenizer, config, # whose tokens are counted; SFTConfig
-)->list:               # dicts prompt, response, kind
+def sft_rows(tokenizer, config)->list: # whose tokens are counted; SFTConfig; -> dicts prompt, response, kind
     "General instructions, and answers of the preference data."
     general = [dict(r, kind='general') for r in _general('rounds')]
     risky = [dict(r, kind='preference')

@@ -102,9 +102,7 @@ def seeds_table(
     return pd.DataFrame([dict(zip(by, key, strict=True), seeds=d.seed.nunique(), **ends(d))
                          for key, d in df.groupby(by, sort=False)])
 
-def markdown(
-    df:pd.DataFrame, # any small frame
-) -> str:            # a GitHub table
+def markdown(df:pd.DataFrame) -> str: # any small frame; -> a GitHub table
     "A frame as a markdown table, without its index."
     line = lambda xs: '| ' + ' | '.join(str(x).replace('|', '\\|').replace('\n', ' ') for x in xs) + ' |'
     return '\n'.join(map(line, [df.columns, ['---'] * df.shape[1], *df.itertuples(index=False)]))

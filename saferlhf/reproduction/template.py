@@ -37,8 +37,6 @@ def start(
     run.note(round=round); seed_all(seed)
     return run, config, parents
 
-def write_rows(
-    path:str|Path, rows:list, # replaced; dicts
-):
+def write_rows(path:str|Path, rows:list): # replaced; dicts
     "Rows to a JSON Lines file, as `read_lines` reads it."
     Path(path).write_text(''.join(json.dumps(r) + '\n' for r in rows))

@@ -33,9 +33,7 @@ from ..train import (ScoreConfig, SFTConfig, loop, model_optim, score_batches, s
                             text_batch)
 
 # %% ../../nbs/reproduction/06_training.ipynb #90c4849a
-def on_ranks(
-    train, run:Run, # `train_sft`, `train_score` or `train_policy`; started by this process
-):
+def on_ranks(train, run:Run): # `train_sft`, `train_score` or `train_policy`; started by this process
     "Train on the ranks that $SAFERLHF_SPREAD asks for; a finished run is left alone."
     if run.done: return
     spread = Spread.wanted(); run.note(spread=spread.plain())

@@ -39,8 +39,7 @@ def _detectable(n, power=.8):
 def at_common_kl(
     probes:pd.DataFrame, # rows of probes.csv of one round: arm, seed, step, kl, gold_reward, gold_cost
     of=None,             # rows of the runs that have to reach the KL; None: all of them
-# nats per response; arm, seed -> reward, safety (minus cost), NaN where a run does not get there
-)->tuple:
+)->tuple: # nats per response; arm, seed -> reward, safety (minus cost), NaN where a run does not get there
     "Every run at the largest KL that all runs reach; up is good on both axes."
     at = float((probes if of is None else of).groupby(['arm', 'seed']).kl.max().min())
     def one(d):
@@ -71,9 +70,7 @@ def _together(verdicts):
     return _word(set(verdicts) == {'held'}, 'not held' in verdicts)
 
 # %% ../../nbs/reproduction/13_verdicts.ipynb #410b5eb7
-def frontier(
-    points,    # (n, 2) reward, safety
-)->np.ndarray: # (m, 2) by rising reward
+def frontier(points)->np.ndarray: # (n, 2) reward, safety; -> (m, 2) by rising reward
     "The points that no other point beats on both axes."
     p = np.asarray(points, float)
     kept = [i for i, x in enumerate(p) if not any((y >= x).all() and (y > x).any() for y in p)]
@@ -224,9 +221,7 @@ def _two_questions(first):
             else _word(words == {'held'}, 'held' not in words and 'not held' in words))
     return [*out, _line(2, 'all three', '', word), *against('2, secondary', 'a quarter', 'decoupled-quarter')]
 
-def all_questions(
-    folder:Path, # of a profile's results
-)->pd.DataFrame: # question, claim, value, verdict
+def all_questions(folder:Path)->pd.DataFrame: # of a profile's results; -> question, claim, value, verdict
     "The verdicts of a profile, from its results files, all seeds."
     read = lambda name: pd.read_csv(folder / f'{name}.csv')
     models, differences, probes = map(read, ('models', 'differences', 'probes'))
