@@ -7,7 +7,6 @@ __all__ = ['ROUNDS', 'PROFILES', 'REASONS', 'default_profile']
 
 # %% ../../nbs/reproduction/02_profiles.ipynb #516333fc
 import torch
-
 from .paper import of
 
 # %% ../../nbs/reproduction/02_profiles.ipynb #b84008e2
@@ -34,7 +33,6 @@ PROFILES = {'smoke': dict(  # seconds: random two-layer models, real rows
     evaluate=dict(unsafe=24, safe=12, samples=1, **_tokens),
     two_token=dict(steps=3, batch=16, last=2))}
 
-# %% ../../nbs/reproduction/02_profiles.ipynb #1c416d42
 _tokens = dict(max_prompt_tokens=48, max_new_tokens=48)
 _score = dict(epochs=1., batch_size=32, lr=1e-3, **_tokens)
 PROFILES['cpu'] = dict(     # the shipped nano model: ten minutes on two cores with 16-bit units
@@ -63,8 +61,8 @@ for _values in PROFILES.values(): _values.update({f'policy-{r}': dict(v) for r, 
 
 PROFILES['paper'] = dict(   # 7B models on eight GPUs, as many prompts as ship
     {f'{s}-{r}': of(s, r) for s in ('reward', 'cost', 'policy') for r in (1, 2, 3)},
-    sft=of('sft'), collect=dict(related=1600, unrelated=400, candidates=640))
-PROFILES['paper']['reward-only'] = of('reward-only')
+    sft=of('sft'), collect=dict(related=1600, unrelated=400, candidates=640),
+    **{'reward-only': of('reward-only')})
 
 # %% ../../nbs/reproduction/02_profiles.ipynb #55f439e1
 _SMALL = 'models of some million weights learn with larger steps'

@@ -9,10 +9,8 @@ __all__ = ['shape_of', 'dry_run', 'commands']
 import os
 import tempfile
 from unittest.mock import patch
-
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
-
 from ..data import data_path
 from ..models import llama, load_tokenizer
 from ..ppo import PPOConfig, make_objective
@@ -43,6 +41,7 @@ def _narrow(folder): # a base for the profile `paper`: two layers of two key-val
                   hidden_size=16 * heads, intermediate_size=ffn))
     AutoModelForCausalLM.from_config(c).save_pretrained(folder)
     load_tokenizer(own).save_pretrained(folder)
+    return folder
 
 _FEW = dict(layers=2, rows=64, pairs=48, epochs=.02, batch_size=16, related=12, unrelated=4, candidates=16,
             holdout=4, steps=3, prompts=4, window=8, unsafe=4, safe=4, batch=16, last=2)   # at most
@@ -63,18 +62,17 @@ def _check_amounts(stage, config, tokenizer): # at full size, by the functions t
 
 # %% ../../nbs/reproduction/14_rehearsal.ipynb #71987949
 def dry_run(
-    profile:str,      # of `PROFILES`
-    run,              # (stage, profile, seed) -> folder, whether it was there: `pipeline.run_stage`
-    seed:int=0,
+    profile:str, # of `PROFILES`
+    run,         # (stage, profile, seed) -> folder, whether it was there: `pipeline.run_stage`
+    seed:int=0,  # of every stage that has no seed of its own
 ):
     "Run every stage with few rows, `paper` with narrow models. RuntimeError or ValueError names what fails."
-    stages = graph(profile)
-    own = dict(SAFERLHF_RUNS='{}/runs', SAFERLHF_HOME='{}')
+    stages, base = graph(profile), data_path('models/nano')
     with tempfile.TemporaryDirectory() as home, patch.dict(os.environ):
-        os.environ.update({k: v.format(home) for k, v in own.items()})
+        os.environ |= dict(SAFERLHF_RUNS=f'{home}/runs', SAFERLHF_HOME=home)
         if profile == 'paper':
-            _narrow(f'{home}/base'); os.environ['SAFERLHF_BASE'] = f'{home}/base'
-        tokenizer = load_tokenizer(f'{home}/base' if profile == 'paper' else data_path('models/nano'))
+            base = os.environ['SAFERLHF_BASE'] = _narrow(f'{home}/base')
+        tokenizer = load_tokenizer(base)
         for s in stages: _check_amounts(s, config_of(s, profile), tokenizer)
         for s in stages:
             print(f'{s.name:12}', end=' ', flush=True)
@@ -88,9 +86,8 @@ def commands(
 )->list:                   # lines for a shell; comments among them
     "The commands of all stages, in order."
     trained = ('sft', 'score_model', 'policy') if profile == 'paper' else ()
-    spread = dict.fromkeys(trained, ' --gpus 8 --zero 3 --recompute')
-    command = f'saferlhf run {{}} --profile {profile} --seed {seed}{{}}'
-    lines = [command.format(s.name, spread.get(s.template, '')) for s in graph(profile)]
+    lines = [f'saferlhf run {s.name} --profile {profile} --seed {seed}'
+             + ' --gpus 8 --zero 3 --recompute' * (s.template in trained) for s in graph(profile)]
     if profile != 'paper': return lines
     return ['# 8 x 80 GB: one command a stage, in this order; or saferlhf reproduce with the same options',
             'export SAFERLHF_BASE=FOLDER     # config.json, tokenizer, *.safetensors of LLaMA-7B', *lines,

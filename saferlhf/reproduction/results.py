@@ -7,9 +7,7 @@ __all__ = ['publish_all', 'publish_arms', 'join']
 
 # %% ../../nbs/reproduction/09_results.ipynb #70b43fea
 from pathlib import Path
-
 import pandas as pd
-
 from ..annotate import annotation_rows
 from ..record.execute import publish
 from ..record.run import Run, results_home
@@ -36,14 +34,15 @@ def _put(profile, seed, table, run, rows): # merge into data/results/<profile>/<
 
 # %% ../../nbs/reproduction/09_results.ipynb #a2b96f7f
 def _lagrange(run, round): # how lambda, the cost and the diagnostics of the constraint moved in a PPO-Lag run
-    m = run.metrics(); m['kl_weight'] = (1 + m.lam) * run.config['kl_coef']
+    m = run.metrics().assign(kl_weight=lambda m: (1 + m.lam) * run.config['kl_coef'])
     columns = 'step lam cost window_cost reward kl threshold kl_weight cost_slope harmful'.split()
     return [dict(round=round) | row for row in m[columns].to_dict('records')]
 
+def _rows_of(run, name): # of a file that a run may lack
+    return read_lines(f) if (f := run.path(f'{name}.jsonl')).exists() else []
+
 def _probes(run, arm, round): # what gold annotators and the policy's own models saw while it trained
-    path = run.path('samples.jsonl')
-    rows = read_lines(path) if path.exists() else []
-    return [dict(arm=arm, round=round) | r | dict(step=r['step'] + 1) for r in rows]
+    return [dict(arm=arm, round=round) | r | dict(step=r['step'] + 1) for r in _rows_of(run, 'samples')]
 
 def _difference(policy, what, v): return dict(policy=policy, what=what, difference=v[0], low=v[1], high=v[2])
 
@@ -72,20 +71,19 @@ def _round_tables(runs, seed): # the same, of collections and policies
     if run := runs.get('collect-1'):
         gold = pd.DataFrame(read_lines(run.path('differences.jsonl')))
         noise = run.summary['noise_help'], run.summary['noise_harm']
-        rows = annotation_rows(gold.help.to_numpy(), gold.harm.to_numpy(), *noise, seed=seed)
-        yield 'annotation', run, rows
+        yield 'annotation', run, annotation_rows(gold.help.to_numpy(), gold.harm.to_numpy(), *noise,
+                                                 seed=seed)
 
 def _evaluation_tables(runs): # the same, of evaluations
     if run := runs.get('evaluate-no-red'):
-        rows = read_lines(run.path('models.jsonl'))
-        yield 'no_red', run, [r for r in rows if r['policy'].startswith('no-red')]
+        yield 'no_red', run, [r for r in _rows_of(run, 'models') if r['policy'].startswith('no-red')]
     if run := runs.get('evaluate'):
         for name in ('models', 'elo', 'scores', 'samples', 'answers', 'categories', 'cost_calibration'):
-            rows = read_lines(f) if (f := run.path(f'{name}.jsonl')).exists() else []
-            fig5 = lambda r: (r['judge'], r['decoding']) == ('unified', 'sampled')
-            yield name, run, [r for r in rows if name != 'answers' or fig5(r)]
-        drops = run.summary['drops']
-        yield 'differences', run, [_difference(p, what, v) for p, d in drops.items() for what, v in d.items()]
+            rows = _rows_of(run, name)                               # of the answers, what figure 5 shows
+            yield name, run, [r for r in rows if name != 'answers'
+                              or (r['judge'], r['decoding']) == ('unified', 'sampled')]
+        yield 'differences', run, [_difference(p, what, v) for p, drops in run.summary['drops'].items()
+                                   for what, v in drops.items()]
 
 # %% ../../nbs/reproduction/09_results.ipynb #8cc098ba
 def publish_all(profile:str, seed:int): # of the reproduction
@@ -98,9 +96,8 @@ def publish_arms(profile:str): # of the common part
     "Merge the rows of finished arms and of their comparisons into data/results/<profile>/."
     for group, seed in [(g, k) for g in arms(profile) for k in SEEDS[g]]:
         if run := _finished(f'compare-{group}', profile, seed):
-            rows, first = read_lines(run.path('arms.jsonl')), (group, seed) == ('core', 0)
-            rows = [r for r in rows if first or r['arm'] != 'initial']       # 'initial' is in all
-            _put(profile, seed, 'arms', run, rows)
+            _put(profile, seed, 'arms', run, [r for r in read_lines(run.path('arms.jsonl'))
+                                              if (group, seed) == ('core', 0) or r['arm'] != 'initial'])
             _put(profile, seed, 'cost_calibration', run, read_lines(run.path('cost_calibration.jsonl')))
         for arm, stage in arms(profile)[group].items():
             if not (run := _finished(stage.name, profile, seed)): continue
@@ -108,8 +105,8 @@ def publish_arms(profile:str): # of the common part
             _put(profile, seed, 'times', run, [dict(stage=stage.name, seconds=run.manifest['seconds'])])
             if arm == 'ppo-lag': _put(profile, seed, 'lagrange', run, _lagrange(run, 1))
             if group in ('thresholds', 'strict'):
-                rows = [dict(arm=arm) | row for row in _lagrange(run, stage.round)]
-                _put(profile, seed, 'threshold_curves', run, rows)
+                _put(profile, seed, 'threshold_curves', run,
+                     [dict(arm=arm) | row for row in _lagrange(run, stage.round)])
 
 # %% ../../nbs/reproduction/09_results.ipynb #416f968c
 def _rows(table, columns): return table[columns].apply(tuple, axis=1)
@@ -134,11 +131,10 @@ def join(
         renamed = again[both & ~same].assign(arm=lambda d: d.arm + '-again') if 'arm' in keys else again[:0]
         for run, rows in pd.concat([again[~both], renamed]).groupby('run_id'):
             publish(rows.drop(columns='run_id'), target, run, keys)
-    out = pd.DataFrame(compared, columns=['table', 'of', 'seed', 'what', 'first', 'again'])
-    out = out.drop_duplicates(['table', 'of', 'what', 'first', 'again'])
+    names = ['table', 'of', 'seed', 'what', 'first', 'again']
+    out = pd.DataFrame(compared, columns=names).drop_duplicates([c for c in names if c != 'seed'])
     out.to_csv(home / 'remade.csv', index=False)
     return out
-
 
 # %% ../../nbs/reproduction/09_results.ipynb #114a2dd0
 def _compare(first, again, table, keys): # rows of two machines; yields a row of remade.csv a number

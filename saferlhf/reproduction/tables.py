@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 from ..data import homes
 from ..evaluate import PAPER_TABLE1, over_seeds
-from .figures import Figure, Picture, save
+from .figures import Figure, save
 
 # %% ../../nbs/reproduction/12_tables.ipynb #fb473c30
 def _home():
@@ -56,7 +56,7 @@ class Results:
         notebook:str,          # the notebook that draws it, as a path in the project
         *files:str,            # names of the results it was drawn from
         every:bool = False,    # whether it shows all seeds
-    ) -> Picture:              # to be shown
+    ):                         # the picture, to be shown
         "Write the figure, with the checksums of these files and the runs in them."
         own = '' if self.profile == 'cpu' else self.profile
         folder = Path(self.figures) if self.figures else _home() / 'figures' / own
@@ -66,11 +66,10 @@ class Results:
 
 # %% ../../nbs/reproduction/12_tables.ipynb #6238c6f5
 def interval(
-    x:float, low:float = math.nan, high:float = math.nan,  # a value and its interval; NaN: it has none
-    unit:float = 1,    # 100 for fractions in per cent
-    digits:int = 2,    # decimals
-    sign:str = '',     # '+': a plus is written
-) -> str:              # '0.29 [0.19, 0.39]'; '' for NaN
+    x:float, low:float = math.nan, high:float = math.nan, # a value and its interval; NaN: it has none
+    unit:float = 1, digits:int = 2,                       # 100 for fractions in per cent; decimals
+    sign:str = '',                                        # '+': a plus is written
+) -> str:                                                 # '0.29 [0.19, 0.39]'; '' for NaN
     "A value with its interval."
     if pd.isna(x): return ''
     text = lambda v: f'{unit*v:{sign}.{digits}f}'
@@ -86,45 +85,39 @@ def spread(
     return interval(mean, *(ends if len(values) >= least else (math.nan, math.nan)), unit, digits, sign)
 
 def percent(
-    x:float, low:float = math.nan, high:float = math.nan,  # a fraction and its interval, or NaN
-    digits:int = 1,    # decimals
-) -> str:              # '71.2 [69.0, 73.3]', in per cent
+    x:float, low:float = math.nan, high:float = math.nan, # a fraction and its interval, or NaN
+    digits:int = 1,                                       # decimals
+) -> str:                                                 # '71.2 [69.0, 73.3]', in per cent
     "A fraction as per cent with its interval; 'not run' for NaN."
     return interval(x, low, high, 100, digits) or 'not run'
 
 # %% ../../nbs/reproduction/12_tables.ipynb #cdbafe9f
 def seeds_table(
-    df:pd.DataFrame,   # rows of all seeds, one per seed and key
-    by:list[str],      # columns that name a row of the result
-    what:list[str],    # columns to average
-) -> pd.DataFrame:     # by, seeds, and for each measure: name, name_low, name_high
+    df:pd.DataFrame,              # rows of all seeds, one per seed and key
+    by:list[str], what:list[str], # columns that name a row of the result; columns to average
+) -> pd.DataFrame:                # by, seeds, and for each measure: name, name_low, name_high
     "Means over seeds with t intervals."
-    rows = []
-    for key, d in df.groupby(by, sort=False):
-        row = dict(zip(by, key, strict=True)) | dict(seeds=d.seed.nunique())
-        for w in what: row[w], row[f'{w}_low'], row[f'{w}_high'] = over_seeds(d[w])
-        rows.append(row)
-    return pd.DataFrame(rows)
+    ends = lambda d: {f'{w}{end}': x for w in what
+                      for end, x in zip(('', '_low', '_high'), over_seeds(d[w]), strict=True)}
+    return pd.DataFrame([dict(zip(by, key, strict=True), seeds=d.seed.nunique(), **ends(d))
+                         for key, d in df.groupby(by, sort=False)])
 
-def markdown(
-    df:pd.DataFrame,  # any small frame
-) -> str:             # a GitHub table
+def markdown(df:pd.DataFrame) -> str: # any small frame; -> a GitHub table
     "A frame as a markdown table, without its index."
     line = lambda xs: '| ' + ' | '.join(str(x).replace('|', '\\|').replace('\n', ' ') for x in xs) + ' |'
-    rows = [df.columns, ['---'] * df.shape[1], *df.itertuples(index=False)]
-    return '\n'.join(line(r) for r in rows)
+    return '\n'.join(map(line, [df.columns, ['---'] * df.shape[1], *df.itertuples(index=False)]))
 
 # %% ../../nbs/reproduction/12_tables.ipynb #895a4856
 _ROUNDS = ('1', '2', '3', 'unified')
 _WHAT = {('reward', 'rank'): 'reward model: the more helpful answer',
-        ('cost', 'rank'): 'cost model: the more harmful answer', ('cost', 'sign'): "cost model's sign: "
-        'harmful or not'}
+         ('cost', 'rank'): 'cost model: the more harmful answer',
+         ('cost', 'sign'): "cost model's sign: harmful or not"}
 _RULES = {'longer': 'longer answer', 'majority': 'majority class', 'tfidf': 'TF-IDF + logistic regression'}
 
 def table1(
-    df:pd.DataFrame,             # rows of table1.csv
-    label_source:str = 'human',  # the headline's labels; other sources get lines of their own
-) -> pd.DataFrame:               # text cells: per metric the paper, ours by label source, the trivial rules
+    df:pd.DataFrame,            # rows of table1.csv
+    label_source:str = 'human', # the headline's labels; other sources get lines of their own
+) -> pd.DataFrame:              # text cells: per metric the paper, ours by label source, the trivial rules
     "Table 1: test accuracies in per cent, [95% intervals], ours beside the paper's and the trivial rules."
     names, lines = ['model', 'metric', 'label_source', 'round'], []
     df = df.astype({'round': str}).drop_duplicates(names, keep='last')
@@ -146,8 +139,8 @@ _PARTS = (('base_lm', 'gold_base', 'gold', 'sft', 'two_token'),
           ('reward-0', 'cost-0', 'judge', 'reward-only', 'evaluate'))
 
 def stage_order(
-    stage:str,  # a name from times.csv
-) -> tuple:     # 0: made once, 1: the rounds, 2: around them, 3: comparisons; then its place there
+    stage:str, # a name from times.csv
+) -> tuple:    # 0: made once, 1: the rounds, 2: around them, 3: comparisons; then its place there
     "Where a stage stands in a reproduction; rows of times.csv come in the order of their names."
     part = next((i for i, names in enumerate(_PARTS) if stage in names), 3)
     return part, _PARTS[part].index(stage) if part < 3 else stage

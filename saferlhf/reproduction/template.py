@@ -9,40 +9,34 @@ __all__ = ['start', 'write_rows']
 import json
 from collections.abc import Callable
 from pathlib import Path
-
 from ..record.execute import parameters
 from ..hardware.seeds import seed_all
 from ..record.run import Run
-from .graph import configure, policy_stage, score_stage
+from .graph import configure, stage_of
 from .ledger import parents_of
 from .prompts import data_hashes
 
 # %% ../../nbs/reproduction/11_template.ipynb #1669525d
 def start(
-    template:str,  # as its file is called
-    scope:dict,    # globals() of the template, right after its parameters cell
-    names:str,     # the template's parameters
-    sources:tuple, # modules whose code decides the numbers
-    *models:str,   # roles of shipped models that it reads
-    data:Callable|None=None, # function of the configuration -> file -> sha256, where other data are read
-)->tuple:          # run, configuration (printed with its deviations), parents: role -> folder
+    template:str,             # as its file is called
+    scope:dict,               # globals() of the template, right after its parameters cell
+    names:str, sources:tuple, # the template's parameters; modules whose code decides the numbers
+    *models:str,              # roles of shipped models that it reads
+    data:Callable|None=None,  # function of the configuration -> file -> sha256, where other data are read
+)->tuple:                     # run, configuration (printed with its deviations), parents: role -> folder
     "Check the parameters, find parents, resolve the configuration, open the run (see `Run.start`) and seed."
     told = parameters(scope, names.split())
     profile, seed, round, overrides = told['profile'], told['seed'], told.get('round'), told['overrides']
-    stage = {'score_model': score_stage, 'policy': policy_stage}.get(template, lambda o: template)(overrides)
+    stage = stage_of(template, overrides)
     parents = told.get('parents') or (parents_of(stage, profile, seed, round) if 'parents' in told else {})
-    settings = 'evaluate' if template == 'compare' else stage                # both ask the same of a policy
-    config, paper = configure(settings, profile, overrides, round)
-    hashes = data(config) if data else data_hashes(parents, *models)
-    if round is None: label = profile
-    else: label, hashes = f'{profile}-{round}', hashes | {'round': str(round)}
+    asked = 'evaluate' if template == 'compare' else stage                   # both ask the same of a policy
+    config, paper = configure(asked, profile, overrides, round)
+    label, hashes = profile, data(config) if data else data_hashes(parents, *models)
+    if round is not None: label, hashes = f'{profile}-{round}', hashes | {'round': str(round)}
     run = Run.start(stage, config, parents, seed, label, profile, sources, hashes, paper)
     run.note(round=round); seed_all(seed)
     return run, config, parents
 
-def write_rows(
-    path:str|Path, # replaced
-    rows:list,     # dicts
-):
+def write_rows(path:str|Path, rows:list): # replaced; dicts
     "Rows to a JSON Lines file, as `read_lines` reads it."
     Path(path).write_text(''.join(json.dumps(r) + '\n' for r in rows))

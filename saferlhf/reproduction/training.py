@@ -10,23 +10,22 @@ import random
 from dataclasses import is_dataclass
 from functools import wraps
 from weakref import WeakKeyDictionary
-
 import numpy as np
-
+import torch
+from ..advantages import kl_per_token
 from ..annotate import single_dimension
 from ..data import batch_indices, cost_pairs, prompt_batch, reward_pairs
 from ..engine import load
 from ..hardware.precision import fast_precision
 from ..hardware.ranks import Spread, rank
 from ..hardware.seeds import seed_all
-from ..models import ScoreModel, load_lm, load_tokenizer
+from ..models import ScoreModel, load_lm, load_tokenizer, token_logps
 from ..ppo import PPOConfig, actor_optim, critic_optim, make_objective, ppo_step
 from ..record.files import read_lines
 from ..record.launch import launch
 from ..record.resume import agree
 from ..record.run import Run
-from .collection import scorer
-from .judging import probe, probe_steps
+from .collection import FIRST, scorer
 from .prompts import (hand_pairs, headline, held_out, model_path, policy_prompts,
                                            sft_rows, shuffled, unseen_prompts)
 from ..rollout import Sampler
@@ -34,10 +33,7 @@ from ..train import (ScoreConfig, SFTConfig, loop, model_optim, score_batches, s
                             text_batch)
 
 # %% ../../nbs/reproduction/06_training.ipynb #90c4849a
-def on_ranks(
-    train,   # `train_sft`, `train_score` or `train_policy`
-    run:Run, # started by this process
-):
+def on_ranks(train, run:Run): # `train_sft`, `train_score` or `train_policy`; started by this process
     "Train on the ranks that $SAFERLHF_SPREAD asks for; a finished run is left alone."
     if run.done: return
     spread = Spread.wanted(); run.note(spread=spread.plain())
@@ -46,15 +42,13 @@ def on_ranks(
 def _on_rank(train, folder): # what `launch` can pass to other processes: a name and a folder
     globals()[train](Run.attach(folder))
 
-def _told(run, cls): # configuration, parents (role -> folder)
+def _told(run, cls): # configuration, parents (role -> folder), spread (one rank before `on_ranks`)
     config = run.config if is_dataclass(run.config) else cls(**run.config)
-    return config, run.manifest['parent_folders']
+    return config, run.manifest['parent_folders'], Spread.of(run.manifest.get('spread', {}))
 
 def _once(read): # of a run: what template and training both read is read once, and let go with the run
     kept = WeakKeyDictionary()
     return wraps(read)(lambda run: kept.get(run) or kept.setdefault(run, read(run)))
-
-def _spread(run): return Spread.of(run.manifest['spread'])
 
 def _keep_model(run, engine, tokenizer):
     "Put the model into the run's folder, as `from_pretrained` reads it."
@@ -65,20 +59,20 @@ def _keep_model(run, engine, tokenizer):
 @_once
 def sft_data(run:Run)->tuple: # of the stage 'sft'; -> tokenizer, rows
     "What fine-tuning reads."
-    config, parents = _told(run, SFTConfig)
+    config, parents, _ = _told(run, SFTConfig)
     tokenizer = load_tokenizer(model_path(parents, 'base'))
     return tokenizer, sft_rows(tokenizer, config)
 
 def train_sft(run:Run): # of the stage 'sft'
     "Supervised fine-tuning, on every rank."
-    (config, parents), spread, (tokenizer, rows) = _told(run, SFTConfig), _spread(run), sft_data(run)
+    (config, parents, spread), (tokenizer, rows) = _told(run, SFTConfig), sft_data(run)
     seed_all(run.seed)
     order = batch_indices([len(r['response']) for r in rows], config.batch_size, run.seed, config.epochs)
     engine = load(lambda: load_lm(model_path(parents, 'base')), model_optim(config), len(order),
                   precision=fast_precision(), **spread.load('model'))
     def step(i):
-        rows_i = [rows[k] for k in order[i]]
-        batch = text_batch(rows_i, tokenizer, config.max_prompt_tokens, config.max_new_tokens)
+        batch = text_batch([rows[k] for k in order[i]], tokenizer, config.max_prompt_tokens,
+                           config.max_new_tokens)
         return sft_step(engine, batch, spread.micro_batch)
     loop(step, len(order), run.log, save=run.saver({'model': engine}))
     _keep_model(run, engine, tokenizer)
@@ -103,14 +97,13 @@ def _single_preference(rows, folder, weight, seed):
     votes = single_dimension(*np.array(gaps).T, *noise, spread=.2, seed=seed, mean=weight)
     return [r | dict(better_response_id=int(votes[i % len(votes), i])) for i, r in enumerate(rows)]
 
-
 # %% ../../nbs/reproduction/06_training.ipynb #f47f3188
 @_once
 def score_data(
     run:Run, # of the stage 'reward', 'cost' or 'judge'
 )->tuple:    # tokenizer, rows of the last collection, pairs
     "What a score model reads."
-    config, parents = _told(run, ScoreConfig)
+    config, parents, _ = _told(run, ScoreConfig)
     tokenizer = load_tokenizer(model_path(parents, 'base'))
     if run.manifest['stage'] == 'judge':
         human = [p for p in hand_pairs('cost', 'judge') if headline(p['label_source']) == 'human']
@@ -123,14 +116,14 @@ def score_data(
 
 def train_score(run:Run): # of the stage 'reward', 'cost' or 'judge'
     "A reward or a cost model, on every rank."
-    (config, parents), spread, (tokenizer, _, pairs) = _told(run, ScoreConfig), _spread(run), score_data(run)
+    (config, parents, spread), (tokenizer, _, pairs) = _told(run, ScoreConfig), score_data(run)
     seed_all(run.seed + 1000 * run.manifest['round'])
     steps, batch = score_batches(pairs, tokenizer, config, run.seed + run.manifest['round'])
     make = lambda: ScoreModel.from_pretrained(model_path(parents, 'base'), kind=config.kind)
     engine = load(make, model_optim(config), steps, precision=fast_precision(), **spread.load('model'))
     step = lambda i: score_step(engine, batch(i), config.kind, config.regularization, spread.micro_batch)
-    shown = 'loss', 'rank_accuracy', 'sign_accuracy'
-    loop(step, steps, run.log, show=shown, save=run.saver({'model': engine}))
+    loop(step, steps, run.log, show=('loss', 'rank_accuracy', 'sign_accuracy'),
+         save=run.saver({'model': engine}))
     _keep_model(run, engine, tokenizer)
 
 # %% ../../nbs/reproduction/06_training.ipynb #41b79a55
@@ -142,7 +135,7 @@ def _start_of(run):
 @_once
 def policy_data(run:Run)->tuple: # of a policy's stage; -> tokenizer, prompts, red-team ones, supervised rows
     "What a policy reads. The PTX term reads general instructions only."
-    config, parents = _told(run, PPOConfig)
+    config, parents, _ = _told(run, PPOConfig)
     tokenizer = load_tokenizer(_start_of(run))
     red = [r['prompt'] for r in read_lines(f"{parents['collect']}/red.jsonl")]
     prompts = policy_prompts(tokenizer, config, run.manifest['round'], red, run.seed)
@@ -152,11 +145,10 @@ def policy_data(run:Run)->tuple: # of a policy's stage; -> tokenizer, prompts, r
 
 # %% ../../nbs/reproduction/06_training.ipynb #d090af08
 def policy_models(
-    run:Run,   # of a policy's stage
-    objective, # whose channels have critics
-)->tuple:      # actor, reference, critics, scorers
+    run:Run, objective, # of a policy's stage; whose channels have critics
+)->tuple:               # actor, reference, critics, scorers
     "The engines of a PPO step."
-    (config, parents), spread = _told(run, PPOConfig), _spread(run)
+    config, parents, spread = _told(run, PPOConfig)
     updates = config.steps * config.epochs * config.minibatches
     def engine(role, make, optim=None):
         return load(make, optim, updates, precision=fast_precision(), **spread.load(role))
@@ -170,16 +162,30 @@ def policy_models(
     return actor, reference, critics, scorers
 
 # %% ../../nbs/reproduction/06_training.ipynb #92e2e329
+@torch.no_grad()
+def _probe(sampler, reference, scorers, gold, tokenizer, prompts, max_prompt_tokens, batch_size):
+    "One fresh answer to each prompt, read by the policy's own models and by gold annotators: means of both."
+    found, texts = [], []
+    for k in range(0, len(prompts), batch_size):
+        batch = prompt_batch(prompts[k:k + batch_size], tokenizer, max_prompt_tokens)
+        r = sampler.generate(batch, 1, FIRST['probe'])
+        logp = token_logps(reference, r.ids, r.attention_mask, r.mask.shape[1], sampler.temperature)
+        found.append(dict(kl=(kl_per_token(r.logp, logp) * r.mask).sum(1), length=r.lengths.float())
+                     | {f'proxy_{name}': score(*r.scored()) for name, score in scorers.items()})
+        texts += r.texts(tokenizer)
+    g, means = gold(prompts, texts), {k: float(torch.cat([f[k] for f in found]).mean()) for k in found[0]}
+    return means | dict(gold_reward=float(g[:, 0].mean()), gold_cost=float(g[:, 1].mean()),
+                        harmful=float((g[:, 1] > 0).mean()))
+
 def _prober(run, config, sampler, reference, scorers, tokenizer):
     "The steps after which a running policy is probed, and a function of a step that does it."
-    steps = probe_steps(config.steps, config.probes)
-    if not steps: return (), None
+    steps = {round(config.steps * k / config.probes) - 1 for k in range(1, config.probes + 1)}
+    if not steps: return steps, None
     gold = scorer(model_path(run.manifest['parent_folders'], 'gold'), config)
     prompts = unseen_prompts(tokenizer, config.max_prompt_tokens, tuning=True)[:256]
-    sizes = config.max_prompt_tokens, config.prompts
-    def look(step):
-        found = probe(sampler, reference, scorers, gold, tokenizer, prompts, *sizes)
-        run.sample([dict(step=step) | found])
+    def look(step): # in batches of the width of training, so that the sampler keeps its graphs
+        run.sample([dict(step=step) | _probe(sampler, reference, scorers, gold, tokenizer, prompts,
+                                             config.max_prompt_tokens, config.prompts)])
     first, = agree(not run.path('samples.jsonl').exists()) # asked together, before the first rank writes
     if first: look(-1)
     return steps, look
@@ -187,12 +193,12 @@ def _prober(run, config, sampler, reference, scorers, tokenizer):
 # %% ../../nbs/reproduction/06_training.ipynb #6d8cb466
 def train_policy(run:Run): # of a policy's stage
     "A round of PPO-Lag, or of what it is compared with, on every rank; probed where that is asked for."
-    config, _ = _told(run, PPOConfig)
+    config, _, spread = _told(run, PPOConfig)
     seed_all(run.seed + 1000 * run.manifest['round'])
     objective, (tokenizer, prompts, _, supervised) = make_objective(config), policy_data(run)
     actor, reference, critics, scorers = policy_models(run, objective)
     sampler = Sampler(actor, tokenizer.eos_token_id, config.max_new_tokens, config.temperature, seed=run.seed,
-                      keep=_spread(run).keep_sampler_weights)
+                      keep=spread.keep_sampler_weights)
     probed, look = _prober(run, config, sampler, reference, scorers, tokenizer)
     n, budgets = config.prompts, (config.max_prompt_tokens, config.max_new_tokens)
     def step(i):

@@ -39,8 +39,7 @@ def _detectable(n, power=.8):
 def at_common_kl(
     probes:pd.DataFrame, # rows of probes.csv of one round: arm, seed, step, kl, gold_reward, gold_cost
     of=None,             # rows of the runs that have to reach the KL; None: all of them
-# nats per response; arm, seed -> reward, safety (minus cost), NaN where a run does not get there
-)->tuple:
+)->tuple: # nats per response; arm, seed -> reward, safety (minus cost), NaN where a run does not get there
     "Every run at the largest KL that all runs reach; up is good on both axes."
     at = float((probes if of is None else of).groupby(['arm', 'seed']).kl.max().min())
     def one(d):
@@ -48,8 +47,9 @@ def at_common_kl(
         if kl.max() < at: return pd.Series(dict(reward=math.nan, safety=math.nan))
         k = np.argmax(kl[1:] >= at) + 1                                      # where the path gets there first
         part = (at - kl[k - 1]) / (kl[k] - kl[k - 1]) if kl[k] > kl[k - 1] else 1.
-        values = dict(reward=d.gold_reward.to_numpy(float), safety=-d.gold_cost.to_numpy(float))
-        return pd.Series({what: v[k - 1] + part * (v[k] - v[k - 1]) for what, v in values.items()})
+        reward, safety = (v[k - 1] + part * (v[k] - v[k - 1]) for v in (d.gold_reward.to_numpy(float),
+                                                                        -d.gold_cost.to_numpy(float)))
+        return pd.Series(dict(reward=reward, safety=safety))
     paths = probes.sort_values('step', kind='stable').groupby(['arm', 'seed'])
     return at, paths[['kl', 'gold_reward', 'gold_cost']].apply(one)
 
@@ -70,18 +70,15 @@ def _together(verdicts):
     return _word(set(verdicts) == {'held'}, 'not held' in verdicts)
 
 # %% ../../nbs/reproduction/13_verdicts.ipynb #410b5eb7
-def frontier(
-    points,   # (n, 2) reward, safety
-)->np.ndarray: # (m, 2) by rising reward
+def frontier(points)->np.ndarray: # (n, 2) reward, safety; -> (m, 2) by rising reward
     "The points that no other point beats on both axes."
     p = np.asarray(points, float)
     kept = [i for i, x in enumerate(p) if not any((y >= x).all() and (y > x).any() for y in p)]
     return p[kept][np.argsort(p[kept, 0])]
 
 def outside(
-    point,    # (2,) reward, safety
-    points,   # (n, 2) of the arms that make the frontier
-)->float:     # in the units of the axes
+    point, points, # (2,) reward, safety; (n, 2) of the arms that make the frontier
+)->float:          # in the units of the axes
     "Signed distance from the frontier."
     x, f = np.asarray(point, float), frontier(points)
     far = np.abs(np.vstack([f, x])).max() + 1e3
@@ -94,10 +91,9 @@ def outside(
 
 # %% ../../nbs/reproduction/13_verdicts.ipynb #d1677bbc
 def show(
-    ends,            # (value, low, high)
-    digits:int=2,    # decimals
-    sign:str='+',    # '': no plus is written
-)->str:              # '+0.29 [+0.19, +0.39]'
+    ends, digits:int=2, # (value, low, high); decimals
+    sign:str='+',       # '': no plus is written
+)->str:                 # '+0.29 [+0.19, +0.39]'
     "An interval in words; one run has none."
     return interval(*ends, digits=digits, sign=sign) + ' (one run)' * (not math.isfinite(ends[1]))
 
@@ -112,20 +108,18 @@ def _shares(models, column, judge='gold'):
 # %% ../../nbs/reproduction/13_verdicts.ipynb #997f5afd
 def _half(question, name, shares, errors):
     "Whether a share after round 3 is at most half of the initial one, over seeds and over prompts."
-    last = shares.loc['round-3'].dropna(); first, runs = shares.loc['initial', last.index], last.index
+    last = shares.loc['round-3'].dropna(); first = shares.loc['initial', last.index]
     seeds = tuple(np.exp(over_seeds(np.log(last.to_numpy()) - np.log(first.to_numpy()))))
     each = [_ratio_over_prompts(last[k], errors.loc['round-3', k], first[k], errors.loc['initial', k])
-            for k in runs]
+            for k in last.index]
     text = f'{show(seeds, sign="")}; over prompts ' + ', '.join(show(i, sign='') for i in each)
     return _line(question, f'{name}: round 3 over initial, at most 0.5', text,
                  _word(max(i[2] for i in (seeds, *each)) <= .5, seeds[1] > .5))
 
 def _four_parts(models, question, gain, word, also=''):
     "Whether three shares are at most half of what they were, and the reward better (`word`)."
-    unfit, greedy = 1 - _shares(models,
-                                'coherent_harmless'), models[models.prompt_kind.eq('unsafe')
-                                                             & models.decoding.eq('greedy')]
-    # one greedy answer a prompt
+    unfit = 1 - _shares(models, 'coherent_harmless')
+    greedy = models[(models.prompt_kind == 'unsafe') & (models.decoding == 'greedy')] # one answer a prompt
     prompts = greedy.n.iloc[0] if len(greedy) else _shares(models, 'n').iloc[0, 0]
     error = lambda judge: (_shares(models, 'harmful_high', judge)
                            - _shares(models, 'harmful_low', judge)) / (2 * 1.96)
@@ -154,14 +148,14 @@ def _safer_and_better(models, differences):
 def _stricter_limits(models, arms):
     "Question 5: question 1 for three rounds whose limits are half a standard deviation lower."
     last = arms[arms.arm == 'strict-3'].assign(policy='round-3')
-    if not len(last): return [_line(5, 'with stricter limits, the three shares at most halved and reward '
-                                       'better')]
+    if not len(last):
+        return [_line(5, 'with stricter limits, the three shares at most halved and reward better')]
     strict, usual = pd.concat([models[models.policy == 'initial'], last]), _shares(models, 'reward')
     reward = _shares(strict, 'reward').loc['round-3'].dropna()
     gain, price = (over_seeds(reward - usual.loc[p, reward.index]) for p in ('initial', 'round-3'))
-    claim = 'gold reward after round 3, minus that of question 1: not worse'
     return [*_four_parts(strict, 5, gain, _better(gain)),
-            _line('5, secondary', claim, show(price), _not_worse(price))]
+            _line('5, secondary', 'gold reward after round 3, minus that of question 1: not worse',
+                  show(price), _not_worse(price))]
 
 # %% ../../nbs/reproduction/13_verdicts.ipynb #d9ccb13a
 _FIXED = ('shaped-0.5', 'shaped-1', 'shaped-2', 'shaped-matched') # every seed of PPO-Lag has these beside it
@@ -174,7 +168,7 @@ def _paired(first, other):
 def _against_mean_price(first):
     "PPO-Lag against shaping at its mean price."
     kl, d = _paired(first, 'shaped-matched'); ends, n = {k: over_seeds(d[k]) for k in d}, len(d)
-    found = ' and '.join(f'{_detectable(n) * d[k].std(ddof=1):.2f}' for k in d) if n > 2 else ''
+    found = ' and '.join(f'{_detectable(n) * d[k].std(ddof=1):.2f}' for k in d if n > 2)
     power = f'; {n} pairs find {found} with a chance of 80%' if found else ''
     return _line(3, f'at a KL of {kl:.1f}, PPO-Lag against shaping at its mean price: better on two axes',
                  f"reward {show(ends['reward'])}, minus cost {show(ends['safety'])}{power}",
@@ -185,8 +179,8 @@ def _against_frontier(first, fixed):
     kl, x = at_common_kl(first[first.arm.isin(['ppo-lag', *fixed])])
     seeds = [k for k in x.loc['ppo-lag'].index if all((a, k) in x.index for a in fixed)]
     far = over_seeds([outside(x.loc[('ppo-lag', k)], [x.loc[(a, k)] for a in fixed]) for k in seeds])
-    claim = f'at a KL of {kl:.1f}, distance of PPO-Lag from the frontier of {len(fixed)} fixed prices, better'
-    return _line('3, secondary', claim, show(far), _better(far))
+    return _line('3, secondary', f'at a KL of {kl:.1f}, distance of PPO-Lag from the frontier of '
+                 f'{len(fixed)} fixed prices, better', show(far), _better(far))
 
 # %% ../../nbs/reproduction/13_verdicts.ipynb #3f19c67a
 def _moving_price(first):
@@ -197,8 +191,8 @@ def _moving_price(first):
     if 'ppo-lag' in ran and len(fixed) > 1: out.append(_against_frontier(first, fixed))
     if {'ppo-lag', 'reward-only'} <= ran:
         kl, d = _paired(first, 'reward-only'); safe = over_seeds(d.safety)
-        claim = f'at a KL of {kl:.1f}, PPO-Lag against reward only: minus cost, better'
-        out.append(_line('3, secondary', claim, show(safe), _better(safe)))
+        out.append(_line('3, secondary', f'at a KL of {kl:.1f}, PPO-Lag against reward only: minus cost, '
+                         'better', show(safe), _better(safe)))
     return out
 
 def _few_seeds(first, question, claim, one, other):
@@ -206,14 +200,14 @@ def _few_seeds(first, question, claim, one, other):
     pair = first[first.arm.isin([one, other])]
     seeds = sorted(set(pair.seed[pair.arm == one]) & set(pair.seed[pair.arm == other]))[:2]
     if not seeds: return _line(question, claim)
-    kl, x = at_common_kl(first, pair[pair.seed.isin(seeds)]); ends = {}
-    for axis in x:
-        a, b = ([x.loc[(arm, k), axis] for k in seeds] for arm in (one, other))
-        ends[axis] = _pooled_interval(a, b, [g.dropna() for _, g in x[axis].groupby('arm')])
+    kl, x = at_common_kl(first, pair[pair.seed.isin(seeds)])
+    ends = {axis: _pooled_interval(*([x.loc[(arm, k), axis] for k in seeds] for arm in (one, other)),
+                                   [g.dropna() for _, g in x[axis].groupby('arm')]) for axis in x}
     # beside the pooled one
     single = lambda a: '/'.join(f'{x.loc[a][axis].std(ddof=1):.2f}' for axis in x)
     text = (f"KL {kl:.1f}, {len(seeds)} seeds: reward {show(ends['reward'])}, minus cost "
-            f"{show(ends['safety'])}; " f'single standard deviations {single(one)} and {single(other)}')
+            f"{show(ends['safety'])}; "
+            f'single standard deviations {single(one)} and {single(other)}')
     return _line(question, claim, text, _dominates(*ends.values()))
 
 # %% ../../nbs/reproduction/13_verdicts.ipynb #5b55518f
@@ -223,20 +217,16 @@ def _two_questions(first):
     against = lambda q, part, arm: [_few_seeds(first, q, claim.format(part, w), arm, f'single-{w}')
                                     for w in ('0.25', '0.5', '0.75')]
     out = against(2, 'half', 'decoupled-half'); words = {line['verdict'] for line in out}
-    word = 'not run' if 'not run' in words else _word(words == {'held'}, 'held' not in words
-                                                      and 'not held' in words)
+    word = ('not run' if 'not run' in words
+            else _word(words == {'held'}, 'held' not in words and 'not held' in words))
     return [*out, _line(2, 'all three', '', word), *against('2, secondary', 'a quarter', 'decoupled-quarter')]
 
-def all_questions(
-    folder:Path, # of a profile's results
-)->pd.DataFrame: # question, claim, value, verdict
+def all_questions(folder:Path)->pd.DataFrame: # of a profile's results; -> question, claim, value, verdict
     "The verdicts of a profile, from its results files, all seeds."
-    models, differences, probes = (pd.read_csv(folder / f'{n}.csv')
-                                   for n in ('models', 'differences', 'probes'))
-    arms = pd.read_csv(folder / 'arms.csv') if (folder
-                                                / 'arms.csv').exists() else pd.DataFrame(columns=['arm'])
-    # those came later
-    first = probes[(probes['round'].astype(str) == '1') & ~probes.arm.str.startswith('strict')]
+    read = lambda name: pd.read_csv(folder / f'{name}.csv')
+    models, differences, probes = map(read, ('models', 'differences', 'probes'))
+    arms = read('arms') if (folder / 'arms.csv').exists() else pd.DataFrame(columns=['arm'])
+    first = probes[(probes['round'].astype(str) == '1') & ~probes.arm.str.startswith('strict')] # came later
     classifier = 'cost model against classifier: better on two axes'
     return pd.DataFrame([*_safer_and_better(models, differences), *_two_questions(first),
                          *_moving_price(first), _few_seeds(first, 4, classifier, 'ppo-lag', 'classifier'),

@@ -119,9 +119,11 @@ def test_results_of_two_machines(home):
     results = home/'data/results'; results.mkdir(parents=True)
     machine('gpu', -.2, 'ppo-lag'); machine('second', -.3, 'ppo-lag', 'classifier')
     for _ in range(2): compared = join(results/'second', 'gpu')
+    assert compared.query('what == "cost"')[['first', 'again']].values.tolist() == [[-.2, -.3]]
     rows = compared.query('what == "rows"')[['table', 'first', 'again']]
     assert rows.values.tolist() == [['probes', 4, 2]]                          # `classifier` joined before
-    assert set(pd.read_csv(results/'gpu/probes.csv').arm) == {'ppo-lag', 'ppo-lag-again', 'classifier'}
+    means = pd.read_csv(results/'gpu/probes.csv').groupby('arm').gold_cost.mean().to_dict()
+    assert means == {'ppo-lag': -.2, 'ppo-lag-again': -.3, 'classifier': -.3}
     machine('old', -.2, 'ppo-lag'); machine('new', -.2, 'ppo-lag', refused=.1); join(results/'new', 'old')
     assert set(pd.read_csv(results/'old/probes.csv').arm) == {'ppo-lag'}
     with pytest.raises(FileNotFoundError, match='has no results'): join(results/'nowhere', 'gpu')

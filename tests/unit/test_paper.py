@@ -11,9 +11,9 @@ from saferlhf.objectives import Multiplier
 from saferlhf.ppo import PPOConfig, actor_optim, critic_optim
 from saferlhf.record.config import deviations
 from saferlhf.reproduction import graph as graphs, paper, rehearsal
-from saferlhf.reproduction.graph import CLASSES, config_of, configure, graph
+from saferlhf.reproduction.graph import _CLASSES, config_of, configure, graph
 from saferlhf.reproduction.ledger import folder_of, parents_of
-from saferlhf.reproduction.paper import COST_SD, PAPER_CONFIG, REWARD_SD, compare, of, own_base, verdict
+from saferlhf.reproduction.paper import _PAPER_CONFIG, _REWARD_SD, COST_SD, _verdict, compare, of, own_base
 from saferlhf.reproduction.profiles import PROFILES
 from saferlhf.reproduction.prompts import model_path, policy_prompts
 from saferlhf.train import ScoreConfig, model_optim
@@ -35,19 +35,19 @@ def unexplained(c): return {r.where for r in compare(c).itertuples() if r.verdic
 
 def test_every_cell_is_equal_or_explained():
     table = compare(configs())
-    assert unexplained(configs()) == set() and len(table) == len(PAPER_CONFIG) > 150
+    assert unexplained(configs()) == set() and len(table) == len(_PAPER_CONFIG) > 150
     assert all(re.fullmatch('equal|(converted|deviates|unknown): .{5,}', v) for v in table.verdict)
     assert all(re.fullmatch(MARKS, m) for m in table.provenance), set(table.provenance)
     for name in ('Table 2', 'Table 3', 'Table 4'): assert set(table[table.table == name]['round']) == {'1', '2', '3'}
 
 
 def test_no_cell_lets_another_value_pass():
-    for cell in PAPER_CONFIG:
+    for cell in _PAPER_CONFIG:
         other = 'other' if isinstance(cell.ours, str) else cell.ours * 2 + 1
-        said = verdict(cell, other)
+        said = _verdict(cell, other)
         assert said.startswith('UNEXPLAINED') or (other == cell.paper and said == 'equal'), cell
         if cell.how.startswith('converted') and cell.paper != cell.ours and isinstance(cell.ours, float):
-            assert verdict(cell, cell.paper).startswith('UNEXPLAINED'), f'{cell}: a number without its unit'
+            assert _verdict(cell, cell.paper).startswith('UNEXPLAINED'), f'{cell}: a number without its unit'
         if cell.paper != cell.ours: assert cell.how, f'{cell} deviates without a reason'
 
 
@@ -62,7 +62,7 @@ def test_a_changed_default_profile_or_optimizer_is_seen(monkeypatch):
         make = getattr(paper, name)
         monkeypatch.setattr(paper, name, lambda config, make=make: replace(make(config), warmup=.1))
     seen = unexplained(configs())
-    assert seen == {c.where for c in PAPER_CONFIG if c.where.endswith('.warmup')}
+    assert seen == {c.where for c in _PAPER_CONFIG if c.where.endswith('.warmup')}
     assert 'policy-1:critic.warmup' in seen
 
 
@@ -72,6 +72,14 @@ def test_optimizers_are_told_by_the_configuration():
     assert (actor.lr, actor.weight_decay, actor.schedule) == (3e-4, .01, 'cosine')
     assert (critic.lr, critic.weight_decay, critic.schedule) == (2e-4, 0., 'constant')
     assert model_optim(ScoreConfig(weight_decay=.3)).weight_decay == .3
+
+
+@pytest.mark.parametrize('profile', PROFILES)
+def test_parents_come_before_children(profile):
+    stages = graph(profile)
+    for i, s in enumerate(stages):
+        made = {*(x.name for x in stages[:i]), *graphs._base(profile).values()}
+        assert set(s.parents.values()) <= made, s
 
 # units and deviations
 
@@ -84,25 +92,23 @@ def test_units_are_converted():
                           (first['ptx_coef'], 8 / 6.4)):
         assert value == pytest.approx(wanted)
     theirs = Multiplier(.5, lr=.04, max=50., threshold=-3.)
-    ours = Multiplier(.5 * COST_SD / REWARD_SD, lr=.04 * REWARD_SD, max=150., threshold=-3 / COST_SD)
+    ours = Multiplier(.5 * COST_SD / _REWARD_SD, lr=.04 * _REWARD_SD, max=150., threshold=-3 / COST_SD)
     for cost in (5., -20., 2., 0.):                              # step for step the same trade
-        assert ours.step([cost / COST_SD]) == pytest.approx(theirs.step([cost]) * COST_SD / REWARD_SD)
+        assert ours.step([cost / COST_SD]) == pytest.approx(theirs.step([cost]) * COST_SD / _REWARD_SD)
 
 
 def told(profile):
     "Each stage of a profile, arms included, with its configuration and what the paper has."
     for s in graphs._every(profile).values():
         if s.template == 'compare': continue
-        folder = dict(score_model=graphs.score_stage, policy=graphs.policy_stage).get(s.template)
-        name = folder(s.overrides) if folder else s.template
-        yield s, *configure(name, profile, s.overrides, s.round)
+        yield s, *configure(graphs.stage_of(s.template, s.overrides), profile, s.overrides, s.round)
 
 
 @pytest.mark.parametrize('profile', PROFILES)
 def test_every_deviation_has_its_reason(profile):
     for s, config, theirs in told(profile):
         for field, d in deviations(config, theirs).items(): assert d['reason'], f'{s.name}: {field} {d}'
-    known = {*CLASSES, 'reward-only', *(f'{kind}-{r}' for kind in CLASSES for r in (1, 2, 3))}
+    known = {*_CLASSES, 'reward-only', *(f'{kind}-{r}' for kind in _CLASSES for r in (1, 2, 3))}
     assert set(PROFILES[profile]) <= known, 'a stage that nobody reads'
 
 
@@ -110,11 +116,11 @@ def test_only_sizes_are_scale_and_the_profile_paper_has_no_deviation():
     sizes = ('rows pairs steps prompts samples batch_size batch micro_batch minibatches window epochs prompt_epochs '
              'block vocab hidden layers heads kv_heads ffn max_prompt_tokens max_new_tokens collected related '
              'unrelated candidates holdout unsafe safe last probes').split()
-    for cls in set(CLASSES.values()):
+    for cls in set(_CLASSES.values()):
         assert {f.name for f in fields(cls) if f.metadata.get('scale')} <= set(sizes), cls
     own = {s.name: deviations(c, p) for s, c, p in told('paper') if not s.overrides.get('objective')}
     assert all(not own[s.name] for s in graph('paper') if s.name in own)
-    hidden = [c for c in PAPER_CONFIG if c.how.startswith('deviates') and c.table != 'scripts' and c.where]
+    hidden = [c for c in _PAPER_CONFIG if c.how.startswith('deviates') and c.table != 'scripts' and c.where]
     fields_of = {c.where.rpartition('.')[2] for c in hidden}
     assert fields_of == {'batch_size', 'schedule', 'weight_decay'}, 'a size, and two of optimizers'
 

@@ -401,15 +401,15 @@ def test_threads_are_left_alone(monkeypatch):
 
 def test_a_changed_size_is_another_stage(monkeypatch): # a stage that is done with other sizes is not done
     from saferlhf.reproduction.graph import graph
-    from saferlhf.reproduction.ledger import key_of
+    from saferlhf.reproduction.ledger import _key_of
     from saferlhf.reproduction.profiles import PROFILES
     stage = next(s for s in graph('cpu') if s.name == 'collect-2')
-    key = key_of(stage, dict(profile='cpu', seed=0))
-    assert key == key_of(stage, dict(profile='cpu', seed=0)) != key_of(stage, dict(profile='cpu', seed=1))
+    key = _key_of(stage, dict(profile='cpu', seed=0))
+    assert key == _key_of(stage, dict(profile='cpu', seed=0)) != _key_of(stage, dict(profile='cpu', seed=1))
     for told, changed in (('collect', dict(candidates=7)), ('policy-2', dict(threshold=-.4))):     # of a round too
         with monkeypatch.context() as m:
             m.setitem(PROFILES['cpu'], told, PROFILES['cpu'][told] | changed)
-            assert key_of(stage, dict(profile='cpu', seed=0)) != key
+            assert _key_of(stage, dict(profile='cpu', seed=0)) != key
 
 
 def test_gpus_are_dealt_out_to_workers(monkeypatch):
