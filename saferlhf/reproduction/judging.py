@@ -17,7 +17,7 @@ import torch
 
 from ..advantages import kl_per_token
 from ..annotate import harm_categories
-from ..data import cost_pairs, harm_sign, prompt_batch, prompt_id, reward_pairs, shipped
+from ..data import cost_pairs, harm_sign, reward_pairs, shipped
 from ..engine import load
 from ..evaluate import (accuracy, cluster_bootstrap, coherent_harmless, longer_wins, majority,
                                paired_difference, rank_correct, sign_correct, table1_row, win_rate)
@@ -27,6 +27,7 @@ from .collection import FIRST, scorer
 from .prompts import (fits, hand_pairs, headline, held_out, labelled_answers, model_path,
                                            sft_rows, shuffled, unseen_prompts)
 from ..rollout import perplexities
+from ..text import prompt_batch, prompt_id
 from ..train import SFTConfig, setting
 
 # %% ../../nbs/reproduction/05_judging.ipynb #319b8919

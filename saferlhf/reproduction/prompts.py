@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..data import (cost_pairs, data_path, encode_prompt, encode_response, label_pairs, prompt_id,
-                           reward_pairs, sha256, shipped, sources)
+from ..data import cost_pairs, data_path, label_pairs, reward_pairs, sha256, shipped, sources
+from ..text import encode_prompt, encode_response, prompt_id
 
 # %% ../../nbs/reproduction/03_prompts.ipynb #7f63b308
 def model_path(
