@@ -58,8 +58,8 @@ def harm_categories(
     harmful, # (N,) bool
 )->list:     # (N,) sets
     "Categories with a positive logit, at least the largest, of a harmful answer; none of a safe one."
-    return [{c for c, x in zip(HARM_CATEGORIES, row, strict=True) if x > 0 or x == row.max()} if bad else set()
-            for bad, row in zip(harmful, logits, strict=True)]
+    return [{c for c, x in zip(HARM_CATEGORIES, row, strict=True) if x > 0 or x == row.max()}
+            if bad else set() for bad, row in zip(harmful, logits, strict=True)]
 
 
 # %% ../nbs/method/12_annotate.ipynb #320a5437
@@ -113,7 +113,8 @@ def two_stage(
         if len(group) != len(prompts):
             raise ValueError(f'{annotator.name}: one set of categories per answer is needed')
         if unknown := {c for s in group for c in s} - set(HARM_CATEGORIES):
-            raise ValueError(f'{annotator.name} used unknown categories {sorted(unknown)}; use HARM_CATEGORIES')
+            raise ValueError(f'{annotator.name} used unknown categories {sorted(unknown)}; '
+                             'use HARM_CATEGORIES')
     better, safer = (_ranking(annotator, prompts, responses_0, responses_1, dimension)
                      for dimension in ('helpfulness', 'harmlessness'))
     rows, who = [], {f'label_source_{k}': annotator.name for k in ('better', 'safer', 'is_safe')}

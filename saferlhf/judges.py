@@ -171,6 +171,7 @@ def _likely_share(p, weights, base):
         low, high = (q, high) if weights @ ((bad - good) / (q * bad + (1 - q) * good)) > 0 else (low, q)
     return (low + high) / 2
 
+# %% ../nbs/method/14_judges.ipynb #d56a6eb6
 def prevalence(
     scores,         # (N,) judge scores
     calibrator,     # from `calibrate`

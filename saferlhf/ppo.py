@@ -143,6 +143,7 @@ def token_values(
     T = r.mask.shape[1]
     return critic(r.ids, r.attention_mask).scores[:, -T - 1:-1]
 
+# %% ../nbs/method/10_ppo.ipynb #3788e0a3
 @torch.no_grad()
 def _roll_out(reference, critics, scorers, sampler, prompts, config, step):
     # -> rollout, scores, kl, values
@@ -172,6 +173,7 @@ class _MicroBatch(NamedTuple):
 
     mask = property(lambda self: self.rollout.mask) # (b, t) 1 on response tokens
 
+# %% ../nbs/method/10_ppo.ipynb #fb1aaf36
 class Experience(NamedTuple):
     "A rollout and everything that its updates read: the same on every rank."
     rollout:Rollout   # B answers
@@ -195,6 +197,7 @@ class Experience(NamedTuple):
         cut = lambda channels: {name: x[at, :T] for name, x in channels.items()}
         return _MicroBatch(rollout, self.advantage[at, :T], cut(self.values), cut(self.returns), n, last)
 
+# %% ../nbs/method/10_ppo.ipynb #2b9270b2
 # some supervised rows that go through the actor together: as from `text_batch`; 1., or 0. for rows that only
 # fill a rank's share; rows of the whole batch on each rank; whether the optimizer steps after them
 _PTXBatch = namedtuple('_PTXBatch', 'rows weight n last')
@@ -253,6 +256,7 @@ class _UpdateLog:
                           ratio_max=largest(torch.stack(self.farthest).max()),
                           **{k: sums[k] / sums['tokens'] for k in ('approx_kl', 'clip_fraction')})
 
+# %% ../nbs/method/10_ppo.ipynb #ddf99b81
 def _explained(returns, values, mask): # share of the returns' variance that a critic explains
     mean = lambda x: (x * mask).sum() / mask.sum()
     var = lambda x: mean((x - mean(x)).square())
@@ -271,6 +275,7 @@ def _over_ranks(sums): # name -> (); added up over ranks, in one collective
     if ranks() == 1: return sums
     return dict(zip(sums, total(torch.stack([x.double() for x in sums.values()])), strict=True))
 
+# %% ../nbs/method/10_ppo.ipynb #24185eaf
 def _check_shares(
     n:int,   # rows of a rollout
     config:PPOConfig, # samples and minibatches

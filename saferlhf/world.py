@@ -50,6 +50,7 @@ def _critic(seed): # 0 at first
     torch.nn.init.zeros_(critic.score_head.weight)
     return critic
 
+# %% ../nbs/method/11_world.ipynb #ffc22289
 def run_two_token(
     kl_coef:float,           # nats
     objective='ppo_lag',     # or 'ppo': no limit
