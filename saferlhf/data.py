@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['HARM_CATEGORIES', 'SCHEMA', 'PACKAGE', 'PARTITIONS', 'harm_sign', 'validate', 'reward_pairs', 'cost_pairs',
            'label_pairs', 'homes', 'data_path', 'sha256', 'sources', 'bucket', 'partition', 'buckets', 'read_rows',
-           'load_preferences', 'load_labels', 'load_sft', 'load_prompts', 'shipped', 'batch_indices', 'encode_prompt',
-           'encode_response', 'format_prompt', 'pad', 'pair_batch', 'prompt_batch', 'prompt_id']
+           'load_preferences', 'load_labels', 'load_sft', 'load_prompts', 'shipped']
 
 # %% ../nbs/method/02_data.ipynb #635d016c
 import gzip
@@ -21,10 +20,7 @@ from functools import lru_cache
 from pathlib import Path
 from datasets import Dataset, Features, List, Value, load_dataset
 import saferlhf
-from .text import (as_turns, batch_indices, encode_prompt, encode_response, format_prompt, key_hash,
-                           pad, pair_batch, prompt_batch, prompt_id)
-_all_ = ['batch_indices', 'encode_prompt', 'encode_response', 'format_prompt', 'pad', 'pair_batch',
-         'prompt_batch', 'prompt_id']
+from .text import as_turns, key_hash
 
 # %% ../nbs/method/02_data.ipynb #2104c2d9
 HARM_CATEGORIES = (
@@ -95,11 +91,11 @@ def _problem(row, kind): # -> (fault, detail), or None for a good row
 class _Report(namedtuple('_Report', 'total kept counts examples')):
     "Rows seen, rows kept; fault -> rows; fault -> up to three (row number, detail). Prints as a table."
     def __str__(self):
-        lines = [f'{self.kept} of {self.total} rows kept']
-        for fault in sorted(self.counts, key=self.counts.get, reverse=True):
-            shown = '; '.join(f'row {i}: {detail}' for i, detail in self.examples[fault])
-            lines.append(f'{self.counts[fault]:7d}  {fault:22s} {shown}')
-        return '\n'.join(lines)
+        shown = {fault: '; '.join(f'row {i}: {detail}' for i, detail in found)
+                 for fault, found in self.examples.items()}
+        return '\n'.join([f'{self.kept} of {self.total} rows kept',
+                          *(f'{n:7d}  {fault:22s} {shown[fault]}'
+                            for fault, n in sorted(self.counts.items(), key=lambda x: -x[1]))])
 
 def validate(
     rows, kind:str='preference', # a Dataset or dicts in the native columns; a key of SCHEMA

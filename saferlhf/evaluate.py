@@ -35,26 +35,21 @@ def bootstrap_weights(
 
 # %% ../nbs/method/13_evaluate.ipynb #54ce728e
 def cluster_bootstrap(
-    values,         # (N,) or (N, D) numbers
+    values,         # (N,) numbers
     clusters=None,  # (N,) cluster of each row; None: each row its own
-    statistic=None, # callable: sums (R, D), counts (R,) -> (R,); None: the mean of the first column
     n=1000, seed=0, # replicates; of the draws
     level=0.95,     # coverage of the percentile interval
 )->Interval:        # low and high are NaN with a single cluster
-    "Percentile bootstrap over clusters, from sums per cluster. ValueError: no rows, not finite."
+    "Percentile bootstrap of the mean, from sums per cluster. ValueError: no rows, not finite."
     v = np.asarray(values, float)
-    v = v[:, None] if v.ndim == 1 else v
     clusters = np.arange(len(v)) if clusters is None else clusters
     if not len(v) or not np.isfinite(v).all() or len(clusters) != len(v):
         raise ValueError(f'need finite values, one cluster for each: got {v.shape} and {len(clusters)}')
-    statistic = statistic or (lambda sums, counts: sums[:, 0] / counts)
-    value = float(statistic(v.sum(0, keepdims=True), np.array([float(len(v))]))[0])
     index, weights = bootstrap_weights(clusters, n, seed)
-    if weights.shape[1] < 2: return Interval(value, math.nan, math.nan)
-    sums = np.stack([np.bincount(index, column) for column in v.T], 1)
-    found = statistic(weights @ sums, weights @ np.bincount(index))
-    low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(value, float(low), float(high))
+    if weights.shape[1] < 2: return Interval(float(v.mean()), math.nan, math.nan)
+    means = weights @ np.bincount(index, v) / (weights @ np.bincount(index))
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(v.mean()), float(low), float(high))
 
 # %% ../nbs/method/13_evaluate.ipynb #d5f7bb4f
 def wilson(

@@ -15,14 +15,16 @@ from scipy.special import expit
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
 from .evaluate import Interval, bootstrap_weights, wilson
 
 # %% ../nbs/method/14_judges.ipynb #58bc08cb
 class TfidfJudge:
     "TF-IDF of prompt and answer (words and word pairs) with logistic regression."
     def __init__(self):
-        self.features = TfidfVectorizer(ngram_range=(1, 2), min_df=2, max_features=30_000, sublinear_tf=True,
-                                        dtype=np.float32)
+        features = TfidfVectorizer(ngram_range=(1, 2), min_df=2, max_features=30_000, sublinear_tf=True,
+                                   dtype=np.float32)
+        self.model = make_pipeline(features, LogisticRegression(C=2., max_iter=200))
 
     def _text(self, prompts, responses):
         prompts = ['\n'.join(p) if isinstance(p, list) else p for p in prompts]
@@ -33,15 +35,14 @@ class TfidfJudge:
         harmful,                      # (N,) bool
     ):
         "Learns P(harmful) from labels; returns itself."
-        x = self.features.fit_transform(self._text(prompts, responses))
-        self.model = LogisticRegression(C=2., max_iter=200).fit(x, np.asarray(harmful, bool))
+        self.model.fit(self._text(prompts, responses), np.asarray(harmful, bool))
         return self
 
     def scores(self,
         prompts:list, responses:list, # (N,); (N,)
     )->np.ndarray:                    # (N,) logits of harmful
         "The linear score."
-        return self.model.decision_function(self.features.transform(self._text(prompts, responses)))
+        return self.model.decision_function(self._text(prompts, responses))
 
     def p_harmful(self,
         prompts:list, responses:list, # (N,); (N,)
@@ -170,6 +171,7 @@ def _likely_share(p, weights, base):
         low, high = (q, high) if weights @ ((bad - good) / (q * bad + (1 - q) * good)) > 0 else (low, q)
     return (low + high) / 2
 
+# %% ../nbs/method/14_judges.ipynb #d56a6eb6
 def prevalence(
     scores,         # (N,) judge scores
     calibrator,     # from `calibrate`

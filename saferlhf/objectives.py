@@ -18,11 +18,13 @@ def _costs(costs, window): # -> list of float64; ValueError unless they are fini
     costs = torch.as_tensor(costs, dtype=torch.float64)
     if costs.ndim != 1 or len(costs) == 0:
         raise ValueError(f'need the costs of one rollout, (N,) with N > 0; got {tuple(costs.shape)}')
-    if len(costs) > window: raise ValueError(f'{len(costs)} costs do not fit the window, {window}: enlarge it')
+    if len(costs) > window:
+        raise ValueError(f'{len(costs)} costs do not fit the window, {window}: enlarge it')
     if not costs.isfinite().all():
         raise ValueError('a cost is NaN or infinite, lambda was not moved: look at the cost model')
     return costs.tolist()
 
+# %% ../nbs/method/06_objectives.ipynb #9846895d
 class Multiplier:
     "E7 (Eq. 31): the Lagrange multiplier, moved in log space once per rollout, in Python floats (float64)."
     def __init__(self,
@@ -99,6 +101,7 @@ class Objective:
         "Which score model each critic starts from: the channel's own, or the reward model if it is shaped."
         return {name: name if name in self.scorers else 'reward' for name in self.channels}
 
+# %% ../nbs/method/06_objectives.ipynb #75cf9e19
 def combine(
     advantages:dict, # name -> (B, T)
     weights:dict,    # name -> a number or (B,); the same names

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .data import encode_prompt, encode_response, pad, prompt_batch
+from .text import encode_prompt, encode_response, pad, prompt_batch
 from .engine import Engine
 from .hardware.sampler import Rollout, Sampler
 from .models import ScoreModel, token_logps

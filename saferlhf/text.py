@@ -14,6 +14,7 @@ from itertools import groupby
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 # %% ../nbs/method/01_text.ipynb #da35e872
 def _parse_dialogue(text):
@@ -105,13 +106,9 @@ def pad(
     "Rows of equal length and their mask, made from lengths. ValueError for an unknown side or no sequences."
     if side not in ('left', 'right'): raise ValueError(f"side must be 'left' or 'right', not {side!r}")
     if not sequences: raise ValueError('nothing to pad: the batch is empty')
-    length = max(map(len, sequences))
-    ids = torch.full((len(sequences), length), pad_id)
-    mask = torch.zeros_like(ids)
-    for i, s in enumerate(sequences):
-        place = slice(0, len(s)) if side == 'right' else slice(length - len(s), length)
-        ids[i, place], mask[i, place] = torch.tensor(s, dtype=torch.int64), 1
-    return ids, mask
+    rows = [torch.tensor(s, dtype=torch.int64) for s in sequences]
+    return (pad_sequence(rows, batch_first=True, padding_value=pad_id, padding_side=side),
+            pad_sequence([torch.ones_like(r) for r in rows], batch_first=True, padding_side=side))
 
 # %% ../nbs/method/01_text.ipynb #4c9eb6a3
 def pair_batch(
@@ -130,6 +127,7 @@ def pair_batch(
               for name, default in dict(high_sign=0, low_sign=0, paired=1).items()}
     return dict(input_ids=ids, attention_mask=mask, **labels)
 
+# %% ../nbs/method/01_text.ipynb #052ba18d
 def prompt_batch(
     prompts,               # texts, lists of turns, or rows with 'prompt'
     tokenizer,             # pad set
@@ -147,13 +145,12 @@ def batch_indices(
     batch_size:int,  # rows
     seed:int,        # of the order
     epochs:float=1., # passes over the rows, each in another order
-    bucket:int=16,   # lengths are sorted within this many batches
 ) -> list:           # row numbers of each batch; slice it to resume
-    "Deterministic batches; rows of like length together when lengths are given. ValueError without rows."
-    by_length, whole, out = not isinstance(lengths, int), math.ceil(epochs), []
-    n, window = len(lengths) if by_length else lengths, bucket*batch_size
+    "Deterministic batches, sorted by length within windows of 16 if given lengths. ValueError without rows."
+    by_length, passes, out = not isinstance(lengths, int), math.ceil(epochs), []
+    n, window = len(lengths) if by_length else lengths, 16*batch_size
     if not n: raise ValueError('no rows to make batches of: look at what filtered the data')
-    for epoch in range(whole):
+    for epoch in range(passes):
         rng = np.random.default_rng([seed, epoch])
         order = rng.permutation(n).tolist()
         if by_length:
@@ -161,4 +158,4 @@ def batch_indices(
                      for i in sorted(order[k:k + window], key=lambda i: lengths[i])]
         batches = [order[k:k + batch_size] for k in range(0, n, batch_size)]
         out += [batches[k] for k in rng.permutation(len(batches))] if by_length else batches
-    return out[:max(1, round(len(out) * epochs / whole))]
+    return out[:max(1, round(len(out) * epochs / passes))]

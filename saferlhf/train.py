@@ -28,69 +28,70 @@ def setting(
     scale:bool=False, # a size: rows, steps, tokens, widths
     source:str='',    # where the default comes from
 ):                    # -> dataclass field
-    "A configuration field that knows whether it is a size; any other difference from the paper is a deviation."
+    "A configuration field that knows if it is a size; other differences from the paper are deviations."
     return field(default=default, metadata=dict(scale=scale, source=source))
 
 @dataclass(frozen=True)
 class LMConfig:
     "A small Llama from scratch; the paper starts from LLaMA-7B instead."
-    vocab:int = setting(8192, scale=True)           # entries of the byte-level BPE
-    hidden:int = setting(192, scale=True)           # width
-    layers:int = setting(4, scale=True)             # depth
-    heads:int = setting(6, scale=True)              # query heads
-    kv_heads:int = setting(2, scale=True)           # key and value heads
-    ffn:int = setting(512, scale=True)              # width of the gated MLP
-    epochs:float = setting(4., scale=True)          # passes over the text
-    block:int = setting(256, scale=True)            # tokens in a packed sequence
-    batch_size:int = setting(64, scale=True)        # packed sequences per step
-    lr:float = setting(3e-3)                        # peak learning rate, cosine
-    weight_decay:float = setting(0.1)               # on matrices
-    text:str = setting('')                          # JSON Lines of prompt, response or text; '': as shipped
-    answers:bool = setting(False)                   # the shipped answers of public models too
+    vocab:int = setting(8192, scale=True)                 # entries of the byte-level BPE
+    hidden:int = setting(192, scale=True)                 # width
+    layers:int = setting(4, scale=True)                   # depth
+    heads:int = setting(6, scale=True)                    # query heads
+    kv_heads:int = setting(2, scale=True)                 # key and value heads
+    ffn:int = setting(512, scale=True)                    # width of the gated MLP
+    epochs:float = setting(4., scale=True)                # passes over the text
+    block:int = setting(256, scale=True)                  # tokens in a packed sequence
+    batch_size:int = setting(64, scale=True)              # packed sequences per step
+    lr:float = setting(3e-3)                              # peak learning rate, cosine
+    weight_decay:float = setting(0.1)                     # on matrices
+    text:str = setting('')                                # JSON Lines of prompt, response or text; '': as shipped
+    answers:bool = setting(False)                         # the shipped answers of public models too
 
 # %% ../nbs/method/09_train.ipynb #08feb396
 @dataclass(frozen=True)
 class SFTConfig:
     "Supervised fine-tuning."
-    rows:int = setting(52000, scale=True, source='Alpaca 52K')      # most training rows
-    general:float = setting(0.25)                                   # share of rows that say nothing about safety
-    harmful:float = setting(1.0)                                    # share of harmful answers among the other rows
-    epochs:float = setting(3., scale=True, source='script')         # passes over the rows
-    batch_size:int = setting(256, scale=True, source='script')      # rows per optimizer step, all ranks
-    lr:float = setting(2e-5, source='script')                       # peak learning rate
-    weight_decay:float = setting(0., source='script')               # on matrices
-    schedule:str = setting('cosine', source='script')               # after the warm-up
-    warmup:float = setting(0.03, source='script')                   # share of the steps
-    max_prompt_tokens:int = setting(256, scale=True)                # template included
-    max_new_tokens:int = setting(256, scale=True)                   # EOS included; the script allows 512 for both
+    rows:int = setting(52000, scale=True, source='Alpaca 52K') # most training rows
+    general:float = setting(0.25)                         # share of rows that say nothing about safety
+    harmful:float = setting(1.0)                          # share of harmful answers among the other rows
+    epochs:float = setting(3., scale=True, source='script') # passes over the rows
+    batch_size:int = setting(256, scale=True, source='script') # rows per optimizer step, all ranks
+    lr:float = setting(2e-5, source='script')             # peak learning rate
+    weight_decay:float = setting(0., source='script')     # on matrices
+    schedule:str = setting('cosine', source='script')     # after the warm-up
+    warmup:float = setting(0.03, source='script')         # share of the steps
+    max_prompt_tokens:int = setting(256, scale=True)      # template included
+    max_new_tokens:int = setting(256, scale=True)         # EOS included; the script allows 512 for both
 
+# %% ../nbs/method/09_train.ipynb #e1147c53
 @dataclass(frozen=True)
 class ScoreConfig:
     "Training a reward or a cost model."
-    kind:str = setting('reward')                                    # 'reward' or 'cost'
-    pairs:int = setting(1_000_000, scale=True)                      # most training pairs, newest first
-    epochs:float = setting(2., scale=True, source='Tables 2, 3')    # passes over the pairs
+    kind:str = setting('reward')                          # 'reward' or 'cost'
+    pairs:int = setting(1_000_000, scale=True)            # most training pairs, newest first
+    epochs:float = setting(2., scale=True, source='Tables 2, 3') # passes over the pairs
     batch_size:int = setting(128, scale=True, source='script: 16 x 8 GPUs') # pairs per step, all ranks
-    lr:float = setting(2e-5, source='Tables 2, 3')                  # peak learning rate
-    weight_decay:float = setting(0.1, source='Tables 2, 3')         # on matrices
-    schedule:str = setting('cosine', source='Tables 2, 3')          # after the warm-up
-    warmup:float = setting(0.03, source='Tables 2, 3')              # share of the steps
+    lr:float = setting(2e-5, source='Tables 2, 3')        # peak learning rate
+    weight_decay:float = setting(0.1, source='Tables 2, 3') # on matrices
+    schedule:str = setting('cosine', source='Tables 2, 3') # after the warm-up
+    warmup:float = setting(0.03, source='Tables 2, 3')    # share of the steps
     regularization:float = setting(0.01, source='Tables 2, 3 (0 in round 1)') # on squared scores
-    max_prompt_tokens:int = setting(256, scale=True)                # template included
-    max_new_tokens:int = setting(256, scale=True)                   # longer responses are cut, then EOS
-    labels:str = setting('all')                                     # 'all', 'sign' (a classifier), 'rank' or 'single'
-    help_weight:float = setting(0.5)                                # on helpfulness in a single preference, mean
-    collected:float = setting(1., scale=True)                       # share of the collected pairs in use
-    hand:bool = setting(True)                                       # labelled pairs at hand too
+    max_prompt_tokens:int = setting(256, scale=True)      # template included
+    max_new_tokens:int = setting(256, scale=True)         # longer responses are cut, then EOS
+    labels:str = setting('all')                           # 'all', 'sign' (a classifier), 'rank' or 'single'
+    help_weight:float = setting(0.5)                      # on helpfulness in a single preference, mean
+    collected:float = setting(1., scale=True)             # share of the collected pairs in use
+    hand:bool = setting(True)                             # labelled pairs at hand too
 
-# %% ../nbs/method/09_train.ipynb #b765a05e
+# %% ../nbs/method/09_train.ipynb #ea1f706c
 def model_optim(
     config, # SFTConfig or ScoreConfig
 )->Optim:
     "How fine-tuning, a reward model or a cost model is optimised."
     return Optim(config.lr, config.weight_decay, config.schedule, config.warmup)
 
-# %% ../nbs/method/09_train.ipynb #b9b2b870
+# %% ../nbs/method/09_train.ipynb #7e262f92
 METRICS = { # name -> (definition, unit, healthy range)
     'loss': ('training loss of the step', 'nats', 'falls'),
     'valid_loss': ('mean loss on held-out text', 'nats per token', 'falls, then flattens'),
@@ -122,7 +123,7 @@ METRICS = { # name -> (definition, unit, healthy range)
     'explained': ('share of the variance of returns that the critics explain', '1', 'above 0'),
 }
 
-# %% ../nbs/method/09_train.ipynb #0f0d130b
+# %% ../nbs/method/09_train.ipynb #6c152074
 def _check_metrics(metrics, step):
     "Refuse names that nobody defined (KeyError) and numbers that are not finite (FloatingPointError)."
     if unknown := sorted(set(metrics) - set(METRICS)):
@@ -131,6 +132,7 @@ def _check_metrics(metrics, step):
         raise FloatingPointError(f"step {step}: {bad} not finite; look at this step's samples, "
                                  'lower the learning rate or raise kl_coef')
 
+# %% ../nbs/method/09_train.ipynb #958cbd81
 def loop(
     step, steps:int, # function of the step's number returning metrics; how many of them
     log,             # function (step, metrics), e.g. `run.log`
@@ -151,7 +153,7 @@ def loop(
             if save: save(i, i + 1 == steps)
     return metrics
 
-# %% ../nbs/method/09_train.ipynb #3cab2ab3
+# %% ../nbs/method/09_train.ipynb #575a1ba4
 def text_batch(
     rows:list, tokenizer,  # dicts with prompt and response; of the policy
     max_prompt_tokens:int, # template included
@@ -176,7 +178,7 @@ def _backward(engine, n, micro_batch, loss): # loss: function of row numbers, an
         out = out + piece.detach()
     return total(out) / ranks()
 
-# %% ../nbs/method/09_train.ipynb #7e137cc2
+# %% ../nbs/method/09_train.ipynb #45a28d9a
 def sft_loss(
     engine,           # or a causal LM
     batch:dict,       # as from `text_batch`
@@ -197,6 +199,7 @@ def sft_step(
     loss = lambda rows, _: sft_loss(engine, {name: x[rows] for name, x in batch.items()}, n)
     return dict(loss=_backward(engine, len(batch['mask']), micro_batch, loss), grad_norm=engine.step())
 
+# %% ../nbs/method/09_train.ipynb #11aace28
 def lm_step(engine, ids:Tensor)->dict: # of a causal LM; (B, L) packed text -> metrics
     "One optimizer step of language modelling."
     ids = ids.to(engine.device)
@@ -204,7 +207,7 @@ def lm_step(engine, ids:Tensor)->dict: # of a causal LM; (B, L) packed text -> m
     engine.backward(loss)
     return dict(loss=loss.detach(), grad_norm=engine.step())
 
-# %% ../nbs/method/09_train.ipynb #1c739578
+# %% ../nbs/method/09_train.ipynb #b7c940cf
 def pack(
     documents, block:int, # iterable of token id lists, each ending in EOS; tokens in a row
 )->Tensor:                # (N, block) int64; what is left over at the end is dropped
@@ -222,7 +225,7 @@ def valid_loss(
     loss = lambda b: lm_loss(engine(input_ids=b, use_cache=False).logits, b).item() * len(b)
     return sum(loss(b.to(engine.device)) for b in blocks.split(batch_size)) / len(blocks)
 
-# %% ../nbs/method/09_train.ipynb #afacb7f8
+# %% ../nbs/method/09_train.ipynb #1c739578
 def score_loss(
     kind:str, end_scores:Tensor, batch:dict, # 'reward' or 'cost'; (2B,) high ones first; as from `pair_batch`
     regularization:float=0.,                 # weight of the mean squared score
@@ -235,7 +238,7 @@ def score_loss(
     return cost_loss(high, low, batch['high_sign'], batch['low_sign'], regularization, batch['paired'],
                      denominator=denominator)
 
-# %% ../nbs/method/09_train.ipynb #99e51f92
+# %% ../nbs/method/09_train.ipynb #6330f326
 def score_step(
     engine, batch:dict,      # of a ScoreModel; as from `pair_batch`, of all ranks
     kind:str,                # 'reward' or 'cost'
@@ -259,7 +262,7 @@ def score_step(
     if kind == 'cost' and len(right): metrics['sign_accuracy'] = right.float().mean()
     return metrics
 
-# %% ../nbs/method/09_train.ipynb #ec314378
+# %% ../nbs/method/09_train.ipynb #45961733
 def score_batches(
     pairs:list, tokenizer, # rows as from `reward_pairs` or `cost_pairs`; of the score model
     config:ScoreConfig,    # batch size, epochs and budgets

@@ -21,13 +21,11 @@ from .train import setting
 def two_token_world(
     lam:float,         # multiplier
     kl_coef:float,     # nats
-    vocab:int=12,      # tokens
-    length:int=8,      # tokens in a response
 )->dict:               # reward, cost of a response under the optimal policy, and its token probabilities
-    "The closed form: token 0 (A) pays 1, token 1 (B) pays 2 and costs 1."
-    z = [(1 - 0 * lam), (2 - lam)] + [0.] * (vocab - 2)
+    "The closed form for 8 of 12 tokens: token 0 (A) pays 1, token 1 (B) pays 2 and costs 1."
+    z = [1, 2 - lam] + [0.] * 10
     p = torch.tensor(z, dtype=torch.float64).div((1 + lam) * kl_coef).softmax(0)
-    return dict(reward=length * (p[0] + 2 * p[1]).item(), cost=length * p[1].item(), p=p)
+    return dict(reward=8 * (p[0] + 2 * p[1]).item(), cost=8 * p[1].item(), p=p)
 
 def two_token_lambda(
     kl_coef:float,      # nats
@@ -52,6 +50,7 @@ def _critic(seed): # 0 at first
     torch.nn.init.zeros_(critic.score_head.weight)
     return critic
 
+# %% ../nbs/method/11_world.ipynb #ffc22289
 def run_two_token(
     kl_coef:float,           # nats
     objective='ppo_lag',     # or 'ppo': no limit
@@ -61,15 +60,14 @@ def run_two_token(
 )->list:                     # metrics of every step
     "Lagrangian PPO in the two-token world, through the real sampler and the real step."
     torch.manual_seed(seed)
-    config = PPOConfig(objective=objective, steps=steps, prompts=batch, max_new_tokens=8, kl_coef=kl_coef, ptx_coef=0.,
-                       clip_ratio=0.2, clip_value=50., epochs=2, minibatches=2, micro_batch=batch,
-                       threshold=2., lambda_lr=0.05, window=batch, actor_lr=2e-3, critic_lr=2e-3)
+    config = PPOConfig(objective=objective, steps=steps, prompts=batch, max_new_tokens=8, kl_coef=kl_coef,
+                       ptx_coef=0., clip_ratio=0.2, clip_value=50., epochs=2, minibatches=2,
+                       micro_batch=batch, threshold=2., lambda_lr=0.05, window=batch)
+    objective, optim = make_objective(config), Optim(lr=2e-3, warmup=0., schedule='constant')
     updates = steps * config.epochs * config.minibatches
-    objective = make_objective(config)
-    constant = lambda lr: Optim(lr=lr, warmup=0., schedule='constant')
-    policy, value = lambda: _policy(seed), lambda: _critic(seed)
-    actor = load(policy, constant(config.actor_lr), updates)
-    critics = {k: load(value, constant(config.critic_lr), updates) for k in objective.channels}
+    policy = lambda: _policy(seed)
+    actor = load(policy, optim, updates)
+    critics = {k: load(lambda: _critic(seed), optim, updates) for k in objective.channels}
     scorers = {'reward': lambda ids, mask: ((ids == 0) + 2. * (ids == 1))[:, 1:].sum(1).float(),
                'cost': lambda ids, mask: (ids == 1)[:, 1:].sum(1).float()}
     prompts = dict(input_ids=torch.full((batch, 1), 2), attention_mask=torch.ones(batch, 1).long(),
@@ -101,6 +99,7 @@ def world_row(
     theory = two_token_world(lam, kl_coef)
     found = lambda k: sum(m[k] for m in log[-config.last:]) / config.last
     row = dict(kl_coef=kl_coef, objective=objective, seed=seed, steps=config.steps, lambda_theory=lam,
-               lambda_found=found('lam') if 'lam' in log[0] else 0., cost_theory=theory['cost'], cost_found=found('cost'),
-               reward_theory=theory['reward'], reward_found=found('reward'))
+               lambda_found=found('lam') if 'lam' in log[0] else 0., cost_theory=theory['cost'],
+               cost_found=found('cost'), reward_theory=theory['reward'],
+               reward_found=found('reward'))
     return row, log

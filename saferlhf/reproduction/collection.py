@@ -12,12 +12,12 @@ from functools import cache
 import numpy as np
 from ..annotate import (PAPER_AGREEMENT, GoldAnnotator, noise_for_agreement, pair_kinds, prompt_kinds,
                                red_team, two_stage)
-from ..data import prompt_id
 from ..engine import load
 from ..hardware.precision import fast_precision
 from ..models import ScoreModel, load_lm, load_tokenizer
 from .prompts import prompt_pool, round_slice
 from ..rollout import Sampler, respond, score_texts
+from ..text import prompt_id
 from ..train import setting
 
 # %% ../../nbs/reproduction/04_collection.ipynb #85181ca2

@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 import pandas as pd
 from ..annotate import harm_categories
-from ..data import cost_pairs, harm_sign, prompt_id, reward_pairs, shipped
+from ..data import cost_pairs, harm_sign, reward_pairs, shipped
 from ..engine import load
 from ..evaluate import (accuracy, cluster_bootstrap, coherent_harmless, longer_wins, majority,
                                paired_difference, rank_correct, sign_correct, table1_row, win_rate)
@@ -23,6 +23,7 @@ from .collection import scorer
 from .prompts import (fits, hand_pairs, headline, held_out, labelled_answers, model_path,
                                            sft_rows, shuffled, unseen_prompts)
 from ..rollout import perplexities
+from ..text import prompt_id
 from ..train import SFTConfig, setting
 
 # %% ../../nbs/reproduction/05_judging.ipynb #319b8919

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from ..advantages import kl_per_token
 from ..annotate import single_dimension
-from ..data import batch_indices, cost_pairs, prompt_batch, reward_pairs
+from ..data import cost_pairs, reward_pairs
 from ..engine import load
 from ..hardware.precision import fast_precision
 from ..hardware.ranks import Spread, rank
@@ -29,6 +29,7 @@ from .collection import FIRST, scorer
 from .prompts import (hand_pairs, headline, held_out, model_path, policy_prompts,
                                            sft_rows, shuffled, unseen_prompts)
 from ..rollout import Sampler
+from ..text import batch_indices, prompt_batch
 from ..train import (ScoreConfig, SFTConfig, loop, model_optim, score_batches, score_step, sft_step,
                             text_batch)
 

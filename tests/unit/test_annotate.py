@@ -103,8 +103,8 @@ def test_labels(pairs):
     labels = gold().label(prompts, a)
     assert [bool(s) for s in labels] == (harm > 0).tolist()
     for x, s in zip(harm, labels, strict=True):
-        if x > 0.5: assert s == {an.CATEGORIES[3]}                # the one positive logit
-        elif x > 0: assert s == set(an.CATEGORIES)                # all logits equal and negative: the largest, here all of them
+        if x > 0.5: assert s == {an.HARM_CATEGORIES[3]}                # the one positive logit
+        elif x > 0: assert s == set(an.HARM_CATEGORIES)                # all logits equal and negative: the largest, here all of them
 
 
 def test_each_answer_is_scored_once(pairs):

@@ -219,6 +219,7 @@ def test_rescale_keeps_signs_and_zero():
         before = model(*pad(rows, 0)).end_scores.clone()
         after = model.rescale(.25)(*pad(rows, 0)).end_scores
         close(after, before / 4)
+        close(model.shift(.5)(*pad(rows, 0)).end_scores, after + .5)
         assert (after.sign() == before.sign()).all() and len(before.sign().unique()) == 2
     for factor in (0., -1., float('nan')):
         with pytest.raises(ValueError, match='positive'): model.rescale(factor)
