@@ -159,11 +159,14 @@ def test_a_spread_says_what_it_cannot_do():
 
 
 def test_the_command_line_asks_for_a_spread(monkeypatch, capsys):
-    from saferlhf.apps import pipeline
+    from saferlhf.apps import commands
     asked = []
     monkeypatch.setenv('SAFERLHF_SPREAD', '')                                      # put back afterwards
-    monkeypatch.setitem(pipeline.COMMANDS, 'list', lambda a, profile: asked.append(Spread.wanted()))
-    call = lambda *told: pipeline.main(['list', '--profile', 'smoke', *told])
+    def record(a):
+        "What the stages would be asked for."
+        asked.append(Spread.wanted())
+    monkeypatch.setitem(commands._COMMANDS, 'dry-run', (record, commands._COMMANDS['dry-run'][1]))
+    call = lambda *told: commands.main(['dry-run', '--profile', 'smoke', *told])
     assert call(*'--gpus 2 --zero 3 --offload reference=weights actor=all --recompute'.split()) == 0
     s, = asked
     assert (s.gpus, s.zero, s.engine, s.offload, s.recompute) == (2, 3, 'deepspeed', {'reference': 'weights', 'actor': 'all'}, True)
