@@ -45,7 +45,7 @@ def _pinned(elements, size): # bytes of page-locked memory: each `_PORTION` is r
 
 def _states(
     n, trained=True, gpus=1, zero=None, # weights; False: frozen; W; ZeRO stage, None: `TorchEngine`
-    offload='', small=0, passes=2, # of this role; weights that stage 3 leaves whole; backward passes of a step
+    offload='', small=0, passes=2, # of the role; weights that stage 3 leaves whole; backward passes
 ): # -> always, backward, step: part -> bytes on a GPU; host: part -> bytes
     if offload not in ('', 'optimizer', 'weights', 'all'):
         raise ValueError(f"offload is 'optimizer', 'weights' or 'all', not {offload!r}")
@@ -137,7 +137,7 @@ def _lines(role, parts, host=0): return [(role, p, *((0, x) if host else (x, 0))
 # %% ../../nbs/apps/01_plan.ipynb #51718f02
 def _predict(
     shape, config,          # of all models, as for `count`; the stage's: PPOConfig, SFTConfig or ScoreConfig
-    gpus=1, zero=0, offload=None, # that share a step; stage; role -> 'optimizer', 'weights' or 'all': on the host
+    gpus=1, zero=0, offload=None, # sharing a step; stage; role -> what the host holds
     recompute=False, compile=False, # trained models keep their layers' inputs only; layers are compiled
     engine='',              # 'torch' or 'deepspeed'; '': torch on one GPU without ZeRO and offload
     dense='freed',          # or 'kept': at ZeRO 3, the decoder's weights and cache, between rollouts
