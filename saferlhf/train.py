@@ -45,7 +45,7 @@ class LMConfig:
     batch_size:int = setting(64, scale=True)              # packed sequences per step
     lr:float = setting(3e-3)                              # peak learning rate, cosine
     weight_decay:float = setting(0.1)                     # on matrices
-    text:str = setting('')                                # JSON Lines of prompt, response or text; '': as shipped
+    text:str = setting('')                                # JSON Lines of prompt, response or text; '': shipped
     answers:bool = setting(False)                         # the shipped answers of public models too
 
 # %% ../nbs/method/09_train.ipynb #08feb396
