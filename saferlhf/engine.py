@@ -9,10 +9,8 @@ __all__ = ['Engine', 'TorchEngine', 'load', 'Optim', 'adamw', 'schedule', 'Sprea
 from contextlib import nullcontext
 from functools import partial
 from typing import Protocol
-
 import torch
 from torch import Tensor
-
 from .hardware.optim import Optim, adamw, schedule
 from .hardware.precision import finite, prepare, sixteen_bits
 from .hardware.ranks import Spread, device, rank, ranks, reduce_mean

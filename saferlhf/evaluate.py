@@ -158,7 +158,6 @@ def _win_matrix(scores): # (M, N) scores of M policies on the same N prompts, hi
     wins = ((1 + np.sign(s[:, None] - s[None])) / 2).sum(-1)
     return wins * (1 - np.eye(len(s)))
 
-# %% ../nbs/method/13_evaluate.ipynb #ba7f4aa3
 def bradley_terry(
     wins,      # (..., M, M) wins of row over column, leading dimensions are separate fits
     prior=0.5, # wins added to every ordered pair of policies

@@ -162,7 +162,6 @@ def reliability(
                          n=int(part.sum())))
     return rows
 
-# %% ../nbs/method/14_judges.ipynb #4de76e35
 def _likely_share(p, weights, base):
     "The most likely share q of harmful answers: its log-likelihood is concave, so the slope is bisected."
     bad, good, low, high = p / base, (1 - p) / (1 - base), 0., 1.

@@ -11,7 +11,6 @@ import json
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
-
 import torch
 import transformers
 from safetensors import safe_open
@@ -20,7 +19,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import cached_file
-
 from .hardware.packing import host, layout, packed_forward
 
 # %% ../nbs/method/03_models.ipynb #5c7ea394

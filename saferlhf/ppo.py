@@ -10,10 +10,8 @@ import math
 from collections import namedtuple
 from dataclasses import dataclass
 from typing import NamedTuple
-
 import torch
 from torch import Tensor
-
 from .advantages import gae, kl_per_token, token_rewards
 from .engine import Optim
 from .hardware.precision import finite

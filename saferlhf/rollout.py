@@ -7,11 +7,9 @@ __all__ = ['Generator', 'Scorer', 'respond', 'by_length', 'score_texts', 'perple
 
 # %% ../nbs/method/08_rollout.ipynb #f249fcfa
 from typing import Protocol
-
 import numpy as np
 import torch
 from torch import Tensor
-
 from .text import encode_prompt, encode_response, pad, prompt_batch
 from .engine import Engine
 from .hardware.sampler import Rollout, Sampler

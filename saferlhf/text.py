@@ -11,7 +11,6 @@ import hashlib
 import math
 import re
 from itertools import groupby
-
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence

@@ -10,7 +10,6 @@ __all__ = ['METRICS', 'setting', 'LMConfig', 'SFTConfig', 'ScoreConfig', 'model_
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -84,7 +83,6 @@ class ScoreConfig:
     collected:float = setting(1., scale=True)             # share of the collected pairs in use
     hand:bool = setting(True)                             # labelled pairs at hand too
 
-# %% ../nbs/method/09_train.ipynb #ea1f706c
 def model_optim(
     config, # SFTConfig or ScoreConfig
 )->Optim:

@@ -7,10 +7,8 @@ __all__ = ['two_token_world', 'two_token_lambda', 'run_two_token', 'WorldConfig'
 
 # %% ../nbs/method/11_world.ipynb #e667027d
 from dataclasses import dataclass
-
 import torch
 from scipy.optimize import brentq
-
 from .engine import Optim, load
 from .models import ScoreModel, llama
 from .ppo import PPOConfig, make_objective, ppo_step

@@ -64,7 +64,7 @@ def from_manifests(runs:Path, note:str='') -> dict[str, dict]:
         parents, command = {role: Path(p) for role, p in m['parent_folders'].items()}, m['command']
         homes = {str(runs), *(str(p.parents[1]) for p in parents.values())}
         for home in sorted(homes, key=len, reverse=True): command = command.replace(home, 'runs')
-        facts = dict(commit=m.get('commit') and m['commit'] + ' with changes' * bool(m.get('dirty')),
+        facts = dict(commit=m.get('commit') and m['commit'][:12] + ' with changes' * bool(m.get('dirty')),
                      seed=str(m['seed']),
                      parents=' '.join(f'{r}={"/".join(p.parts[-2:])}' for r, p in parents.items()) or 'none',
                      command=command, device=m.get('device'),
@@ -88,7 +88,7 @@ def merge(old:pd.DataFrame, ids, manifests:dict) -> pd.DataFrame:
 
 def problems(table:pd.DataFrame, root:Path=ROOT) -> list[str]:
     "What is wrong with runs.csv beside the results: unknown ids, empty cells, parents that are no ids."
-    known, commit = set(table.run_id), re.compile(NONE + r'|[0-9a-f]{40}( with changes)?( \([\w-]+\))?')
+    known, commit = set(table.run_id), re.compile(NONE + r'|[0-9a-f]{12}( with changes)?( \([\w-]+\))?')
     out = [f'{i}, of {min(files)}, has no row: run tools/runs.py'
            for i, files in sorted(named(root).items()) if i not in known]
     out += [f'{i} stands twice' for i in table.run_id[table.run_id.duplicated()]]

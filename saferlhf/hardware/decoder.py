@@ -8,11 +8,9 @@ __all__ = ['why_not', 'Decoder']
 # %% ../../nbs/hardware/08_decoder.ipynb #32e91348
 from collections import namedtuple
 from contextlib import nullcontext
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
 from .kernels import add_norm, attend_cache, gate, rotate_append
 from .packing import Layout, attend
 

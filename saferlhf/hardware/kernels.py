@@ -7,7 +7,6 @@ __all__ = ['add_norm', 'gate', 'attend_cache', 'rotate_append', 'Choice', 'plain
 
 # %% ../../nbs/hardware/07_kernels.ipynb #972a7178
 from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

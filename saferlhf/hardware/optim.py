@@ -8,7 +8,6 @@ __all__ = ['Optim', 'schedule', 'adamw']
 # %% ../../nbs/hardware/01_optim.ipynb #eb6335c7
 import math
 from dataclasses import dataclass
-
 import torch
 
 # %% ../../nbs/hardware/01_optim.ipynb #74e03f62

@@ -7,7 +7,6 @@ __all__ = ['Layout', 'with_host', 'host', 'positions', 'layout', 'attend', 'pack
 
 # %% ../../nbs/hardware/02_packing.ipynb #acf5edc0
 from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -7,7 +7,6 @@ __all__ = ['finite', 'fast_precision', 'sixteen_bits', 'prepare']
 
 # %% ../../nbs/hardware/03_precision.ipynb #8fb8a6c9
 from functools import partial
-
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint

@@ -10,7 +10,6 @@ __all__ = ['Spread', 'device', 'ranks', 'rank', 'rank_slice', 'rank_pieces', 'ga
 import json
 import os
 from dataclasses import asdict, dataclass, field
-
 import torch
 import torch.distributed as dist
 from torch import Tensor

@@ -9,11 +9,9 @@ __all__ = ['LOOK', 'uniforms', 'Rollout', 'Sampler']
 import warnings
 from collections import namedtuple
 from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 from transformers import StaticCache
-
 from .decoder import Decoder, why_not
 from .kernels import Choice, choose, plain_choose
 from .packing import check_window, host, layout, positions, with_host

@@ -7,7 +7,6 @@ __all__ = ['seed_all', 'random_state', 'set_random_state']
 
 # %% ../../nbs/hardware/06_seeds.ipynb #09cba713
 import random
-
 import numpy as np
 import torch
 

@@ -12,10 +12,8 @@ import os
 import tempfile
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from functools import cache, partial
-
 import torch
 import torch.distributed as dist
-
 from .optim import adamw, schedule
 from .precision import finite
 from .ranks import device, rank, ranks, total

@@ -26,6 +26,8 @@ def _meaning(x):
     if isinstance(x, list): return [_meaning(v) for v in x if not _says_nothing(v)]
     if x is None or isinstance(x, str): return x
     if not isinstance(x, ast.AST): return [type(x).__name__, repr(x)]
+    if isinstance(x, ast.JoinedStr): # Python 3.12 adds an empty text after a nested format
+        x = ast.JoinedStr([v for v in x.values if getattr(v, 'value', None) != ''])
     fields = ((name, _meaning(v)) for name, v in ast.iter_fields(x))
     return [type(x).__name__, *([name, v] for name, v in fields if v not in (None, []))]
 

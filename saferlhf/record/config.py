@@ -10,7 +10,6 @@ import difflib
 import json
 from dataclasses import MISSING, asdict, fields, is_dataclass
 
-# %% ../../nbs/record/03_config.ipynb #fe293826
 def plain(config)->dict: # a dataclass or a dict; as JSON gives it back
     "A configuration as JSON keeps it."
     return json.loads(json.dumps(asdict(config) if is_dataclass(config) else config))

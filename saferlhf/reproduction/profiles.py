@@ -9,7 +9,6 @@ __all__ = ['ROUNDS', 'PROFILES', 'REASONS', 'default_profile']
 import torch
 from .paper import of
 
-# %% ../../nbs/reproduction/02_profiles.ipynb #b84008e2
 def default_profile()->str: # 'gpu' or 'cpu'
     "The profile that fits this machine."
     return 'gpu' if torch.cuda.is_available() else 'cpu'

@@ -9,7 +9,6 @@ __all__ = ['model_path', 'data_hashes', 'fits', 'shuffled', 'held_out', 'answers
 # %% ../../nbs/reproduction/03_prompts.ipynb #ead9b96e
 from pathlib import Path
 import numpy as np
-
 from ..data import cost_pairs, data_path, label_pairs, reward_pairs, sha256, shipped, sources
 from ..text import encode_prompt, encode_response, prompt_id
 

@@ -69,7 +69,7 @@ def test_rows_come_from_manifests_and_older_ones_stay(tmp_path):
     table = runs.update([tmp_path/'runs'], tmp_path).set_index('run_id')
     assert list(table.index) == [B, A], 'a parent that no result names gets a row too'
     assert table.parents.tolist() == [f'sft={A}', 'none']
-    assert table.loc[B, 'commit'] == 'c' * 40 + ' with changes'
+    assert table.loc[B, 'commit'] == 'c' * 12 + ' with changes'
     said = table.loc[B, ['seed', 'device', 'versions']].tolist()
     assert said == ['0', 'cpu', 'python 3.12, torch 2.13']
     assert table.loc[A, 'command'] == "execute('x', dict(parents='runs/sft'))"
@@ -88,11 +88,11 @@ def test_a_later_manifest_fills_what_was_not_recorded(tmp_path):
     assert row.seed == row.commit == runs.NONE
     manifest(tmp_path, A, seed=7)
     row = runs.update([tmp_path/'runs'], tmp_path, note='a repetition').iloc[0]
-    assert row.seed == '7' and row.commit == 'c' * 40
+    assert row.seed == '7' and row.commit == 'c' * 12
     assert row.found == 'manifest of a repetition: commit, seed, parents, command, device, versions'
 
 
 def test_the_results_of_version_1_are_named():
     ours = TABLE[TABLE.commit.str.startswith('515758e')]
-    assert set(ours.commit) == {'515758e760e2299c4450f3bf0de70d5750a6ced5 (results-v1)'}
+    assert set(ours.commit) == {'515758e760e2 (results-v1)'}
     assert '515758e, which is tagged `results-v1`' in (ROOT/'CHANGELOG.md').read_text()
