@@ -273,7 +273,8 @@ def kernel_of(parent):
 def kernel_one(lab, table, stage, who, name, seed):
     "A stage under papermill: its kernel is killed, or the process that waits for it gets a signal."
     runs, told = lab.fresh('kernel'), json.loads(lab.job(stage).read_text())
-    code = f'from saferlhf.record.execute import execute; execute({STAGE[stage]!r}, {str(lab.folder/"kernel.ipynb")!r}, {told!r}, progress=False)'
+    out = str(lab.folder/'kernel.ipynb')
+    code = f'from saferlhf.record.execute import execute; execute({STAGE[stage]!r}, {out!r}, {told!r}, progress=False)'
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     start = lambda: subprocess.Popen([sys.executable, '-c', code], env=lab.env(runs), **pipes)
     p = start()

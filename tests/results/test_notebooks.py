@@ -57,7 +57,8 @@ def test_every_notebook_leads_to_its_neighbours():
 
 def test_a_notebook_is_run_and_stored(tmp_path, monkeypatch):
     monkeypatch.setattr(tool, 'NBS', tmp_path)
-    lines = 'import pandas as pd\n', "pd.read_csv(r'%s')\n" % (ROOT/'data/results/two_token_world.csv'), 'import matplotlib.pyplot as plt\n', 'plt.plot([1, 2]);'
+    read = f"pd.read_csv({str(ROOT/'data/results/two_token_world.csv')!r})\n"
+    lines = 'import pandas as pd\n', read, 'import matplotlib.pyplot as plt\n', 'plt.plot([1, 2]);'
     cell = dict(cell_type='code', id='x', metadata={}, source=list(lines), outputs=[], execution_count=None)
     nb = json.loads(notebooks('method')[0].read_text()); path = tmp_path/'one.ipynb'
     path.write_text(json.dumps(nb | dict(cells=[cell])))

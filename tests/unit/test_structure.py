@@ -20,7 +20,8 @@ ONLY_IN = {'deepspeed': {'hardware.zero'}, 'papermill': {'record.execute'}, 'mat
 PROVIDED = {'triton': 'torch',
             'PIL': 'matplotlib', 'sklearn': 'scikit-learn',
             'jupyter_client': 'ipykernel', 'jupyter_core': 'ipykernel', 'nbclient': 'papermill'}
-DEVELOPERS = {'apps.report': {'nbconvert', 'jinja2', 'traitlets', 'latex2mathml'}}     # imported when called; without them it says what to install
+# imported when called; without them it says what to install
+DEVELOPERS = {'apps.report': {'nbconvert', 'jinja2', 'traitlets', 'latex2mathml'}}
 BLOCKED = ('nbdev fastcore execnb papermill jupyter_client jupyter_core jupyterlab ipykernel IPython '
            'nbformat nbclient nbconvert deepspeed').split()
 
@@ -48,7 +49,8 @@ def test_the_order_is_checked_on_every_kind_of_import(monkeypatch):
     text = 'def f():\n    ' + '\n    '.join(lines)
     monkeypatch.setattr('project.tree', lambda module: ast.parse(text))
     assert imports('any') == {'.a', '.b', '.c', '.d', 'torch', 'saferlhf'}
-    deeper = 'from ..a import x', 'from .own import y', 'from saferlhf.record import files', 'from .. import b', 'import saferlhf.apps.plan as p'
+    deeper = ('from ..a import x', 'from .own import y', 'from saferlhf.record import files', 'from .. import b',
+              'import saferlhf.apps.plan as p')
     monkeypatch.setattr('project.tree', lambda module: ast.parse('\n'.join(deeper)))
     assert imports('hardware.any') == {'.a', '.hardware.own', '.record.files', '.b', '.apps.plan'}
 
