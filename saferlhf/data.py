@@ -240,7 +240,6 @@ def _from_alpaca(row):
     prompt = '\n\n'.join(parts) if all(isinstance(part, str) for part in parts) else parts[0]
     return dict(prompt=prompt, response=row['output'])
 
-# %% ../nbs/method/02_data.ipynb #cdce3173
 def _native(row, chosen_is): # any known layout -> native columns; others pass, for `validate` to count
     if not isinstance(row, dict): return row
     if 'chosen' in row and 'rejected' in row: return _from_hh(row, chosen_is)

@@ -51,7 +51,6 @@ def cluster_bootstrap(
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(v.mean()), float(low), float(high))
 
-# %% ../nbs/method/13_evaluate.ipynb #d5f7bb4f
 def wilson(
     successes, n, # number of successes, of trials (at least 1)
     level=0.95,   # coverage

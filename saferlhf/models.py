@@ -271,7 +271,6 @@ def train_tokenizer(
     return PreTrainedTokenizerFast(tokenizer_object=t, pad_token='<pad>', eos_token='</s>',
                                    clean_up_tokenization_spaces=False)
 
-# %% ../nbs/method/03_models.ipynb #361d6cc6
 def load_tokenizer(path): # local folder or hub name -> a fast tokenizer of transformers
     "A tokenizer with an EOS. A missing pad token is set to EOS: harmless, since masks come from lengths."
     t = AutoTokenizer.from_pretrained(path, trust_remote_code=False)

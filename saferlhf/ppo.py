@@ -159,7 +159,6 @@ def _observe(objective:Objective, scores:dict)->dict: # of `ppo_step`; name -> (
     for name, x in host.items(): finite(name, x)
     return objective.observe(host)
 
-# %% ../nbs/method/10_ppo.ipynb #1b4f9901
 class _MicroBatch(NamedTuple):
     "Some rows of an experience that go through a model together, with no more padding than they need."
     rollout:Rollout   # b answers

@@ -126,7 +126,6 @@ def pair_batch(
               for name, default in dict(high_sign=0, low_sign=0, paired=1).items()}
     return dict(input_ids=ids, attention_mask=mask, **labels)
 
-# %% ../nbs/method/01_text.ipynb #052ba18d
 def prompt_batch(
     prompts,               # texts, lists of turns, or rows with 'prompt'
     tokenizer,             # pad set

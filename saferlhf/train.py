@@ -197,7 +197,6 @@ def sft_step(
     loss = lambda rows, _: sft_loss(engine, {name: x[rows] for name, x in batch.items()}, n)
     return dict(loss=_backward(engine, len(batch['mask']), micro_batch, loss), grad_norm=engine.step())
 
-# %% ../nbs/method/09_train.ipynb #11aace28
 def lm_step(engine, ids:Tensor)->dict: # of a causal LM; (B, L) packed text -> metrics
     "One optimizer step of language modelling."
     ids = ids.to(engine.device)

@@ -193,10 +193,6 @@ def _offloads(config, zero): # what may move to the host, from little to much: d
     if zero == 3: out += [dict.fromkeys(trained, what) | weights for what in ('optimizer', 'all')]
     return [x for i, x in enumerate(out) if not i or x and x != out[i - 1]]
 
-def _needed(table, gpus): # GB of a GPU, and of a node's host, with what the allocator does not see
-    _, gpu, host = _peak(table)
-    return float(gpu) * (1 + _FRAGMENTS) + _CONTEXT / 1e9, float(host) * min(gpus, _NODE)
-
 def fit(
     shape, config,        # of all models, as for `count`; the stage's: PPOConfig, SFTConfig or ScoreConfig
     gpus:int, gpu_memory:float, host_memory:float, # that share a step; GB of each; GB of a node
@@ -209,7 +205,8 @@ def fit(
     best = None
     for _, z, again, off in sorted(ways, key=lambda w: (len(w[3]) > 0, *w[:3])):
         table = _predict(shape, config, gpus, z, off, again)
-        gpu, host = _needed(table, gpus)
+        _, gpu, host = _peak(table)     # GB; the allocator does not see the context and the gaps
+        gpu, host = float(gpu) * (1 + _FRAGMENTS) + _CONTEXT / 1e9, float(host) * min(gpus, _NODE)
         found = dict(gpu=gpu, host=host, zero=z, offload=off, recompute=again, table=table, advice=[],
                      fits=gpu <= gpu_memory and host <= host_memory)
         if found['fits']: return found

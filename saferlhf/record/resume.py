@@ -122,10 +122,6 @@ def _stream(found, saved):
 def _state(o):
     return o.state() if hasattr(o, 'restore') else o.state_dict() if hasattr(o, 'state_dict') else dict(o)
 
-def _restore(o, state):
-    if isinstance(o, dict): o.clear(); o.update(state)
-    else: (o.restore if hasattr(o, 'restore') else o.load_state_dict)(state)
-
 # %% ../../nbs/record/02_resume.ipynb #36d26acd
 class Saver:
     "Saves and restores what a loop needs: at intervals, at the end, and when a signal asks the run to stop."
@@ -192,7 +188,8 @@ class Saver:
         stream = _stream(found, saved['ranks'])
         for k, o in self.objects.items():
             if hasattr(o, 'read'): o.read(found/'state'/k, saved['ranks'])
-            else: _restore(o, saved['objects'][k])
+            elif isinstance(o, dict): o.clear(); o.update(saved['objects'][k])
+            else: (o.restore if hasattr(o, 'restore') else o.load_state_dict)(saved['objects'][k])
         set_random_state(read_state(stream))
         if rank() == 0: print(f'goes on after step {saved["step"]}: {found.name}, whose hashes are right')
         return saved['step'] + 1

@@ -36,7 +36,6 @@ class CollectConfig:
     max_new_tokens:int = setting(256, scale=True)   # of an answer
     batch_size:int = setting(256, scale=True)       # answers generated together
 
-# %% ../../nbs/reproduction/04_collection.ipynb #079a3a50
 # number of a prompt's first sample, by use; training counts on from 0
 FIRST = dict(red_team=0, first=10, second=11, evaluation=100, best_of=200, probe=10 ** 6)
 

@@ -51,13 +51,11 @@ def rank_table(
             out.append(row('longer', f'{kind}-rank', interval=accuracy(longer_wins(group), clusters)))
     return out
 
-# %% ../../nbs/reproduction/05_judging.ipynb #035cc627
 def _texts(rows): return [r['prompt'] for r in rows], [r['response'] for r in rows]
 
 def _fit_tfidf(rows): # dicts prompt, response, is_safe
     return TfidfJudge().fit(*_texts(rows), [not r['is_safe'] for r in rows])
 
-# %% ../../nbs/reproduction/05_judging.ipynb #7a40ed5b
 def sign_table(
     score, round,         # function (prompts, responses) -> (N,) costs; 1, 2, 3 or 'unified'
     baselines:bool=False, # on people's labels also the majority and TF-IDF

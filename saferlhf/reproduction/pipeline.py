@@ -104,9 +104,7 @@ def _side_by_side(stages, profile, jobs, minutes): # (Stage, seed) each, parents
             for f in wait(running, return_when=FIRST_COMPLETED).done:
                 key, began = running.pop(f)
                 if e := f.exception(): failed[key], state = str(e), 'FAILED'
-                else:
-                    done.append(key)
-                    state = 'done before' if f.result() else f'{time.time() - began:5.0f} s'
+                else: done += [key]; state = 'done before' if f.result() else f'{time.time() - began:5.0f} s'
                 clock = f'elapsed {(time.time() - start) / 60:4.1f} min, {len(running)} running'
                 print(f'[{len(done):3}/{len(stages)}] {"%s@%s" % key:24} {state}   {clock}', flush=True)
     if failed:

@@ -228,8 +228,8 @@ def test_the_simplest_way_that_fits_is_chosen():
     only = plan.fit(LLAMA_7B, PAPER, 8, 141, 2000, zero=2)
     assert only['zero'] == 2
     for f in (big, spread, tight):
-        gpu, host = plan._needed(f['table'], 1)
-        assert f['gpu'] == gpu > plan._peak(f['table'])[1]
+        _, gpu, _ = plan._peak(f['table'])
+        assert gpu < f['gpu'] < 1.2 * gpu + 2, 'the gaps of the allocator and the context of CUDA come on top'
 
 
 def test_advice_is_enough_when_followed():

@@ -5,7 +5,7 @@ import pytest
 
 from project import notebook_functions
 
-from saferlhf.reproduction.verdicts import (_FIXED, _few_seeds, _moving_price, _safer_and_better,
+from saferlhf.reproduction.verdicts import (FIXED, _few_seeds, _moving_price, _safer_and_better,
                                             _stricter_limits, _together, _two_questions, all_questions,
                                             at_common_kl, frontier, outside)
 
@@ -74,7 +74,7 @@ def test_a_frontier_drops_what_is_beaten_on_one_axis_and_equal_on_the_other():
 
 
 def test_prices_are_compared_at_the_kl_that_all_reach():
-    arms = {a.replace('-', '_'): (.1, .1, 4. + i, 3) for i, a in enumerate(_FIXED)}
+    arms = {a.replace('-', '_'): (.1, .1, 4. + i, 3) for i, a in enumerate(FIXED)}
     arms |= dict(ppo_lag=(.1, .3, 8., 3), reward_only=(.1, 0., 9., 3))
     lines = {x['claim']: x for x in _moving_price(looks(**arms))}
     assert [x['verdict'] for x in lines.values()] == ['held'] * 3
