@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TINY', 'gather_logps', 'token_logps', 'Scores', 'ScoreModel', 'tiny_model', 'llama', 'train_tokenizer',
-           'load_tokenizer', 'load_lm', 'positions']
+           'load_tokenizer', 'save_tokenizer', 'load_lm', 'positions']
 
 # %% ../nbs/method/03_models.ipynb #1052774a
 import json
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import cached_file
 from .hardware.packing import host, layout, packed_forward
+from .text import PAPER_TEMPLATE, end_of_turn
 
 # %% ../nbs/method/03_models.ipynb #5c7ea394
 from .hardware.packing import positions
@@ -269,15 +270,33 @@ def train_tokenizer(
         vocab_size=vocab_size, special_tokens=['<pad>', '</s>'], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     return PreTrainedTokenizerFast(tokenizer_object=t, pad_token='<pad>', eos_token='</s>',
-                                   clean_up_tokenization_spaces=False)
+                                   clean_up_tokenization_spaces=False, chat_template=PAPER_TEMPLATE)
+
+# %% ../nbs/method/03_models.ipynb #06a0ee6c
+# templates that write the date of today write this one: a run that goes on tomorrow has the same prompts
+_DATE = '{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}'
 
 def load_tokenizer(path): # local folder or hub name -> a fast tokenizer of transformers
-    "A tokenizer with an EOS. A missing pad token is set to EOS: harmless, since masks come from lengths."
+    """A tokenizer with a chat template (its own, else the paper's) whose EOS ends a turn in it. ValueError without one.
+    A missing pad token is set to EOS: harmless, since masks come from lengths."""
     t = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    if not t.is_fast: raise ValueError(f'{path}: only fast tokenizers (tokenizer.json) can be used')
+    if not t.chat_template: t.chat_template = PAPER_TEMPLATE
+    elif 'strftime_now' in t.get_chat_template() and _DATE not in t.get_chat_template():
+        t.chat_template = _DATE + t.get_chat_template()
+    t.eos_token = end_of_turn(t)
     if t.eos_token_id is None: raise ValueError(f'{path}: its tokenizer has no EOS, responses could not end')
     if t.pad_token_id is None: t.pad_token = t.eos_token
     return t
 
+def save_tokenizer(tokenizer, folder): # of a model that is saved already
+    "Put a tokenizer beside a model, whose own generation then ends an answer where ours does."
+    tokenizer.save_pretrained(folder)
+    if (path := Path(folder)/'generation_config.json').exists():
+        ends = {f'{k}_token_id': getattr(tokenizer, f'{k}_token_id') for k in ('bos', 'eos', 'pad')}
+        path.write_text(json.dumps(json.loads(path.read_text()) | ends, indent=2) + '\n', encoding='utf-8')
+
+# %% ../nbs/method/03_models.ipynb #04daa7fb
 def load_lm(
     path,                # local folder or hub name
     dtype=torch.float32, # checkpoints in 16 bits are widened for training

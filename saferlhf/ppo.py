@@ -19,7 +19,7 @@ from .hardware.ranks import gather, largest, rank_pieces, rank_slice, ranks, tot
 from .losses import actor_loss, critic_loss, masked_mean
 from .models import token_logps
 from .objectives import Multiplier, Objective, combine, cost_only, ppo, ppo_lag, reward_shaping
-from .rollout import Rollout, Sampler
+from .rollout import Rollout, Sampler, score_rollout
 from .train import setting, sft_loss
 
 # %% ../nbs/method/10_ppo.ipynb #6062bbd9
@@ -69,7 +69,7 @@ def ppo_step(
     actor,               # engine of the policy
     reference,           # engine of the frozen reference policy
     critics:dict,        # channel -> engine of a ScoreModel whose `scores` are values
-    scorers:dict,        # 'reward', 'cost' -> callable (ids, mask) -> (B,) raw scores
+    scorers:dict,        # 'reward', 'cost' -> `TextScorer`, or a function (ids, mask) -> (B,) raw scores
     sampler:Sampler,     # answers with the actor's weights
     prompts:dict,        # as from `prompt_batch`
     ptx,                 # batch as from `text_batch`, or None
@@ -147,7 +147,7 @@ def _roll_out(reference, critics, scorers, sampler, prompts, config, step):
     # -> rollout, scores, kl, values
     "All ranks' answers, their raw scores, the divergence from the reference, the values. As in `ppo_step`."
     rollout = sampler.generate(_share(prompts), config.samples, first=step * config.samples)
-    scores = {name: score(*rollout.scored()) for name, score in scorers.items()}
+    scores = {name: score_rollout(scorer, rollout) for name, scorer in scorers.items()}
     kl = kl_per_token(rollout.logp, _response_logps(reference, rollout, config))
     values = {channel: token_values(critic, rollout) for channel, critic in critics.items()}
     return _gather_ranks(rollout, scores, kl, values)

@@ -8,7 +8,7 @@ __all__ = ['LOOK', 'uniforms', 'Rollout', 'Sampler']
 # %% ../../nbs/hardware/09_sampler.ipynb #75b3a938
 import warnings
 from collections import namedtuple
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 from transformers import StaticCache
@@ -60,6 +60,7 @@ class Rollout:
     truncated:Tensor    # (B,) bool: the length limit came before EOS
     eos:int|None        # id of EOS
     policy_logp:Tensor|None=None # (B, T) the same under the policy itself: temperature 1, nothing left out
+    asked:list|None=None # B prompts as they were given to `prompt_batch`, of this rank's rows
 
     @property
     def ids(self)->Tensor:
@@ -82,7 +83,8 @@ class Rollout:
         return torch.cat([ids, torch.full_like(ids[:, :1], self.eos)], 1), _beside(mask, cut)
 
     def _map(self, f): # a rollout of f(tensor, name) of every tensor
-        return Rollout(**{k: f(x, k) if torch.is_tensor(x) else x for k, x in vars(self).items()})
+        tensors = {k: f(x, k) for k, x in vars(self).items() if torch.is_tensor(x)}
+        return replace(self, asked=None, **tensors)
 
     def take(self, rows:Tensor)->'Rollout': # (b,) indices
         "Some rows, with no more padding than they need."
@@ -103,9 +105,11 @@ class Rollout:
         return self._map(all_rows)
 
     def texts(self, tokenizer)->list: # that of the sampled model -> B strings
-        "The responses as strings, without special tokens."
+        "The responses as people read them: no special tokens, and no part of a character at a cut."
         rows = zip(self.responses.tolist(), self.lengths.tolist(), strict=True)
-        return tokenizer.batch_decode([r[:n] for r, n in rows], skip_special_tokens=True)
+        texts = tokenizer.batch_decode([r[:n] for r, n in rows], skip_special_tokens=True)
+        return [t.rstrip('\ufffd') if cut else t
+                for t, cut in zip(texts, self.truncated.tolist(), strict=True)]
 
 # %% ../../nbs/hardware/09_sampler.ipynb #94114f77
 # what sampling records, by prompt or slot: three tensors (n, T+1), meaningless after an end, and (n,)
@@ -194,7 +198,9 @@ class Sampler:
         tokens, logp, policy_logp = (x[:, :longest] * m for x in answers[:3])
         tokens = tokens + (self.eos or 0) * (1 - m)
         cut = (lengths == T) & (self.eos is None or tokens[:, -1].cpu() != self.eos)
-        return Rollout(keys, ids, mask, tokens, m, logp, with_host(cut, ids.device), self.eos, policy_logp)
+        asked = [p for p in batch['prompts'] for _ in range(samples)] if 'prompts' in batch else None
+        cut = with_host(cut, ids.device)
+        return Rollout(keys, ids, mask, tokens, m, logp, cut, self.eos, policy_logp, asked)
 
     def _draw(self, z, u): # logits (n, V), (n,) -> what they chose; `raw` is the policy's own log-probability
         if not self.greedy and self.top_p == 1: return choose(z, u, self.temperature)

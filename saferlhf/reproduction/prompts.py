@@ -10,7 +10,7 @@ __all__ = ['model_path', 'data_hashes', 'fits', 'shuffled', 'held_out', 'answers
 from pathlib import Path
 import numpy as np
 from ..data import cost_pairs, data_path, label_pairs, reward_pairs, sha256, shipped, sources
-from ..text import encode_prompt, encode_response, prompt_id
+from ..text import encode_prompt, encode_response, key_hash, prompt_id
 
 # %% ../../nbs/reproduction/03_prompts.ipynb #7f63b308
 def model_path(
@@ -50,7 +50,9 @@ def shuffled(rows:list, salt:str='')->list: # dicts with a prompt; another salt,
 
 def held_out(prompt)->bool: # a string or a dialogue
     "Whether the collected pairs of a prompt are kept for testing: a tenth are."
-    return prompt_id(prompt) % 10 == 0
+    return _key(prompt) % 10 == 0
+
+def _key(prompt): return int(key_hash(prompt)[:16], 16) >> 1 # the same for all spellings of a prompt
 
 # %% ../../nbs/reproduction/03_prompts.ipynb #bfdc7288
 def answers(
@@ -121,7 +123,7 @@ def unseen_prompts(
 )->list:                              # strings
     "Safety-related prompts of the test partition, one half of them."
     return [p for p in prompt_pool('safety-related', tokenizer, max_prompt_tokens, 'test')
-            if (prompt_id(p) // 10 % 2 == 1) is tuning]
+            if (_key(p) // 10 % 2 == 1) is tuning]
 
 # %% ../../nbs/reproduction/03_prompts.ipynb #5da3f689
 def round_slice(

@@ -19,7 +19,7 @@ from ..engine import load
 from ..hardware.precision import fast_precision
 from ..hardware.ranks import Spread, rank
 from ..hardware.seeds import seed_all
-from ..models import ScoreModel, load_lm, load_tokenizer, token_logps
+from ..models import ScoreModel, load_lm, load_tokenizer, save_tokenizer, token_logps
 from ..ppo import PPOConfig, actor_optim, critic_optim, make_objective, ppo_step
 from ..record.files import read_lines
 from ..record.launch import launch
@@ -28,8 +28,8 @@ from ..record.run import Run
 from .collection import FIRST, scorer
 from .prompts import (hand_pairs, headline, held_out, model_path, policy_prompts,
                                            sft_rows, shuffled, unseen_prompts)
-from ..rollout import Sampler
-from ..text import batch_indices, prompt_batch
+from ..rollout import Sampler, TextScorer, score_rollout
+from ..text import batch_indices, prompt_batch, template_name
 from ..train import (ScoreConfig, SFTConfig, loop, model_optim, score_batches, score_step, sft_step,
                             text_batch)
 
@@ -54,7 +54,9 @@ def _once(read): # of a run: what template and training both read is read once, 
 def _keep_model(run, engine, tokenizer):
     "Put the model into the run's folder, as `from_pretrained` reads it."
     engine.save(run.path('model'))
-    if rank() == 0: tokenizer.save_pretrained(run.path('model'))
+    if rank() == 0:
+        save_tokenizer(tokenizer, run.path('model'))
+        run.note(template=template_name(tokenizer))
 
 # %% ../../nbs/reproduction/06_training.ipynb #3b8e6ddc
 @_once
@@ -156,10 +158,14 @@ def policy_models(
     score = lambda role, kind: lambda: ScoreModel.from_pretrained(model_path(parents, role), kind=kind)
     actor = engine('actor', lambda: load_lm(_start_of(run)), actor_optim(config))
     reference = engine('reference', lambda: load_lm(model_path(parents, 'sft')))
-    models = {k: engine(k, score(k, k)) for k in ('reward', 'cost')}
-    critics = {channel: engine(f'critic-{k}', score(k, 'critic'), critic_optim(config))
+    policy_tokenizer = load_tokenizer(_start_of(run))
+    tokenizers = {k: load_tokenizer(model_path(parents, k)) for k in ('reward', 'cost')}
+    scorers = {k: TextScorer(engine(k, score(k, k)), tokenizers[k], policy_tokenizer,
+                             config.max_prompt_tokens, config.max_new_tokens) for k in tokenizers}
+    # a critic reads the policy's tokens: under another tokenizer it starts from the SFT model
+    start = {k: k if scorers[k].same else 'sft' for k in scorers}
+    critics = {channel: engine(f'critic-{k}', score(start[k], 'critic'), critic_optim(config))
                for channel, k in objective.critic_init.items()}
-    scorers = {k: lambda ids, mask, m=m: m(ids, mask).end_scores for k, m in models.items()}
     return actor, reference, critics, scorers
 
 # %% ../../nbs/reproduction/06_training.ipynb #92e2e329
@@ -172,7 +178,7 @@ def _probe(sampler, reference, scorers, gold, tokenizer, prompts, max_prompt_tok
         r = sampler.generate(batch, 1, FIRST['probe'])
         logp = token_logps(reference, r.ids, r.attention_mask, r.mask.shape[1], sampler.temperature)
         found.append(dict(kl=(kl_per_token(r.logp, logp) * r.mask).sum(1), length=r.lengths.float())
-                     | {f'proxy_{name}': score(*r.scored()) for name, score in scorers.items()})
+                     | {f'proxy_{name}': score_rollout(x, r) for name, x in scorers.items()})
         texts += r.texts(tokenizer)
     g, means = gold(prompts, texts), {k: float(torch.cat([f[k] for f in found]).mean()) for k in found[0]}
     return means | dict(gold_reward=float(g[:, 0].mean()), gold_cost=float(g[:, 1].mean()),

@@ -20,7 +20,7 @@ from saferlhf.data import (PARTITIONS, bucket, buckets, cost_pairs, data_path, h
                            load_prompts, load_sft, partition, read_rows, reward_pairs, sha256, shipped,
                            sources, validate)
 from saferlhf.text import (_parse_dialogue, as_turns, batch_indices, encode_prompt, encode_response,
-                           format_prompt, pad, pair_batch, prompt_batch,
+                           format_prompt, key_hash, pad, pair_batch, prompt_batch,
                            prompt_id)
 
 FIXTURES = Path(__file__).parents[1]/'fixtures'
@@ -46,9 +46,8 @@ def make_tokenizer(bos=None):
     trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=['<pad>', '</s>', '<s>'],
                                   show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    t.train_from_iterator([format_prompt('Is it so?',
-                                         '</s>') + 'Yes, it is.']*30 + ['Yes, it is. No, it is not.']*30,
-                                         trainer)
+    t.train_from_iterator(['BEGINNING OF CONVERSATION: USER: Is it so? ASSISTANT:Yes, it is.']*30
+                          + ['Yes, it is. No, it is not.']*30, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=t, pad_token='<pad>', eos_token='</s>', bos_token=bos)
 
 @pytest.fixture(scope='module')
@@ -98,37 +97,37 @@ def test_label_pairs_feed_only_signs(tok):
     assert (b['high_sign'], b['low_sign']) == (-1, 0)  # the odd one counts once
     batch = pair_batch([a, b], tok, 40, 9)
     text = tok.decode(batch['input_ids'][2][batch['attention_mask'][2].bool()])
-    assert text == format_prompt('p1', '</s>') + 'r1</s>'
+    assert text == format_prompt('p1', tok) + 'r1</s>'
 
 # template
 
-def test_template_is_exact():
-    assert format_prompt('Hi', '</s>') == 'BEGINNING OF CONVERSATION: USER: Hi ASSISTANT:'
+def test_template_is_exact(tok):
+    assert format_prompt('Hi', tok) == 'BEGINNING OF CONVERSATION: USER: Hi ASSISTANT:'
     assert format_prompt(['a', 'b', 'c'],
-                         '<e>') == 'BEGINNING OF CONVERSATION: USER: a ASSISTANT:b<e>USER: c ASSISTANT:'
-    assert format_prompt('{input}', '</s>') == 'BEGINNING OF CONVERSATION: USER: {input} ASSISTANT:'
+                         tok) == 'BEGINNING OF CONVERSATION: USER: a ASSISTANT:b</s>USER: c ASSISTANT:'
+    assert format_prompt('{input}', tok) == 'BEGINNING OF CONVERSATION: USER: {input} ASSISTANT:'
 
-def test_dialogues():
+def test_dialogues(tok):
     text = '\n\nHuman: a\n\nAssistant: b\n\nAssistant: b2\n\nHuman: c: d\n\nAssistant:'
     assert as_turns(text) == as_turns(text.strip()) == ['a', 'b\n\nb2', 'c: d']
     assert bucket(text) == bucket('a')
     assert as_turns('no dialogue: Human: x') == ['no dialogue: Human: x']
     for bad in ('Human: a\n\nAssistant: b', 'Assistant: a', '', 'Human: \n\nAssistant:', 'x\n\nHuman: a'):
         with pytest.raises(ValueError): _parse_dialogue(bad)
-    with pytest.raises(ValueError, match='odd'): format_prompt(['a', 'b'], '</s>')
+    with pytest.raises(ValueError, match='odd'): format_prompt(['a', 'b'], tok)
 
 # tokens
 
 def test_nothing_merges_across_the_border(tok):
     prompt, answer = encode_prompt('Is it so?', tok, 99), encode_response('Yes, it is.', tok, 99)
-    joint = tok(format_prompt('Is it so?', '</s>') + 'Yes, it is.').input_ids
+    joint = tok(format_prompt('Is it so?', tok) + 'Yes, it is.').input_ids
     assert joint[:len(prompt)] != prompt  # the joint text does merge there, so the test means something
-    assert tok.decode(prompt) == format_prompt('Is it so?', '</s>')
+    assert tok.decode(prompt) == format_prompt('Is it so?', tok)
     assert tok.decode(answer) == 'Yes, it is.</s>'
 
 def test_dialogue_ids_have_eos_between_turns_and_text_cannot_smuggle_it_in(tok):
     ids = encode_prompt(['a', 'b', 'c'], tok, 99)
-    assert ids.count(tok.eos_token_id) == 1 and tok.decode(ids) == format_prompt(['a', 'b', 'c'], '</s>')
+    assert ids.count(tok.eos_token_id) == 1 and tok.decode(ids) == format_prompt(['a', 'b', 'c'], tok)
     assert tok.eos_token_id not in encode_prompt('a </s> b', tok, 99)
     assert tok.pad_token_id not in encode_prompt('<pad>', tok, 99)
     assert encode_response('a</s>', tok, 99).count(tok.eos_token_id) == 1
@@ -208,7 +207,7 @@ def test_pair_batch_high_first_and_closed(tok):
 def test_prompt_batch_is_left_padded(tok):
     b = prompt_batch(['Is it so? Where do ferns grow?', dict(prompt='So?')], tok, 90)
     assert b['attention_mask'][:, -1].tolist() == [1, 1] and b['attention_mask'][1, 0] == 0
-    assert b['prompt_ids'].tolist() == [prompt_id('is it so where do ferns grow'), prompt_id('so')]
+    assert b['prompt_ids'].tolist() == [prompt_id('Is it so? Where do ferns grow?'), prompt_id('So?')]
     assert b['prompt_ids'].dtype == torch.int64
 
 # partition
@@ -233,13 +232,13 @@ def test_no_prompt_is_in_two_parts_across_all_files(tables):
     where = {}
     for t in tables.values():
         for name in PARTITIONS:
-            for p in partition(t, name)['prompt'][:]: where.setdefault(prompt_id(p), set()).add(name)
+            for p in partition(t, name)['prompt'][:]: where.setdefault(key_hash(p), set()).add(name)
     assert len(where) > 20_000 and all(len(v) == 1 for v in where.values())
 
 def test_evaluation_prompts_are_never_trained_on(tables):
-    evaluation = {prompt_id(p) for p in tables['eval_prompts']['prompt'][:]}
+    evaluation = {key_hash(p) for p in tables['eval_prompts']['prompt'][:]}
     for name in FILES[:-1]:
-        trained = {prompt_id(p) for p in partition(tables[name], 'gold', 'judge', 'rounds')['prompt'][:]}
+        trained = {key_hash(p) for p in partition(tables[name], 'gold', 'judge', 'rounds')['prompt'][:]}
         assert trained and not trained & evaluation
 
 def test_partition_of_rows_and_tables(tables):
