@@ -12,7 +12,6 @@ import hashlib
 import json
 import math
 import re
-from functools import lru_cache
 from itertools import groupby
 from weakref import WeakKeyDictionary
 import jinja2
@@ -126,7 +125,7 @@ def _encode(text, tokenizer):
     if _MARK not in text: return list(tokenizer(text, add_special_tokens=False).input_ids)
     (special, plain), ids = _plain(tokenizer), []
     pieces = _split(text, special)
-    for before, piece, after in zip([None, *pieces], pieces, [*pieces[1:], None]):
+    for before, piece, after in zip([None, *pieces[:-1]], pieces, [*pieces[1:], None], strict=True):
         if piece in special: ids.append(tokenizer.convert_tokens_to_ids(piece)); continue
         if before and special[before].rstrip: piece = piece.lstrip()
         if after and special[after].lstrip: piece = piece.rstrip()

@@ -17,7 +17,7 @@ ORDER = list(modules())
 LIBRARY = [m for m in ORDER if source(m).exists()]
 PURE = ('losses', 'advantages', 'objectives')
 ONLY_IN = {'deepspeed': {'hardware.zero'}, 'papermill': {'record.execute'}, 'matplotlib': {'reproduction.figures'}}
-PROVIDED = {'triton': 'torch',
+PROVIDED = {'triton': 'torch', 'jinja2': 'torch',
             'PIL': 'matplotlib', 'sklearn': 'scikit-learn',
             'jupyter_client': 'ipykernel', 'jupyter_core': 'ipykernel', 'nbclient': 'papermill'}
 # imported when called; without them it says what to install

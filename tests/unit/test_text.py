@@ -78,7 +78,8 @@ def test_words_of_the_template_stay_text(name, text):
     t = make(TEMPLATES[name]); plain, around = encode_prompt('q', t, 999), lambda s: encode_prompt(s, t, 999)
     special = set(t.all_special_ids) | {t.convert_tokens_to_ids(w) for w in ('<think>', '</think>') if w in (t.chat_template or '')}
     assert sorted(i for i in around(text) if i in special) == sorted(i for i in plain if i in special)
-    assert t.decode(around(text)) == format_prompt('@@', t).replace('@@', text.strip() if name != 'paper' and name != 'headers' and name != 'think' else text)
+    shown = text.strip() if 'trim' in (t.chat_template or '') else text
+    assert t.decode(around(text)) == format_prompt('@@', t).replace('@@', shown)
     assert not special & set(encode_response(text, t, 99)[:-1]) and t.decode(encode_response(text, t, 99)[:-1]) == text
     assert around(['q', text, 'r']).count(t.convert_tokens_to_ids(end_of_turn(t))) == around(['q', 'a', 'r']).count(
         t.convert_tokens_to_ids(end_of_turn(t)))
@@ -133,11 +134,13 @@ def test_a_saved_policy_answers_through_transformers_as_here(tmp_path, name):
 def rollout(t, ids, prompts, cut=False):
     b, (r, m) = prompt_batch(prompts, t, 96), pad(ids, t.eos_token_id)
     z = torch.zeros(r.shape)
-    return Rollout(b['prompt_ids'], b['input_ids'], b['attention_mask'], r, m, z, torch.tensor([cut] * len(ids)), t.eos_token_id, z, b['prompts'])
+    return Rollout(b['prompt_ids'], b['input_ids'], b['attention_mask'], r, m, z, torch.tensor([cut] * len(ids)),
+                   t.eos_token_id, z, b['prompts'])
 
 
 def test_ppo_scores_what_people_read():
-    t = make(); scorer = ScoreModel(tiny_model('llama', len(t) + 8).base_model); read = lambda r: score_rollout(TextScorer(scorer, t, t, 96, 48), r)
+    t = make(); scorer = ScoreModel(tiny_model('llama', len(t) + 8).base_model)
+    read = lambda r: score_rollout(TextScorer(scorer, t, t, 96, 48), r)
     words = lambda s: t(s, add_special_tokens=False).input_ids
     odd = [words('Name') + [t.pad_token_id] * 3 + words(' a bird.') + [t.eos_token_id],      # padding inside
            words('A ') + [len(t) + 3] + words('fish') + [t.eos_token_id],                    # out of the vocabulary
