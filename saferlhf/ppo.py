@@ -56,11 +56,11 @@ class PPOConfig:
     probes:int = setting(0, scale=True)                  # looks of the gold annotators while it trains
 
 # %% ../nbs/method/10_ppo.ipynb #5fadf804
-def actor_optim(config:PPOConfig)->Optim: # its rate
+def actor_optim(config:PPOConfig)->Optim: # the peak rate
     "How the actor is optimised."
     return Optim(config.actor_lr, 0.01, 'cosine')
 
-def critic_optim(config:PPOConfig)->Optim: # its rate
+def critic_optim(config:PPOConfig)->Optim: # the constant rate
     "How either critic is optimised."
     return Optim(config.critic_lr, 0., 'constant')
 

@@ -2,7 +2,7 @@
 
     python tests/contract_script.py [FOLDER]
 
-FOLDER holds a tokenizer and a small causal LM; data/models/nano when it is left out. It ends within half a
+FOLDER holds a tokenizer and a small causal LM; data/models/nano when it is left out. It ends within a
 minute on one core, prints what it measured, and fails where a loss does not fall or a number is not finite.
 """
 import json
