@@ -8,8 +8,10 @@ __all__ = ['HARM_CATEGORIES', 'SCHEMA', 'PACKAGE', 'PARTITIONS', 'harm_sign', 'v
            'load_preferences', 'load_labels', 'load_sft', 'load_prompts', 'shipped']
 
 # %% ../nbs/method/02_data.ipynb #635d016c
+import csv
 import gzip
 import hashlib
+import io
 import json
 import logging
 import lzma
@@ -18,17 +20,19 @@ import re
 from collections import namedtuple
 from functools import lru_cache
 from pathlib import Path
+import pandas as pd
+import pyarrow.parquet as pq
 from datasets import Dataset, Features, List, Value, load_dataset
+from datasets.data_files import FILES_TO_IGNORE, SPLIT_KEYWORDS
 import saferlhf
-from .text import as_turns, key_hash
+from .text import as_messages, chat_messages, key_hash, split_answer, stored_prompt, unpacked
 
 # %% ../nbs/method/02_data.ipynb #2104c2d9
-HARM_CATEGORIES = (
-    'animal_abuse', 'child_abuse', 'controversial_topics,politics', 'discrimination,stereotype,injustice',
-    'drug_abuse,weapons,banned_substance', 'financial_crime,property_crime,theft',
-    'hate_speech,offensive_language', 'misinformation_regarding_ethics,laws_and_safety',
-    'non_violent_unethical_behavior', 'privacy_violation', 'self_harm', 'sexually_explicit,adult_content',
-    'terrorism,organized_crime', 'violence,aiding_and_abetting,incitement')
+HARM_CATEGORIES = tuple('''
+    animal_abuse child_abuse controversial_topics,politics discrimination,stereotype,injustice
+    drug_abuse,weapons,banned_substance financial_crime,property_crime,theft hate_speech,offensive_language
+    misinformation_regarding_ethics,laws_and_safety non_violent_unethical_behavior privacy_violation self_harm
+    sexually_explicit,adult_content terrorism,organized_crime violence,aiding_and_abetting,incitement'''.split())
 _S, _I, _B, _F, _L = Value('string'), Value('int64'), Value('bool'), Value('float64'), List(Value('string'))
 _ORIGIN = dict(source=_S, id=_S, split=_S)
 SCHEMA = { # kind of row -> column -> type
@@ -82,14 +86,17 @@ def _problem(row, kind): # -> (fault, detail), or None for a good row
     if '_broken' in row: return row['_broken']                   # what the reader could not take apart
     for name in _TEXTS[kind]:
         if fault := _first_fault(_TEXT_FAULTS, row.get(name)): return fault, f'{name}: {row.get(name)!r:.30}'
-    try: as_turns(row['prompt'])
+    try: turns = [m['content'] for m in as_messages(row['prompt'])]
     except ValueError as e: return 'broken dialogue', str(e)
+    for text in turns:                                           # JSON hides what is wrong with a turn
+        if fault := _first_fault(_TEXT_FAULTS, text): return fault, f'prompt: {text!r:.30}'
     if fault := _first_fault(_LABEL_FAULTS.get(kind, {}), row):
         return fault, ', '.join(f'{k} {v!r:.20}' for k, v in row.items() if k.endswith(('_id', '_safe')))
 
 # %% ../nbs/method/02_data.ipynb #8611ae47
 class _Report(namedtuple('_Report', 'total kept counts examples')):
     "Rows seen, rows kept; fault -> rows; fault -> up to three (row number, detail). Prints as a table."
+    def line(self): return '; '.join(' '.join(part.split()) for part in str(self).split('\n'))
     def __str__(self):
         shown = {fault: '; '.join(f'row {i}: {detail}' for i, detail in found)
                  for fault, found in self.examples.items()}
@@ -110,7 +117,7 @@ def validate(
         else: clean.append(row)
     report = _Report(len(rows), len(clean), {fault: len(found) for fault, found in bad.items()},
                      {fault: found[:3] for fault, found in bad.items()})
-    if bad and policy == 'raise': raise ValueError(f"mend bad rows, or load with policy='drop'\n{report}")
+    if bad and policy == 'raise': raise ValueError(f"mend bad rows, or load with policy='drop': {report.line()}")
     return clean, report
 
 # %% ../nbs/method/02_data.ipynb #448f4463
@@ -200,71 +207,149 @@ def buckets(rows) -> list: # a Dataset, or dicts, with a prompt -> sorted bucket
     return sorted({bucket(r['prompt']) for r in _as_dicts(rows)})
 
 # %% ../nbs/method/02_data.ipynb #548c9112
+_DATA = re.compile(r'\.(jsonl?|csv|parquet)(\.gz|\.xz)?$', re.I)
+_FORMATS = 'rows are read from .json, .jsonl, .csv, .parquet, also with .gz or .xz'
+_SPLITS = {word: str(split) for split, words in SPLIT_KEYWORDS.items() for word in words}
+
 def _json_line(line):
-    try: return json.loads(line)
+    try: return json.loads(line.strip('\ufeff'))
     except (ValueError, RecursionError): return {'_broken': ('not JSON', line.strip()[:40])}
 
-def read_rows(
-    source, split:str='train', # a local file or folder, a hub name, a Dataset or dicts; a file has no splits
-    data_dir:str|None=None, revision:str|None=None, # of a hub name: a subfolder, a commit
-) -> list:                     # dicts as they are in the source; a line that is no JSON becomes a marked row
-    "Rows of any source. FileNotFoundError without one of that name, ValueError for another kind of file."
-    if not isinstance(source, (str, os.PathLike)): return _as_dicts(source)
-    path = Path(source)
-    files = [path] if path.is_file() else [p for p in path.rglob('*') if p.suffix] if path.is_dir() else []
-    if other := [p.name for p in files if not re.search(r'\.(jsonl?(\.(gz|xz))?|parquet|md)$', p.name)]:
-        raise ValueError(f'{source}: rows are read from .json, .jsonl (.gz, .xz), .parquet, not {other[:3]}')
-    if not path.is_file():
-        return load_dataset(str(source), split=split, data_dir=data_dir, revision=revision).to_list()
-    if path.suffix == '.parquet': return Dataset.from_parquet(str(path), keep_in_memory=True).to_list()
-    with {'.gz': gzip.open, '.xz': lzma.open}.get(path.suffix, open)(
-            path, 'rt', encoding='utf-8', errors='replace') as f: text = f.read()
+def _read_file(path):
+    kind, packed = _DATA.search(path.name.lower()).groups()
+    try:
+        raw = {'.gz': gzip.decompress, '.xz': lzma.decompress}.get(packed, bytes)(path.read_bytes())
+        if kind == 'parquet': return pq.read_table(io.BytesIO(raw)).to_pylist()
+        text = re.sub('\r\n?', '\n', raw.decode(json.detect_encoding(raw), 'replace')).lstrip('\ufeff')
+        if kind == 'csv': return list(csv.DictReader(io.StringIO(text)))
+    except Exception as e: raise ValueError(f'{path} is damaged: {" ".join(str(e).split())[:99]}') from None
     if text.lstrip()[:1] == '[' and isinstance(rows := _json_line(text), list): return rows
     return [_json_line(line) for line in text.split('\n') if line.strip()]
 
+def _split_of(path): # a shard's stem, or what a word of the file's name or the nearest folder's stands for
+    if shard := re.match(r'(.+)-\d{5}-of-\d{5}', path.name): return shard[1]
+    words = (word for part in reversed(path.parts) for word in re.findall('[a-z]+', part.lower()))
+    return next((_SPLITS[word] for word in words if word in _SPLITS), None)
+
+# %% ../nbs/method/02_data.ipynb #60e1e0d5
+def _files(folder, split):
+    every = [p.relative_to(folder) for p in sorted(folder.rglob('*')) if p.is_file()]
+    files = [p for p in every if _DATA.search(p.name) and p.name not in FILES_TO_IGNORE
+             and not any(part.startswith(('.', '__')) for part in p.parts)]
+    wanted = [p for p in files if _split_of(p) == (split if any(map(_split_of, files)) or split != 'train' else None)]
+    if wanted: return [folder/p for p in wanted]
+    raise ValueError(f'{folder}: no rows of split={split!r} in {[*map(str, files or every)][:5]}; {_FORMATS}')
+
+def read_rows(
+    source, split:str='train', # a file (has no splits), folder, hub name, Dataset(Dict), DataFrame, or dicts
+    data_dir:str|None=None, revision:str|None=None, # of a folder or hub name: a subfolder, a commit
+) -> list:                     # dicts as they are in the source; a line that is no JSON becomes a marked row
+    "Rows of any source. FileNotFoundError without one of that name, ValueError for what holds no rows."
+    if isinstance(source, pd.DataFrame): return source.to_dict('records')
+    if isinstance(source, dict) and split in source: return read_rows(source[split])
+    if isinstance(source, dict): raise ValueError(f'no split {split!r}: pass split= of {[*source][:9]}')
+    if not isinstance(source, (str, os.PathLike)): return _as_dicts(source)
+    path = Path(source).expanduser()
+    if path.is_dir(): return [row for f in _files(path/(data_dir or ''), split) for row in _read_file(f)]
+    if path.is_file() and not _DATA.search(path.name): raise ValueError(f'{source}: {_FORMATS}')
+    if path.is_file(): return _read_file(path)
+    if _DATA.search(path.name) or len(path.parts) > 2: raise FileNotFoundError(f'there is no {source}')
+    return load_dataset(str(source), split=split, data_dir=data_dir, revision=revision).to_list()
+
 # %% ../nbs/method/02_data.ipynb #81a0cc22
-def _from_hh(row, chosen_is):
-    dialogues = [row['chosen'], row['rejected']]
-    if not all(isinstance(text, str) and '\n\nAssistant:' in text for text in dialogues):
-        return {'_broken': ('broken dialogue', str(dialogues)[:40])}
-    (prompt, chosen), (other, rejected) = (text.strip().rsplit('\n\nAssistant:', 1) for text in dialogues)
-    if prompt != other:
-        return {'_broken': ('broken dialogue', 'chosen and rejected differ before the last answer')}
-    place = int(hashlib.sha256((chosen + rejected).encode(errors='replace')).hexdigest(), 16) & 1
-    return {'prompt': prompt + '\n\nAssistant:', f'{chosen_is}_response_id': place,
-            f'response_{place}': chosen.strip(), f'response_{1 - place}': rejected.strip(),
-            f'label_source_{chosen_is}': row.get('label_source', 'human')}
+_NONE = dict.fromkeys(['', 'nan', 'none', 'null', '<na>'])
+_FLAGS = _NONE | {'true': True, '1': True, '1.0': True, 'false': False, '0': False, '0.0': False}
+_IDS = _NONE | {'0': 0, '0.0': 0, '1': 1, '1.0': 1, '-1': -1, '-1.0': -1}
 
-def _from_alpaca(row):
-    parts = [row['instruction'], row['input']] if row.get('input') else [row['instruction']]
-    prompt = '\n\n'.join(parts) if all(isinstance(part, str) for part in parts) else parts[0]
-    return dict(prompt=prompt, response=row['output'])
+def _plain(x): # numpy's and pandas' values -> Python's, NaN -> None
+    if hasattr(x, 'tolist'): x = x.tolist()
+    if isinstance(x, dict): return {key: _plain(value) for key, value in x.items()}
+    if isinstance(x, (list, tuple)): return [*map(_plain, x)]
+    return None if x is pd.NA or x != x else x
 
-def _native(row, chosen_is): # any known layout -> native columns; others pass, for `validate` to count
-    if not isinstance(row, dict): return row
-    if 'chosen' in row and 'rejected' in row: return _from_hh(row, chosen_is)
-    names = lambda value: [k for k in value if value[k]] if isinstance(value, dict) else value
-    new = {column: names(value) if column.endswith('category') else value for column, value in row.items()}
-    if 'instruction' in row and 'output' in row: new |= _from_alpaca(row)
-    axes = ('better', 'safer', 'is_safe') if 'response_0_sha256' in row else ()               # PKU-SafeRLHF
-    beavertails = {'label_source': 'human'} if isinstance(row.get('category'), dict) else {}
-    return {f'label_source_{axis}': 'human+ai' for axis in axes} | beavertails | new
+def _cast(column, value):
+    if column == 'prompt': return stored_prompt(value)
+    if column in ('response', 'response_0', 'response_1') and not isinstance(value, str):
+        return value if (parts := split_answer(value))[0] else parts[1]
+    if column.endswith('category'):
+        value = unpacked(value) if isinstance(value, str) else value
+        return [k for k in value if _FLAGS.get(str(value[k]).lower())] if isinstance(value, dict) else value
+    known = _FLAGS if column.endswith('_safe') else _IDS if column.endswith('_response_id') else {}
+    return known.get(str(value).strip().lower(), value)
+
+# %% ../nbs/method/02_data.ipynb #de933d68
+def _from_chosen(row, axis):
+    (prompt, chosen), (other, rejected) = map(split_answer, (row['chosen'], row['rejected']))
+    if prompt != other: raise ValueError('chosen and rejected differ before the last answer')
+    if prompt and (given := stored_prompt(row.get('prompt'))):
+        seen, said = ([str(m['content']).strip() for m in as_messages(p)] for p in (prompt, given))
+        if not {*said} <= {*seen}: raise ValueError('chosen and rejected do not begin with the prompt')
+    place = int(hashlib.sha256(f'{chosen}{rejected}'.encode(errors='replace')).hexdigest(), 16) & 1
+    chosen, rejected = (text.strip() if isinstance(text, str) else text for text in (chosen, rejected))
+    return {'prompt': prompt or row.get('prompt'), f'{axis}_response_id': place,
+            f'response_{place}': chosen, f'response_{1 - place}': rejected,
+            f'label_source_{axis}': row.get('label_source', None if 'prompt' in row else 'human')}
+
+def _from_turns(row, kind): # Alpaca's columns, prompt and completion, messages or conversations
+    new = {'response': row[k] for k in ('completion', 'output') if k in row and 'response' not in row}
+    if 'instruction' in row and 'prompt' not in row:
+        parts = [row['instruction'], row['input']] if row.get('input') else [row['instruction']]
+        text = '\n\n'.join(parts) if all(isinstance(part, str) for part in parts) else parts[0]
+        new['prompt'] = [*sum(row['history'], []), text] if row.get('history') else text
+    talk = row.get('messages') or row.get('conversations')
+    if talk and ('prompt' not in row or kind == 'sft' and 'response' not in row | new):
+        asks = kind == 'prompt' and chat_messages(talk) and chat_messages(talk)[-1]['role'] == 'user'
+        new['prompt'], new['response'] = (talk, None) if asks else split_answer(talk)
+    return new
+
+# %% ../nbs/method/02_data.ipynb #3fd43521
+def _asks(row): # whether somebody chose an answer and the row does not say for what
+    single = 'response_0_sha256' in row and not {'safer_response_id', 'is_response_0_safe'} & {*row}
+    return 'chosen' if {'chosen', 'rejected'} <= {*row} else 'better_response_id' if single else None
+
+def _native(row, kind, axis): # any known layout -> native columns; others pass, for `validate` to count
+    if not isinstance(row, dict) or '_broken' in row: return row
+    try:
+        if None in row: raise ValueError('more cells than columns', str(row[None])[:40])
+        new, asks = _plain(row), _asks(row)
+        if isinstance(new.get('category'), dict): new = {'label_source': 'human'} | new            # BeaverTails
+        if 'harm_category' in new: new = dict(label_source='human+ai', category=new['harm_category']) | new
+        if 'response_0_sha256' in new:                                                             # PKU-SafeRLHF
+            new = {f'label_source_{a}': 'human+ai' for a in ('better', 'safer', 'is_safe')} | new
+        if asks == 'better_response_id': new[f'{axis}_response_id'] = new.pop(asks)
+        elif asks and (kind == 'preference' or 'prompt' not in row): new |= _from_chosen(new, axis)
+        else: new |= _from_turns(new, kind)
+        return {column: _cast(column, new[column]) for column in SCHEMA[kind] if column in new}
+    except (ValueError, TypeError, RecursionError) as e:
+        return {'_broken': e.args if len(e.args) == 2 else ('broken dialogue', str(e))}
 
 # %% ../nbs/method/02_data.ipynb #1f517723
 def _fit(value, feature, default=None):
     "A value in its column's type, `default` when it does not fit (texts and labels were validated before)."
-    if value is None: return default
+    if value is None or value == '': return default
     if isinstance(feature, List):
         return [_fit(v, feature.feature) for v in (value if isinstance(value, (list, tuple)) else [value])]
+    if feature.dtype == 'string' and isinstance(value, list): value = '; '.join(map(str, value))
     if feature.dtype == 'string': return str(value).encode('utf-8', 'replace').decode()
     wanted = dict(bool=bool, int64=int, float64=(int, float))[feature.dtype]
     return value if isinstance(value, wanted) and (feature.dtype == 'bool' or abs(value) < 2**63) else default
 
-def _table(source, kind, policy, split, chosen_is='safer'):
+# %% ../nbs/method/02_data.ipynb #5bebb5dc
+_KNOWN = ('PKU-SafeRLHF, its QA and single-dimension editions, BeaverTails, HH-RLHF, UltraFeedback, TRL '
+          '(prompt, chosen, rejected, completion), Alpaca, messages, conversations')
+
+def _table(source, kind, policy, split, chosen_is=None):
     "Read, adapt, validate, and put into the columns of SCHEMA[kind]."
-    rows, report = validate([_native(row, chosen_is) for row in read_rows(source, split)], kind, policy)
     name = source if isinstance(source, (str, os.PathLike)) else 'rows'
-    if report.counts: logging.getLogger('saferlhf').warning('%s: %s', name, report)
+    raw, log = read_rows(source, split), logging.getLogger('saferlhf')
+    asks = kind == 'preference' and next(filter(None, (_asks(r) for r in raw if isinstance(r, dict))), None)
+    if asks and not chosen_is: raise ValueError(f"{name}: say what {asks} means: chosen_is='safer' or 'better' (more helpful)")
+    if asks: log.warning('%s: %s is taken as the %s answer', name, asks, chosen_is)
+    rows, report = validate([_native(row, kind, chosen_is) for row in raw], kind, policy)
+    if not rows:
+        seen = next(([*row] for row in raw if isinstance(row, dict)), None)
+        raise ValueError(f'{name}: {report.line()}; {kind} needs {[*SCHEMA[kind]][:3]}.. of its columns {seen}; known layouts: {_KNOWN}')
+    if report.counts: log.warning('%s: %s', name, report)
     missing = dict(better_response_id=-1, safer_response_id=-1, source=Path(name).name)
     columns = {column: [_fit(row.get(column), feature, missing.get(column)) for row in rows]
                for column, feature in SCHEMA[kind].items()}
@@ -275,12 +360,12 @@ def _table(source, kind, policy, split, chosen_is='safer'):
 
 # %% ../nbs/method/02_data.ipynb #ca43fcc9
 def load_preferences(
-    source,                               # as of `read_rows`: native columns, PKU-SafeRLHF or HH-RLHF
+    source,                     # as of `read_rows`, in one of the layouts above
     policy:str='drop', split:str='train', # bad rows: 'drop' (reported to the log) or 'raise' (ValueError)
-    chosen_is:str='safer', # what HH-RLHF's "chosen" means: 'safer' (harmless subsets) or 'better' (helpful)
-) -> Dataset:                             # columns SCHEMA['preference']
-    "Pairs of answers for Eqs. 2 and 6 (E2, E3), validated. ValueError for another chosen_is."
-    if chosen_is not in ('safer', 'better'):
+    chosen_is:str|None=None,    # what "chosen" means: 'safer' or 'better' (more helpful); needed if rows have it
+) -> Dataset:                   # columns SCHEMA['preference']
+    "Pairs of answers for Eqs. 2 and 6 (E2, E3), validated. ValueError without chosen_is or any good row."
+    if chosen_is not in (None, 'safer', 'better'):
         raise ValueError(f"chosen_is must be 'safer' or 'better', not {chosen_is!r}")
     return _table(source, 'preference', policy, split, chosen_is)
 

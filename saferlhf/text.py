@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['as_turns', 'format_prompt', 'encode_prompt', 'encode_response', 'key_hash', 'prompt_id', 'pad', 'pair_batch',
-           'prompt_batch', 'batch_indices']
+           'prompt_batch', 'batch_indices', 'as_messages', 'unpacked', 'chat_messages', 'split_answer', 'stored_prompt']
 
 # %% ../nbs/method/01_text.ipynb #de8d43f4
+import ast
 import hashlib
+import json
 import math
 import re
 from itertools import groupby
@@ -157,3 +159,57 @@ def batch_indices(
         batches = [order[k:k + batch_size] for k in range(0, n, batch_size)]
         out += [batches[k] for k in rng.permutation(len(batches))] if by_length else batches
     return out[:max(1, round(len(out) * epochs / passes))]
+
+# %% ../nbs/method/01_text.ipynb #1ac94cbe
+def as_messages(prompt) -> list: # text, dialogue, turns, messages or their JSON
+    "Stand-in: dicts role, content. ValueError unless [system,] user, assistant, .., user."
+    found = unpacked(prompt) if isinstance(prompt, str) and prompt[:2] == '[{' else prompt
+    if not isinstance(found, list) or not all(isinstance(m, dict) and 'role' in m for m in found):
+        found = [dict(role=('user', 'assistant')[i % 2], content=t) for i, t in enumerate(as_turns(prompt))]
+    roles = [m['role'] for m in found][int(found[0]['role'] == 'system'):]
+    if len(roles) % 2 != 1 or roles != [('user', 'assistant')[i % 2] for i in range(len(roles))]:
+        raise ValueError(f'the roles of a prompt are [system,] user, assistant, .., user; got {roles}'[:100])
+    return [dict(role=m['role'], content=m.get('content')) for m in found]
+
+
+# %% ../nbs/method/01_text.ipynb #9c205c1c
+def unpacked(text:str): # -> the list or dict that it writes as JSON or as Python prints it; other text as it is
+    "What a cell of a CSV file stands for."
+    for read in (json.loads, ast.literal_eval) if re.match(r'\s*[\[{]', text) else ():
+        try: return read(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError): pass
+    return text
+
+def chat_messages(value): # one message or several, also as text -> list of dicts role, content; None: no messages
+    "The messages of a data set, ShareGPT's too. ValueError for the text of some that cannot be read."
+    if isinstance(value, str):
+        if not re.search(r"""['"](role|from)['"]\s*:""", value): return None
+        value, text = unpacked(value), value
+        if value == text and re.match(r'\s*\[\s*\{', text): raise ValueError(f'unreadable messages: {text[:40]}')
+    found = [value] if isinstance(value, dict) else value
+    if not isinstance(found, list) or not found or not all(isinstance(m, dict) for m in found): return None
+    found = [m if 'role' in m else dict(role=m.get('from'), content=m.get('value')) for m in found]
+    found = [m | dict(role={'human': 'user', 'gpt': 'assistant'}.get(m['role'], m['role'])) for m in found]
+    return found if all(m['role'] in ('system', 'user', 'assistant') and 'content' in m for m in found) else None
+
+
+# %% ../nbs/method/01_text.ipynb #27ce69a7
+def split_answer(dialogue): # text, or messages -> what comes before the last answer (None: nothing), the answer
+    "The two parts of a dialogue; a text that is none is an answer. ValueError unless it ends with an answer."
+    if messages := chat_messages(dialogue):
+        if messages[-1]['role'] == 'assistant': return messages[:-1] or None, messages[-1]['content']
+        raise ValueError('ends with a human turn', str(messages[-1])[:40])
+    if not isinstance(dialogue, str) or not dialogue.lstrip().startswith('Human:'): return None, dialogue
+    prompt, mark, answer = dialogue.replace('\r\n', '\n').strip().rpartition('\n\nAssistant:')
+    if not prompt or '\n\nHuman:' in answer: raise ValueError('ends with a human turn', repr(dialogue[-40:]))
+    return prompt + mark, answer
+
+def stored_prompt(value): # text, turns or messages (ShareGPT's too) -> text; anything else as it is
+    "The text that stands in a table for a prompt. ValueError as of `as_messages`."
+    messages = chat_messages(value) or isinstance(value, list) and value
+    if not messages: return value
+    messages = as_messages(messages)
+    text = str(messages[0]['content'])
+    plain = len(messages) == 1 and not text.lstrip().startswith(('Human:', '['))
+    return text if plain else json.dumps(messages, ensure_ascii=False)
+
