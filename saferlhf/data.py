@@ -260,7 +260,7 @@ def _from_chosen(row, axis):
                 'label_source', 'human' if isinstance(prompt, str) and not row.get('prompt') else None)}
 
 def _from_turns(row, kind): # Alpaca's columns, prompt and completion, messages or conversations
-    new = {'response': row[k] for k in ('completion', 'output') if k in row and 'response' not in row}
+    new = next(({'response': row[k]} for k in ('response', 'completion', 'output') if k in row), {})
     if 'instruction' in row and 'prompt' not in row:
         text = '\n\n'.join(filter(None, [row['instruction'], row.get('input')]))
         new['prompt'] = [*sum(row['history'], []), text] if row.get('history') else text
