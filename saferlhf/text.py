@@ -5,9 +5,11 @@
 # %% auto #0
 __all__ = ['PAPER_TEMPLATE', 'as_messages', 'as_turns', 'format_prompt', 'template_name', 'encode_prompt', 'answer_text',
            'encode_response', 'end_of_turn', 'key_hash', 'prompt_id', 'pad', 'pair_batch', 'prompt_batch',
-           'batch_indices']
+           'batch_indices', 'unpacked', 'plain', 'stored_prompt', 'chat_messages', 'text_fault', 'split_answer',
+           'split_pair']
 
 # %% ../nbs/method/01_text.ipynb #de8d43f4
+import ast
 import hashlib
 import json
 import math
@@ -265,3 +267,82 @@ def batch_indices(
         batches = [order[k:k + batch_size] for k in range(0, n, batch_size)]
         out += [batches[k] for k in rng.permutation(len(batches))] if by_length else batches
     return out[:max(1, round(len(out) * epochs / passes))]
+
+# %% ../nbs/method/01_text.ipynb #9c205c1c
+def unpacked(text:str): # -> what it writes as JSON, or as Python prints a list or dict; other text as it is
+    "What a cell of a CSV file stands for."
+    for read in (json.loads, ast.literal_eval) if re.match(r'\s*[\[{]', text) else ():
+        try: return read(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError): pass
+    return text
+
+def plain(x): # a value of a table, nested or not -> the same in Python's own types
+    "What numpy's and pandas' values stand for; NaN and other missing ones are None."
+    if hasattr(x, 'tolist'): x = x.tolist()
+    if isinstance(x, dict): return {key: plain(value) for key, value in x.items()}
+    if isinstance(x, (list, tuple)): return [*map(plain, x)]
+    return None if type(x).__name__ == 'NAType' or x != x else x
+
+def stored_prompt(value): # text, turns or messages (ShareGPT's too) -> text; anything else as it is
+    "The text that stands in a table for a prompt. ValueError as of `as_messages`."
+    messages = chat_messages(value) or isinstance(value, list) and value
+    human = isinstance(value, str) and value.lstrip().startswith('Human:')
+    if not messages: return value.replace('\r\n', '\n') if human else value
+    messages = as_messages(messages)
+    one = len(messages) == 1 and not messages[0]['content'].lstrip().startswith(('Human:', '['))
+    return messages[0]['content'] if one else json.dumps(messages, ensure_ascii=False)
+
+
+# %% ../nbs/method/01_text.ipynb #3993cc56
+def chat_messages(value): # one message or several, also as text -> a list of dicts role, content; or None
+    "The messages of a data set, ShareGPT's too. ValueError for the text of some that cannot be read."
+    if isinstance(value, str):
+        text = value if re.match(r"""\s*(\[\s*)?\{.*['"](role|from)['"]\s*:""", value, re.S) else ''
+        value = unpacked(text)
+        if text.lstrip()[:1] == '[' and value == text: raise ValueError(f'unreadable messages: {text[:40]}')
+    found = [value] if isinstance(value, dict) else value
+    if not isinstance(found, list) or not found or not all(isinstance(m, dict) for m in found): return None
+    found = [m if 'role' in m else dict(role=m.get('from'), content=m.get('value')) for m in found]
+    found = [m | dict(role={'human': 'user', 'gpt': 'assistant'}.get(m['role'], m['role'])) for m in found]
+    known = all(m['role'] in ('system', 'user', 'assistant') and 'content' in m for m in found)
+    return found if known else None
+
+_TEXT_FAULTS = { # -> whether a text has it, looked at from top to bottom
+    'missing field': lambda text: text is None,
+    'wrong type': lambda text: not isinstance(text, str),
+    'empty text': lambda text: not text.strip(),
+    'over-long text': lambda text: len(text) > 20_000,
+    'broken text': lambda text: re.search('[\ud800-\udfff\ufffd]', text), # no valid Unicode
+    'control characters': lambda text: re.search('[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffe\uffff]', text)}
+
+def text_fault(text): # of any type -> the name of a fault, or None
+    "What makes a text of a data set unfit to be learnt."
+    return next((fault for fault, found in _TEXT_FAULTS.items() if found(text)), None)
+
+
+# %% ../nbs/method/01_text.ipynb #27ce69a7
+def split_answer(
+    dialogue,   # a dialogue as text, or messages; any other text is an answer
+    open=False, # whether messages may end with the user
+):              # -> what comes before the last answer (None: nothing), the answer (None: open)
+    "The two parts of a dialogue. ValueError unless it ends with an answer."
+    if messages := chat_messages(dialogue):
+        if open and messages[-1]['role'] == 'user': return messages, None
+        if messages[-1]['role'] == 'assistant': return messages[:-1] or None, messages[-1]['content']
+        raise ValueError('ends with a human turn', str(messages[-1])[:40])
+    if not isinstance(dialogue, str) or not dialogue.lstrip().startswith('Human:'): return None, dialogue
+    prompt, mark, answer = dialogue.replace('\r\n', '\n').strip().rpartition('\n\nAssistant:')
+    if not prompt or '\n\nHuman:' in answer: raise ValueError('ends with a human turn', repr(dialogue[-40:]))
+    return prompt + mark, answer
+
+def split_pair(
+    chosen, rejected, prompt=None, # whole dialogues, or the answers alone; the prompt, where it stands apart
+):                                 # -> prompt, chosen answer, rejected answer
+    "One comparison, in texts or messages. ValueError when the two do not share all but the last answer."
+    (before, high), (other, low) = split_answer(chosen), split_answer(rejected)
+    if before != other: raise ValueError('chosen and rejected differ before the last answer')
+    if before and prompt:
+        seen, said = ([m['content'].strip() for m in as_messages(p)] for p in (before, stored_prompt(prompt)))
+        if not {*said} <= {*seen}: raise ValueError('chosen and rejected do not hold the prompt')
+    return before or prompt, high, low
+

@@ -29,11 +29,13 @@ def malformed(draw): # (kind, the line's bytes)
     if row['response_0'].strip() == row['response_1'].strip(): row['response_1'] += ' other'
     kind = draw(st.sampled_from(KINDS))
     field = draw(st.sampled_from(TEXTS))
-    if kind == 'type': row[field] = draw(values.filter(lambda v: not isinstance(v, str) and v is not None))
+    if kind == 'type': # a list of texts is a dialogue
+        row[field] = draw(values.filter(lambda v: not isinstance(v, str) and v is not None and not
+                                        (isinstance(v, list) and any(isinstance(turn, str) for turn in v))))
     if kind == 'label':
         field = draw(st.sampled_from(LABELS + FLAGS))
-        allowed = (None, True, False) if field in FLAGS else (None, -1, 0, 1)
-        row[field] = draw(values.filter(lambda v: not any(type(v) is type(a) and v == a for a in allowed)))
+        known = {'', 'nan', 'none', 'null', '<na>', '0', '1', '0.0', '1.0'} | ({'true', 'false'} if field in FLAGS else {'-1', '-1.0'})
+        row[field] = draw(values.filter(lambda v: str(v).strip().lower() not in known)) # what pandas and CSV files make of labels
     if kind == 'missing': draw(st.sampled_from([lambda: row.pop(field), lambda: row.update({field: None})]))()
     if kind == 'empty': row[field] = draw(st.text(' \t\n\r\u00a0\u2003', max_size=5))
     if kind == 'huge': row[field] = draw(words) * draw(st.integers(20_001, 30_000))

@@ -31,7 +31,7 @@ CONTRACT = {      # module -> name -> its parameters; what is added later stands
         ScoreModel="body, kind='reward', score_dim=1, bias=False", load_lm='path', load_tokenizer='path',
         llama='vocab_size, hidden, layers, heads, kv_heads, ffn, max_tokens=512, seed=0'),
     'data': dict(
-        load_preferences="source, policy='drop', split='train', chosen_is='safer'",
+        load_preferences="source, policy='drop', split='train', chosen_is=None",
         load_labels="source, policy='drop', split='train'", load_sft="source, policy='drop', split='train'",
         load_prompts="source, policy='drop', split='train'", shipped='name, *parts'),
     'engine': dict(

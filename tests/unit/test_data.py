@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from saferlhf import data
+from saferlhf.annotate import HARM_CATEGORIES
 from saferlhf.data import (PARTITIONS, bucket, buckets, cost_pairs, data_path, harm_sign, label_pairs,
                            load_labels, load_preferences,
                            load_prompts, load_sft, partition, read_rows, reward_pairs, sha256, shipped,
@@ -330,7 +331,6 @@ def test_odd_values_in_optional_columns_do_no_harm():
     row = load_preferences([odd, MILD])[0]
     assert (row['id'], row['source'], row['reward_0'], row['cost_0'],
             row['response_0_harm_category']) == ('7', '3', None, 1., ['violence'])
-    assert len(load_preferences([])) == len(load_prompts(['x', None])) == 0
 
 def test_labels_need_a_label(tmp_path):
     rows = [dict(prompt='a', response='b', is_safe=v) for v in (True, False, None, 'no')]
@@ -368,7 +368,7 @@ def test_beavertails_layout():
     t = load_labels(str(FIXTURES/'BeaverTails'), policy='raise')
     assert t['is_safe'] == [False, True, False]
     assert t['category'][2] == ['non_violent_unethical_behavior', 'privacy_violation']
-    assert set(t['category'][0] + t['category'][2]) <= set(data.HARM_CATEGORIES)
+    assert set(t['category'][0] + t['category'][2]) <= set(HARM_CATEGORIES)
     assert set(t['label_source']) == {'human'}
 
 @pytest.mark.parametrize('chosen_is', ['safer', 'better'])
@@ -388,7 +388,7 @@ def test_hh_rlhf_layout(chosen_is, caplog):
 def test_hh_answers_have_no_fixed_place():
     rows = [dict(chosen=f'\n\nHuman: q{i}\n\nAssistant: good {i}',
                  rejected=f'\n\nHuman: q{i}\n\nAssistant: bad {i}') for i in range(200)]
-    assert 70 < sum(load_preferences(rows)['safer_response_id']) < 130
+    assert 70 < sum(load_preferences(rows, chosen_is='safer')['safer_response_id']) < 130
 
 def test_alpaca_layout(caplog):
     t = load_sft(str(FIXTURES/'alpaca'))
@@ -409,9 +409,168 @@ def test_characters_that_no_answer_holds(text, reason):
     assert validate([MILD | dict(response_0=text),
                      MILD | dict(response_0='tab\tand\r\nline')])[1].counts == {reason: 1}
 
-@pytest.mark.parametrize('name', ['rows.pkl', 'rows.csv', 'rows.bin', 'folder'])
-def test_rows_come_from_json_and_parquet_only(tmp_path, name):
+@pytest.mark.parametrize('name', ['rows.pkl', 'rows.bin', 'folder', 'clone'])
+def test_only_data_files_are_read(tmp_path, name):
     f = tmp_path/name
     if name == 'folder': f.mkdir(); (f/'x.pickle').write_bytes(b'')
+    elif name == 'clone': (f/'.git').mkdir(parents=True); (f/'.git'/'x.jsonl').write_text('{"prompt": "x"}')
     else: f.write_bytes(b'')
     with pytest.raises(ValueError, match='rows are read from .json'): load_preferences(f)
+
+# what people bring
+
+def columns(table, *names): return [tuple(row[name] for name in names) for row in table]
+
+def talk(*words, system=None, answers=('user', 'assistant')):
+    turns = [dict(role=answers[i % 2], content=text) for i, text in enumerate(words)]
+    return [dict(role='system', content=system)]*(system is not None) + turns
+
+def chosen(row, **known):
+    "The prompt and the chosen and rejected answers of a single row."
+    t = load_preferences([row], chosen_is='better', **known)[0]
+    k = t['better_response_id']
+    return t['prompt'], t[f'response_{k}'], t[f'response_{1 - k}']
+
+Q, GOOD, BAD = 'Name a bird.', 'Swallow.', 'No.'
+MULTI = talk('a', 'b', Q, system='Be brief.')
+
+@pytest.mark.parametrize('row, prompt', [
+    (dict(prompt=Q, chosen=talk(Q, GOOD), rejected=talk(Q, BAD), score_chosen=8.), Q),        # UltraFeedback
+    (dict(prompt=Q, chosen=' ' + GOOD, rejected=BAD), Q),                                     # TRL, text
+    (dict(prompt=MULTI, chosen=talk('', GOOD)[1:], rejected=talk('', BAD)[1:]), MULTI),       # TRL, messages
+    (dict(chosen=MULTI + talk('', GOOD)[1:], rejected=MULTI + talk('', BAD)[1:]), MULTI),     # TRL, no prompt
+    (dict(prompt=Q, chosen=talk('a', 'b', Q, GOOD, system='Be brief.'),
+          rejected=talk('a', 'b', Q, BAD, system='Be brief.')), MULTI),
+    (dict(prompt=Q, chosen=str(talk(Q, GOOD)), rejected=json.dumps(talk(Q, BAD))), Q),        # in CSV
+    (dict(chosen=f'\r\n\r\nHuman: {Q}\r\n\r\nAssistant: {GOOD}', rejected=f'\n\nHuman: {Q}\n\nAssistant: {BAD}'),
+     f'Human: {Q}\n\nAssistant:'),
+    (dict(conversations=[{'from': 'human', 'value': Q}], chosen={'from': 'gpt', 'value': GOOD},
+          rejected={'from': 'gpt', 'value': BAD}), Q)])
+def test_chosen_and_rejected_in_every_layout(row, prompt):
+    assert chosen(row) == (prompt if isinstance(prompt, str) else json.dumps(prompt), GOOD, BAD)
+    assert load_prompts([row])['prompt'][0] in (chosen(row)[0], Q)
+
+def test_what_chosen_means_is_asked_for_and_echoed(caplog):
+    pairs = [dict(prompt=Q, chosen=GOOD, rejected=BAD)]
+    single = [dict(prompt=Q, response_0=GOOD, response_1=BAD, better_response_id=0, response_0_sha256='x')]
+    for rows, column in ((pairs, 'chosen'), (single, 'better_response_id')):
+        with pytest.raises(ValueError, match=f"say what {column} means: chosen_is='safer'"): load_preferences(rows)
+        t = load_preferences(rows, chosen_is='safer')
+        assert t['better_response_id'] == [-1] and t['safer_response_id'][0] in (0, 1)
+        assert f"{column} is taken to mean 'safer'" in caplog.text
+    assert load_preferences(pairs, chosen_is='better')['label_source_better'] == [None]   # people? nobody says so
+    caplog.clear(); load_preferences([MILD]); assert not caplog.text
+
+def test_dialogues_without_a_last_answer_are_counted(caplog):
+    open_ = '\n\nHuman: a\n\nAssistant: b\n\nHuman:'
+    rows = [dict(chosen=open_, rejected='\n\nHuman: a\n\nAssistant: c'), dict(chosen=talk(Q), rejected=talk(Q)),
+            dict(chosen='\n\nHuman: a\n\nAssistant: b', rejected='\n\nHuman: a\n\nAssistant: c')]
+    t = load_preferences(rows, chosen_is='safer')
+    assert len(t) == 1 and '2  ends with a human turn row 0' in caplog.text
+    assert len(load_sft([dict(messages=talk(Q, GOOD)), dict(messages=talk(Q))])) == 1
+    prompts = load_prompts([dict(prompt=Q), dict(prompt='Human: a\n\nAssistant: b')])
+    assert prompts['prompt'] == [Q] and '1  broken dialogue' in caplog.text
+
+def test_prompts_of_every_form():
+    forms = [Q, talk(Q), json.dumps(talk(Q), indent=1), ['a', 'b', Q], talk('Human: x'), talk(Q, system='é')]
+    stored = [Q, json.dumps(talk('a', 'b', Q)), json.dumps(talk('Human: x')),
+              json.dumps(talk(Q, system='é'), ensure_ascii=False)]
+    assert load_prompts([dict(prompt=f) for f in forms])['prompt'] == stored
+    assert load_prompts([dict(messages=f) for f in (talk(Q), talk(Q, GOOD))])['prompt'] == [Q]
+    for bad, reason in ((talk(Q, GOOD), 'roles'), ([], 'wrong type'), (talk('a\0b'), 'control'), (talk(''), 'text')):
+        with pytest.raises(ValueError, match=reason): load_prompts([dict(prompt=bad)])
+    plain = ['[1, 2] is what?', '{"role": "admin"}', '{x} [y]']
+    assert load_prompts([dict(prompt=p) for p in plain])['prompt'] == plain
+
+def test_answers_of_every_form():
+    answer = talk('', GOOD)[1]
+    rows = [dict(prompt=Q, response=answer), dict(prompt=Q, completion=[answer]), dict(messages=talk(Q, GOOD)),
+            dict(conversations=[{'from': 'human', 'value': Q}, {'from': 'gpt', 'value': GOOD}]),
+            dict(prompt=Q, prompt_id='x', messages=talk(Q, GOOD)), dict(instruction=Q, input='', output=GOOD)]
+    t = load_sft(rows, policy='raise')
+    assert set(columns(t, 'prompt', 'response')) == {(Q, GOOD)} and len(t) == len(rows)
+    old = load_sft([dict(instruction=Q, input=None, output=GOOD, history=[['a', 'b']])])
+    assert json.loads(old['prompt'][0]) == talk('a', 'b', Q)
+
+def test_labels_of_pandas_and_csv(tmp_path):
+    import numpy as np
+    import pandas as pd
+    one = dict(MILD, prompt='a')
+    frame = pd.DataFrame([one, dict(one, prompt='b', is_response_0_safe=None, better_response_id=None),
+                          dict(one, prompt='c', is_response_1_safe=np.nan, response_0='None')])
+    frame['is_response_1_safe'] = frame['is_response_1_safe'].astype(float)
+    names = ('better_response_id', 'safer_response_id', 'is_response_0_safe', 'is_response_1_safe')
+    want = [(0, 0, True, False), (-1, 0, None, False), (0, 0, True, None)]
+    frame.to_csv(tmp_path/'a.csv'); frame.to_parquet(tmp_path/'a.parquet')
+    for source in (frame, frame.convert_dtypes(), frame.to_dict('records'), tmp_path/'a.csv', tmp_path/'a.parquet'):
+        t = load_preferences(source, policy='raise')
+        assert columns(t, *names) == want and t['response_0'][2] == 'None'
+    nested = Dataset.from_list([dict(prompt=Q, chosen=talk(Q, GOOD), rejected=talk(Q, BAD))]).to_pandas()
+    assert len(load_preferences(nested, chosen_is='better')) == 1
+    nested.to_csv(tmp_path/'b.csv')                                    # numpy's way of printing cannot be read back
+    with pytest.raises(ValueError, match='unreadable messages'): load_preferences(tmp_path/'b.csv', chosen_is='safer')
+    t = load_labels([dict(prompt=Q, response='a', is_safe=x, extra=b'\xff') for x in
+                     (np.True_, 'True', 1., '0', 'false', np.float64(0), 'maybe', 2, float('nan'))])
+    assert t['is_safe'] == [True, True, True, False, False, False]
+
+def test_categories_of_every_form():
+    tables = {'Violence': True, 'Cybercrime': False}, '{"Violence": true}', "{'Violence': True}", '["Violence"]', "['Violence']"
+    rows = [dict(prompt=Q, response='a', is_safe=False, category=c) for c in tables]
+    t = load_labels([*rows, dict(prompt=Q, response='a', is_safe=False, category="['Violence' 'Theft']")])
+    assert t['category'] == [['Violence']]*5 + [['Violence', 'Theft']] and t['label_source'][0] == 'human'
+    qa = dict(prompt=Q, response='a', is_safe=False, harm_category=tables[0], severity_level=2, sha256='ab')
+    row = load_labels([qa])[0]
+    assert (row['category'], row['label_source'], row['is_safe']) == (['Violence'], 'human+ai', False)
+
+@pytest.mark.parametrize('end', ['\n', '\r\n', '\r'])
+@pytest.mark.parametrize('encoding', ['utf-8', 'utf-8-sig', 'utf-16'])
+def test_byte_order_marks_and_line_ends(tmp_path, end, encoding):
+    rows = [dict(prompt=f'Où {i}?', response='a, b', is_safe=True) for i in range(3)]
+    texts = {'a.jsonl': end.join(map(json.dumps, rows)), 'a.json': json.dumps(rows, indent=1).replace('\n', end),
+             'a.csv': end.join(['prompt,response,is_safe', *(f'{r["prompt"]},"a, b",True' for r in rows), ''])}
+    for name, text in texts.items():
+        (tmp_path/name).write_bytes(text.encode(encoding))
+        assert columns(load_labels(tmp_path/name, 'raise'), *rows[0]) == [tuple(r.values()) for r in rows], name
+
+def test_a_line_of_csv_with_too_many_cells(tmp_path, caplog):
+    (tmp_path/'a.csv').write_text('prompt,response,is_safe\nq,a,True\nq,a, b,True\n')
+    assert len(load_labels(tmp_path/'a.csv')) == 1 and '1  more cells than columns' in caplog.text
+
+def folder(root, *names):
+    for name in names:
+        (root/name).parent.mkdir(parents=True, exist_ok=True)
+        (root/name).write_text(json.dumps(dict(prompt=name)) if name.endswith('.jsonl') else 'x')
+    return root
+
+def test_folders(tmp_path):
+    prompts = lambda *names, split='train': load_prompts(folder(tmp_path/str(len([*tmp_path.iterdir()])), *names), split=split)['prompt']
+    junk = ('README.md', '.gitattributes', 'pipeline.png', 'train.ipynb', '.git/objects/pack/pack-1.idx', '.git/train.jsonl',
+            '.cache/huggingface/CACHEDIR.TAG', '.cache/huggingface/download/train.jsonl.metadata', 'dataset_infos.json')
+    one = 'data/Alpaca-7B/train.jsonl'
+    assert prompts(*junk, one, 'data/Alpaca-7B/test.jsonl') == [one]
+    assert prompts('a/train/x.jsonl', 'a/test/x.jsonl', 'b/dev.jsonl', split='test') == ['a/test/x.jsonl']
+    assert prompts('pairs.jsonl', 'training-loss.png') == ['pairs.jsonl']
+    parts = [f'data/{name}-00000-of-00001.jsonl' for name in ('train_prefs', 'train_sft')]
+    assert prompts(*parts, split='train_prefs') == parts[:1]
+    with pytest.raises(ValueError, match="no rows of split='train' in .*train_prefs"): prompts(*parts)
+
+def test_splits_streams_and_damaged_files(tmp_path):
+    table = Dataset.from_list([MILD])
+    assert len(load_preferences(datasets.DatasetDict(train=table, test=table))) == 1
+    assert len(load_preferences(table.to_iterable_dataset())) == 1
+    with pytest.raises(ValueError, match=r"no split 'train': pass split= of \['test'\]"): load_preferences(datasets.DatasetDict(test=table))
+    for name in ('a.parquet', 'a.jsonl.gz', 'a.csv.xz'):
+        (tmp_path/name).write_bytes(b'version https://git-lfs.github.com/spec/v1')
+        with pytest.raises(ValueError, match='is damaged'): load_preferences(tmp_path/name)
+    with pytest.raises(FileNotFoundError, match='none.jsonl'): load_preferences(tmp_path/'none.jsonl')
+
+@pytest.mark.parametrize('load', [load_preferences, load_labels, load_sft, load_prompts])
+def test_when_no_row_is_left_the_layouts_are_named(load):
+    for rows in ([dict(text='another layout')], [dict(text='x', prompt=None)], ['text'], []):
+        with pytest.raises(ValueError, match='known layouts: PKU-SafeRLHF') as error: load(rows)
+        assert '\n' not in str(error.value) and (not rows or rows == ['text'] or "columns seen: ['text'" in str(error.value))
+
+def test_no_pairs_to_train_on():
+    from saferlhf.train import ScoreConfig, score_batches
+    pairs = reward_pairs(load_preferences([MILD | dict(better_response_id=-1)]))
+    with pytest.raises(ValueError, match='no rows'): score_batches(pairs, None, ScoreConfig())
