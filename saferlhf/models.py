@@ -121,7 +121,7 @@ class ScoreModel(nn.Module):
         if kind not in ('reward', 'cost', 'critic'):
             raise ValueError(f"kind is 'reward', 'cost' or 'critic', not {kind!r}")
         self.body, self.kind = body, kind
-        self.blank = getattr(body.config, 'score_blank', None) # a token id after which no text is scored, or None
+        self.blank = getattr(body.config, 'score_blank', None)   # a token that is never the last, or None
         width = getattr(body.config, 'word_embed_proj_dim', None) or body.config.hidden_size
         self.score_head = _ScoreHead(width, score_dim, bias=bias)
         nn.init.normal_(self.score_head.weight, std=(width + 1) ** -.5)
@@ -149,9 +149,10 @@ class ScoreModel(nn.Module):
         return self
 
     def standardise(self, scores): # numpy (N,), its own of the calibration set -> the same in the new units
-        "Rescale to unit standard deviation. ValueError, with nothing changed, unless they are finite and differ."
-        if scores.ndim != 1 or not np.isfinite(scores).all() or not scores.std() > 1e-6 * np.abs(scores).max():
-            raise ValueError(f'{len(scores)} calibration scores of the {self.kind} model are all equal, not finite or '
+        "Rescale to unit standard deviation. ValueError, before that, unless they are finite and differ."
+        fine = scores.ndim == 1 and len(scores) > 1 and np.isfinite(scores).all()
+        if not fine or not scores.std() > 1e-6 * np.abs(scores).max():
+            raise ValueError(f'the calibration scores of the {self.kind} model are all equal, not finite or '
                              'not one a text: it has collapsed; look at its loss, and lower the learning rate')
         self.rescale(1 / float(scores.std()))
         return scores / scores.std()
@@ -177,8 +178,8 @@ def _stored_head(path, config): # name -> fp32 tensor; empty for a language mode
     if not layout: return {}
     head = {k.removeprefix(layout): v for k, v in read_tensors(path, layout).items()}
     if 'weight' not in head or not all(v.is_floating_point() and v.isfinite().all() for v in head.values()):
-        raise ValueError(f'{path}: the tensor {layout}weight, its score head, is missing, not finite or not of a '
-                         'float type; save the whole model again')
+        raise ValueError(f'{path}: the tensor {layout}weight, its score head, is missing, not finite or not '
+                         'of a float type; save the whole model again')
     if layout == 'score.':
         if len(head['weight']) > 1:
             raise ValueError(f'{path} is a classifier of {len(head["weight"])} labels: a score model has one')
@@ -190,7 +191,7 @@ _SPARE = ('score_head.', 'score.', 'normalizer.')     # of the two layouts of sc
 
 def _output(config): # names of a language model's output matrix begin so
     cls = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    return tuple({k.rsplit('.', 1)[0] + '.' for k in getattr(cls, '_tied_weights_keys', None) or ()} | {'lm_head.'})
+    return 'lm_head.', *(k.rsplit('.', 1)[0] + '.' for k in getattr(cls, '_tied_weights_keys', None) or ())
 
 def _load_score_model(
     path,                    # local folder or hub name: a score model or a causal LM

@@ -75,7 +75,7 @@ def attend(
 
 # %% ../../nbs/hardware/02_packing.ipynb #0bc87619
 def packed_attention(module, query, key, value, attention_mask, scaling=None, lay=None, **kw): # (1, h, N, D)
-    "`attend` in the shape of transformers' attention functions. ValueError where that is not what is wanted."
+    "`attend` in the shape of transformers' attention functions. ValueError where a model wants another."
     if lay is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kw)
     more = [k for k, x in kw.items() if torch.is_tensor(x) and 'position' not in k or k == 'softcap' and x]
@@ -89,7 +89,7 @@ AttentionMaskInterface.register('packed', sdpa_mask)
 
 # %% ../../nbs/hardware/02_packing.ipynb #2dd3c292
 _POSITIONS = 'max_position_embeddings', 'n_positions', 'max_seq_len', 'context_length', 'n_ctx'
-_WINDOWS = dict(sliding_window='sliding_attention', attention_chunk_size='chunked_attention')   # -> its layers
+_WINDOWS = dict(sliding_window='sliding_attention', attention_chunk_size='chunked_attention') # its layers
 
 def text_config(model): # a model of transformers, or its configuration -> that of its text model
     "Where sizes and limits stand."
@@ -98,31 +98,37 @@ def text_config(model): # a model of transformers, or its configuration -> that 
 
 def _rope_limit(c): # the longest sequence whose rotary positions depend on nothing else, or None
     rope = getattr(c, 'rope_parameters', None) or getattr(c, 'rope_scaling', None) or {}
-    ropes = [r for r in (rope, *rope.values()) if isinstance(r, dict)]         # one, or one for each kind of layer
-    limit = getattr(c, 'original_max_position_embeddings', None) or getattr(c, 'max_position_embeddings', None)
+    ropes = [r for r in (rope, *rope.values()) if isinstance(r, dict)]   # one, or one for each kind of layer
+    limit = next((x for k in ('original_max_position_embeddings', 'max_position_embeddings')
+                  if (x := getattr(c, k, None))), None)
     return min((r.get('original_max_position_embeddings') or limit for r in ropes
                 if r.get('rope_type', r.get('type')) in ('dynamic', 'longrope')), default=None)
 
-def check_length(config, tokens:int, whole:bool=True): # of a model; longest sequence; read without windows
-    "ValueError for a sequence that the model was not made to read, or that attention here would read wrongly."
+def check_length(
+    config, tokens:int, # of a model; those of the longest sequence
+    whole:bool=True,    # attention knows no windows, as packed; else the model's own does
+):
+    "ValueError for a sequence that the model was not made to read, or that would be read wrongly."
     c = text_config(config)
     kinds, all_layers = getattr(c, 'layer_types', None), getattr(c, 'use_sliding_window', True)
-    limits = [('last position', getattr(c, k, None)) for k in _POSITIONS] + [('original length', _rope_limit(c))]
+    limits = [('last position', getattr(c, k, None)) for k in _POSITIONS]
+    limits += [('original length (its rotary positions change with the batch)', _rope_limit(c))]
     limits += [('attention window', getattr(c, k, None)) for k, kind in _WINDOWS.items()
                if whole and (kind in kinds if kinds else all_layers)]
     for what, limit in limits:
         if isinstance(limit, int) and 0 < limit < tokens:
-            raise ValueError(f'sequences of {tokens} tokens are longer than the {what} of this model, {limit}: '
-                             'lower max_prompt_tokens or max_new_tokens')
+            raise ValueError(f'sequences of {tokens} tokens are longer than the {what} of this model, '
+                             f'{limit}: lower max_prompt_tokens or max_new_tokens')
 
 def check_ids(config, ids:Tensor, mask:Tensor): # of a model; (B, L) both; what lies on a GPU goes unchecked
     "ValueError for a token without an embedding; padding may be anything."
-    size, ids, mask = getattr(text_config(config), 'vocab_size', 0), *(getattr(x, 'host', x) for x in (ids, mask))
+    ids, mask = (getattr(x, 'host', x) for x in (ids, mask))
+    size = getattr(text_config(config), 'vocab_size', 0)
     found = (ids * mask).aminmax() if size and ids.numel() and ids.is_cpu and mask.is_cpu else ()
     for id in found:
         if not 0 <= id < size:
-            raise ValueError(f'token {int(id)} has no embedding in this model of {size}: use the tokenizer that '
-                             'belongs to it, or resize its embeddings')
+            raise ValueError(f'token {int(id)} has no embedding in this model of {size}: use the tokenizer '
+                             'that belongs to it, or resize its embeddings')
 
 # %% ../../nbs/hardware/02_packing.ipynb #211dc846
 _PACKED = ('llama', 'mistral', 'qwen2', 'qwen3', 'gemma', 'gemma3_text', 'olmo2', 'olmo3', 'phi3', 'smollm3',
@@ -165,10 +171,12 @@ def _agrees(model, way): # `_packed` or `_padded` -> whether rows together are w
     name = 'logits' if 'logits' in alone[0] else 'last_hidden_state'
     want = torch.cat([x[name][0] for x in alone])[1:]                         # the first token is left out
     keep = dict(logits_to_keep=torch.arange(1, 9, device=ids.device)) if name == 'logits' else {}
-    try: got, moved = (getattr(way(model, x, lay, **keep), name)[0][0 if keep else 1:] for x in (ids, other))
+    first = 0 if keep else 1
+    try: got, moved = (getattr(way(model, x, lay, **keep), name)[0][first:] for x in (ids, other))
     except Exception: return False                                            # it cannot be called so
-    beside = [k for k in range(8) if k != 5]                                  # all but the token that was changed
-    return got.shape == want.shape and _near(got, want, 1e-3, .05) and _near(got[beside], moved[beside], 1e-5, 0.)
+    if got.shape != want.shape or not _near(got, want, 1e-3, .05): return False
+    beside = [k for k in range(8) if k != 5]                                  # all but the token that changed
+    return _near(got[beside], moved[beside], 1e-5, 0.)
 
 def _near(a, b, wide, narrow): # tolerances in 32 and in 16 bits, as a share of the largest number
     return bool((a - b).abs().max() <= (narrow if a.element_size() == 2 else wide) * b.abs().max())
@@ -177,12 +185,12 @@ def packs(model)->bool: # a model of transformers, or an engine around one
     "Whether it goes packed (else padded). Asked once of a model. ValueError if it is right in neither way."
     m = _module(model)
     c = text_config(m)
-    if c.model_type in _PACKED and not any(getattr(c, k, None) for k in _SPECIAL): return True
+    if getattr(c, 'model_type', '') in _PACKED and not any(getattr(c, k, None) for k in _SPECIAL): return True
     if not hasattr(m, '_packs'):
         packed = _agrees(model, _packed)
         if not packed and not _agrees(model, _padded):
-            raise ValueError(f'the family {c.model_type} cannot be used: its numbers for a row depend on the rows '
-                             'beside it, or on what stands behind a token; take a causal language model')
+            raise ValueError(f'the family {c.model_type} cannot be used: its numbers for a row depend on the '
+                             'rows beside it, or on what stands behind a token; take a causal language model')
         if not packed: say_once(f'the family {c.model_type} goes padded through the model: right, but slower')
         m._packs = packed
     return m._packs

@@ -293,7 +293,7 @@ class Sampler:
 
     def _whole(self, model, ids, mask, u):
         "Through a forward pass over everything for every token: for models whose caches cannot be padded."
-        (B, S), T, mask = ids.shape, self.max_new_tokens, host(mask)
+        B, T, mask = len(ids), self.max_new_tokens, host(mask)
         s = _Slots(B, T, ids.device)
         s.alive.fill_(True)
         for t in range(T):

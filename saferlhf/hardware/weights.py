@@ -17,15 +17,16 @@ from transformers.utils import cached_file
 from .packing import text_config
 
 # %% ../../nbs/hardware/11_weights.ipynb #0df6ec3f
+_OWN = 'needs code of its own, which is never run here: use a family that transformers knows'
+
 @contextmanager
 def _one_line(path): # what goes wrong inside is a ValueError of one line
-    level = transformers.logging.get_verbosity(); transformers.logging.set_verbosity_error()   # no loading report
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()                        # no report of what was loaded
     try: yield
     except (OSError, RuntimeError, ValueError, KeyError, ImportError, SafetensorError) as e:
-        own = 'trust_remote_code' in str(e) or 'custom code' in str(e)
-        why = 'it needs code of its own, which is never run here: use a family that transformers knows' if own \
-            else next(iter(str(e).strip().splitlines()), type(e).__name__)
-        raise ValueError(f'{path} cannot be read: {why}') from e
+        why = next(iter(str(e).strip().splitlines()), type(e).__name__)
+        raise ValueError(f'{path} {_OWN}' if 'custom code' in why else f'{path} cannot be read: {why}') from e
     finally: transformers.logging.set_verbosity(level)
 
 def _file(path, name): # of a folder or hub name; None where there is no such file
@@ -35,24 +36,25 @@ def _file(path, name): # of a folder or hub name; None where there is no such fi
 def read_config(path): # local folder or hub name -> a configuration of transformers
     "ValueError for what is no whole causal model of text: adapters, packed numbers, foreign code."
     if _file(path, 'adapter_config.json'):
-        raise ValueError(f'{path} is an adapter: merge it into its base (merge_and_unload of peft) and save that')
+        raise ValueError(f'{path} is an adapter: merge it into its base (peft: merge_and_unload), save that')
     with _one_line(path): c = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    own = getattr(c, 'auto_map', None) and not any(hasattr(transformers, a) for a in c.architectures or ())
+    known = any(hasattr(transformers, a) for a in c.architectures or ())
     faults = ((c.is_encoder_decoder, 'has an encoder and a decoder: take a causal language model'),
               (getattr(c, 'quantization_config', None), 'is quantized: save it dequantized (16 or 32 bits)'),
-              (own, 'needs code of its own, which is never run here: use a family that transformers knows'))
+              (getattr(c, 'auto_map', None) and not known, _OWN))
     for wrong, why in faults:
         if wrong: raise ValueError(f'{path} {why}')
     return c
 
 # %% ../../nbs/hardware/11_weights.ipynb #0dce9f8a
 def stored(path)->dict: # local folder or hub name -> name of each tensor -> (its file, its type)
-    "What lies in one safetensors file, or in shards, by their headers. ValueError if one is missing or cut off."
+    "What lies in one safetensors file, or in shards. ValueError if one is missing or cut off."
     with _one_line(path):
         index = None if _file(path, 'model.safetensors') else _file(path, 'model.safetensors.index.json')
-        shards = json.loads(Path(index).read_text())['weight_map'].values() if index else ['model.safetensors']
+        shards = set(json.loads(Path(index).read_text())['weight_map'].values() if index
+                     else ['model.safetensors'])
         out = {}
-        for file in [cached_file(path, shard) for shard in sorted(set(shards))]:
+        for file in [cached_file(path, shard) for shard in sorted(shards)]:
             with safe_open(file, 'pt') as f: out |= {n: (file, f.get_slice(n).get_dtype()) for n in f.keys()}
     return out
 
@@ -77,11 +79,12 @@ def read_model(
     types, text = stored(path), text_config(config)
     how = dict(key_mapping=_TEXT) if text is not config else {}
     with _one_line(path):
-        model, info = auto.from_pretrained(path, config=text, dtype=dtype, use_safetensors=True, trust_remote_code=False,
-                                           output_loading_info=True, ignore_mismatched_sizes=True, **how)
+        model, info = auto.from_pretrained(
+            path, config=text, dtype=dtype, use_safetensors=True, trust_remote_code=False,
+            output_loading_info=True, ignore_mismatched_sizes=True, **how)
     other = lambda name: bool(how) and not name.startswith(('model.', 'lm_head.')) or spare(name)
-    names = {n for n, _ in model.named_parameters()}
-    ours = lambda n: n in names or any(n.endswith(f'.{k}') for k in names) or any(k.endswith(f'.{n}') for k in names)
+    names = tuple(n for n, _ in model.named_parameters())
+    ours = lambda n: n.endswith(names) or any(k.endswith(f'.{n}') for k in names)    # with or without prefix
     _refuse(path, {
         'missing': info['missing_keys'], 'left over': [n for n in info['unexpected_keys'] if not other(n)],
         'of another shape': [n for n, *_ in info['mismatched_keys']],
@@ -99,5 +102,5 @@ def _refuse(path, faults): # kind -> names of tensors; ValueError unless all are
     said = [f'{kind}: {", ".join(sorted(names)[:3])}' + f' and {len(names) - 3} more' * (len(names) > 3)
             for kind, names in faults.items() if names]
     if said:
-        raise ValueError(f'{path}: tensors are {"; ".join(said)}. Save the whole model by its own save_pretrained, '
-                         'without wrappers (torch.compile, data parallel, adapters, a value head)')
+        raise ValueError(f'{path}: tensors are {"; ".join(said)}. Save the whole model by its own '
+                         'save_pretrained, without wrappers (torch.compile, data parallel, adapters, a value head)')
