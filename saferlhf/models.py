@@ -153,7 +153,7 @@ class ScoreModel(nn.Module):
         fine = scores.ndim == 1 and len(scores) > 1 and np.isfinite(scores).all()
         if not fine or not scores.std() > 1e-6 * np.abs(scores).max():
             raise ValueError(f'the calibration scores of the {self.kind} model are all equal, not finite or '
-                             'not one a text: it has collapsed; look at its loss, and lower the learning rate')
+                             'not one a text: it has collapsed; look at its loss, lower the learning rate')
         self.rescale(1 / float(scores.std()))
         return scores / scores.std()
 

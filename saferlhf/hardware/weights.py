@@ -17,16 +17,19 @@ from transformers.utils import cached_file
 from .packing import text_config
 
 # %% ../../nbs/hardware/11_weights.ipynb #0df6ec3f
-_OWN = 'needs code of its own, which is never run here: use a family that transformers knows'
+_OWN = 'needs code of its own (trust_remote_code), which is never run here: use a family of transformers'
+
+class _Unreadable(FileNotFoundError, ValueError): pass
 
 @contextmanager
-def _one_line(path): # what goes wrong inside is a ValueError of one line
+def _one_line(path): # what goes wrong inside is said in one line
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()                        # no report of what was loaded
     try: yield
     except (OSError, RuntimeError, ValueError, KeyError, ImportError, SafetensorError) as e:
         why = next(iter(str(e).strip().splitlines()), type(e).__name__)
-        raise ValueError(f'{path} {_OWN}' if 'custom code' in why else f'{path} cannot be read: {why}') from e
+        why = _OWN if 'custom code' in why else f'cannot be read: {why}'
+        raise _Unreadable(f'{path} {why}') from e
     finally: transformers.logging.set_verbosity(level)
 
 def _file(path, name): # of a folder or hub name; None where there is no such file
@@ -51,6 +54,8 @@ def stored(path)->dict: # local folder or hub name -> name of each tensor -> (it
     "What lies in one safetensors file, or in shards. ValueError if one is missing or cut off."
     with _one_line(path):
         index = None if _file(path, 'model.safetensors') else _file(path, 'model.safetensors.index.json')
+        if not index and not _file(path, 'model.safetensors'):
+            raise OSError('it has no model.safetensors; other formats can hide code: save it by save_pretrained')
         shards = set(json.loads(Path(index).read_text())['weight_map'].values() if index
                      else ['model.safetensors'])
         out = {}
@@ -103,4 +108,4 @@ def _refuse(path, faults): # kind -> names of tensors; ValueError unless all are
             for kind, names in faults.items() if names]
     if said:
         raise ValueError(f'{path}: tensors are {"; ".join(said)}. Save the whole model by its own '
-                         'save_pretrained, without wrappers (torch.compile, data parallel, adapters, a value head)')
+                         'save_pretrained, without wrappers (torch.compile, data parallel, adapters)')
