@@ -55,7 +55,7 @@ def stored(path)->dict: # local folder or hub name -> name of each tensor -> (it
     with _one_line(path):
         index = None if _file(path, 'model.safetensors') else _file(path, 'model.safetensors.index.json')
         if not index and not _file(path, 'model.safetensors'):
-            raise OSError('it has no model.safetensors; other formats can hide code: save it by save_pretrained')
+            raise OSError('it has no model.safetensors: other formats can hide code, so save it anew')
         shards = set(json.loads(Path(index).read_text())['weight_map'].values() if index
                      else ['model.safetensors'])
         out = {}
