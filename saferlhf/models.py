@@ -212,6 +212,9 @@ def _load_score_model(
     body = read_model(AutoModel, path, config, dtype, lambda name: name.startswith(spare))
     packs(body)
     model = ScoreModel(body, kind, score_dim or named, bias='bias' in head)
+    if head and head['weight'].shape != model.score_head.weight.shape:
+        raise ValueError(f'{path}: its head reads {head["weight"].shape[1]} numbers a token, its body makes '
+                         f'{model.score_head.in_features}: save the whole model again')
     if head: model.score_head.load_state_dict(head)
     else: say_once(f'{path}: a language model; its score head is new and random')
     return model

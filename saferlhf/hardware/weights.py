@@ -38,7 +38,8 @@ def _file(path, name): # of a folder or hub name; None where there is no such fi
 
 def read_config(path): # local folder or hub name -> a configuration of transformers
     "ValueError for what is no whole causal model of text: adapters, packed numbers, foreign code."
-    if _file(path, 'adapter_config.json'):
+    with _one_line(path): adapter = _file(path, 'adapter_config.json')
+    if adapter:
         raise ValueError(f'{path} is an adapter: merge it into its base (peft: merge_and_unload), save that')
     with _one_line(path): c = AutoConfig.from_pretrained(path, trust_remote_code=False)
     known = any(hasattr(transformers, a) for a in c.architectures or ())
@@ -72,6 +73,7 @@ def read_tensors(path, prefix:str)->dict: # as in `stored`; of names -> name -> 
     return out
 
 # %% ../../nbs/hardware/11_weights.ipynb #c2bb9076
+_UNUSED = '.inv_freq', '.masked_bias', '.attn.bias', '.attention.bias', '.position_ids'  # older buffers
 _TEXT = {r'^(model\.)?language_model\.model\.': 'model.', r'^model\.language_model\.': 'model.',
          r'^language_model\.lm_head\.': 'lm_head.'}             # names in a checkpoint of text and pictures
 
@@ -87,7 +89,9 @@ def read_model(
         model, info = auto.from_pretrained(
             path, config=text, dtype=dtype, use_safetensors=True, trust_remote_code=False,
             output_loading_info=True, ignore_mismatched_sizes=True, **how)
-    other = lambda name: bool(how) and not name.startswith(('model.', 'lm_head.')) or spare(name)
+    if how: vars(model).pop('_weight_conversions', None)              # it is saved under its own names
+    other = lambda name: (name.endswith(_UNUSED) or spare(name)
+                          or bool(how) and not name.startswith(('model.', 'lm_head.')))
     names = tuple(n for n, _ in model.named_parameters())
     ours = lambda n: n.endswith(names) or any(k.endswith(f'.{n}') for k in names)    # with or without prefix
     _refuse(path, {
