@@ -89,7 +89,8 @@ LIMITS = {'positions': ('llama', dict(max_position_embeddings=50)), 'learned': (
           'one layer': ('gemma3_text', dict(sliding_window=50, layer_types=['sliding_attention', 'full_attention'])),
           'chunks': ('llama4_text', dict(attention_chunk_size=50)), 'other name': ('mpt', dict(max_seq_len=50)),
           'dynamic': ('llama', dict(rope_parameters=dict(rope_type='dynamic') | LONG)),
-          'longrope': ('phi3', dict(original_max_position_embeddings=50, rope_parameters=dict(rope_type='longrope', short_factor=[1.] * 4, long_factor=[2.] * 4) | LONG)),
+          'longrope': ('phi3', dict(original_max_position_embeddings=50, rope_parameters=LONG | dict(
+              rope_type='longrope', short_factor=[1.] * 4, long_factor=[2.] * 4))),
           'text_config': ('gemma3', dict(text_config=dict(num_hidden_layers=6, sliding_window=50)))}
 
 
