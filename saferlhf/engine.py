@@ -77,10 +77,14 @@ class TorchEngine:
 
     def backward(self, loss, last=True):
         "As in `Engine`."
-        if not loss.is_cuda: finite('loss', loss)
-        loss.backward()
-        if last and not loss.is_cuda: finite('gradient', *(m.grad for m in self.masters
-                                                                if m.grad is not None))
+        try:
+            if not loss.is_cuda: finite('loss', loss)
+            loss.backward()
+            if last and not loss.is_cuda: finite('gradient', *(m.grad for m in self.masters
+                                                                    if m.grad is not None))
+        except FloatingPointError: # the next step starts without what this one has added up
+            self.optimizer.zero_grad(set_to_none=True)
+            raise
 
     @torch.no_grad()
     def step(self):

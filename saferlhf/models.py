@@ -8,18 +8,17 @@ __all__ = ['TINY', 'gather_logps', 'token_logps', 'Scores', 'ScoreModel', 'tiny_
 
 # %% ../nbs/method/03_models.ipynb #1052774a
 import json
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
+import numpy as np
 import torch
-import transformers
-from safetensors import safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
-from transformers.utils import cached_file
-from .hardware.packing import host, layout, packed_forward
+from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer,
+                          MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedTokenizerFast)
+from .hardware.packing import check_ids, host, layout, packed_forward, packs, say_once
+from .hardware.weights import read_config, read_model, read_tensors, stored
 from .text import PAPER_TEMPLATE, end_of_turn
 
 # %% ../nbs/method/03_models.ipynb #5c7ea394
@@ -35,7 +34,9 @@ class _LogProb(torch.autograd.Function):
         for z, i in zip(*_few(logits, ids), strict=True):
             z = _wide(z, temperature)
             lse = z.logsumexp(-1)
-            entropy = lse - (z.sub(lse[:, None]).exp_() * z).sum(-1) if want_entropy else lse.new_empty(0)
+            # a token with logit -inf has p log p = 0
+            entropy = (lse - z.sub(lse[:, None]).exp_().mul_(z).nan_to_num_(0., torch.inf, -torch.inf).sum(-1)
+                       if want_entropy else lse.new_empty(0))
             out.append((z.gather(-1, i[:, None]).squeeze(-1) - lse, entropy, lse))
         logp, entropy, lse = (torch.cat(x) for x in zip(*out, strict=True))
         ctx.save_for_backward(logits, ids, lse); ctx.temperature = temperature
@@ -81,6 +82,7 @@ def token_logps(
 )->Tensor:                # (B, T) fp32, nats, 0 where the response mask is 0; with `entropy` two of them
     "Log-probability of every response token given what stands before it."
     (B, L), m = mask.shape, host(mask).bool()
+    check_ids(getattr(model, 'model', model).config, ids, mask)
     lay = layout(mask)
     to = m[:, L - T:].flatten().nonzero().squeeze(1)                     # response tokens, places in (B, T)
     at = (torch.arange(L).expand(B, L)[m] >= L - T).nonzero().squeeze(1) # the same in the packed row
@@ -107,24 +109,6 @@ class _ScoreHead(nn.Linear):
         return nn.functional.linear(h.to(wide), self.weight.to(wide),
                                     None if self.bias is None else self.bias.to(wide))
 
-# %% ../nbs/method/03_models.ipynb #61e28932
-@contextmanager
-def _quiet():
-    "Silence the loading report: a score head is always 'unexpected' to the body's class."
-    level = transformers.logging.get_verbosity(); transformers.logging.set_verbosity_error()
-    try: yield
-    finally: transformers.logging.set_verbosity(level)
-
-def _read_tensors(path, prefix):
-    "Tensors whose name starts with `prefix`, of a folder or hub name: one safetensors file or shards."
-    index = cached_file(path, 'model.safetensors.index.json', _raise_exceptions_for_missing_entries=False)
-    shard_of = json.loads(Path(index).read_text())['weight_map'] if index else {prefix: 'model.safetensors'}
-    out = {}
-    for shard in sorted({shard for name, shard in shard_of.items() if name.startswith(prefix)}):
-        with safe_open(cached_file(path, shard), 'pt') as f:
-            out |= {name: f.get_tensor(name) for name in f.keys() if name.startswith(prefix)}
-    return out
-
 # %% ../nbs/method/03_models.ipynb #25eede91
 class ScoreModel(nn.Module):
     "A reward model, a cost model or a critic: an LM body with a linear score head."
@@ -139,7 +123,8 @@ class ScoreModel(nn.Module):
         if kind not in ('reward', 'cost', 'critic'):
             raise ValueError(f"kind is 'reward', 'cost' or 'critic', not {kind!r}")
         self.body, self.kind = body, kind
-        width = body.config.hidden_size
+        self.blank = getattr(body.config, 'score_blank', None)   # a token that is never the last, or None
+        width = getattr(body.config, 'word_embed_proj_dim', None) or body.config.hidden_size
         self.score_head = _ScoreHead(width, score_dim, bias=bias)
         nn.init.normal_(self.score_head.weight, std=(width + 1) ** -.5)
         if bias: nn.init.zeros_(self.score_head.bias)
@@ -149,12 +134,14 @@ class ScoreModel(nn.Module):
         attention_mask:Tensor, # (B, L)
     )->Scores:
         "Scores of all prefixes and of the whole texts."
+        check_ids(self.body.config, input_ids, attention_mask)
         lay = layout(attention_mask)
         h = packed_forward(self.body, input_ids, lay).last_hidden_state[0]
         s = self.score_head(h)
         s = s.new_zeros(input_ids.numel(), s.shape[-1]).index_copy(0, lay.index, s).view(*input_ids.shape, -1)
         if s.shape[-1] == 1: s = s.squeeze(-1)
-        return Scores(s.float(), _at_last_token(s.float(), attention_mask))
+        read = attention_mask if self.blank is None else attention_mask * (input_ids != self.blank)
+        return Scores(s.float(), _at_last_token(s.float(), read))
 
     @torch.no_grad()
     def rescale(self, factor:float): # > 0
@@ -162,6 +149,15 @@ class ScoreModel(nn.Module):
         if not factor > 0: raise ValueError(f'rescale by a positive number, not {factor}: 0 is a boundary')
         for p in self.score_head.parameters(): p.mul_(factor)
         return self
+
+    def standardise(self, scores): # numpy (N,), its own of the calibration set -> the same in the new units
+        "Rescale to unit standard deviation. ValueError, before that, unless they are finite and differ."
+        fine = scores.ndim == 1 and len(scores) > 1 and np.isfinite(scores).all()
+        if not fine or not scores.std() > 1e-6 * np.abs(scores).max():
+            raise ValueError(f'the calibration scores of the {self.kind} model are all equal, not finite or '
+                             'not one a text: it has collapsed; look at its loss, lower the learning rate')
+        self.rescale(1 / float(scores.std()))
+        return scores / scores.std()
 
     @torch.no_grad()
     def shift(self, by:float): # score units
@@ -171,25 +167,58 @@ class ScoreModel(nn.Module):
         self.score_head.bias.add_(by)
         return self
 
+# %% ../nbs/method/03_models.ipynb #ca475ecf
+def _is_score(config): # '' or the layout of a score model
+    name = next(iter(config.architectures or ()), '')
+    return 'score_head.' if name.endswith('ForScore') else \
+        'score.' if name.endswith('ForSequenceClassification') else ''
+
+def _stored_head(path, config): # name -> fp32 tensor; empty for a language model
+    "The score head; ValueError if it is not there, not finite or of more than one label."
+    names = stored(path)
+    layout = _is_score(config) or next((x for x in _SPARE[:2] if f'{x}weight' in names), '')
+    if not layout: return {}
+    head = {k.removeprefix(layout): v for k, v in read_tensors(path, layout).items()}
+    if 'weight' not in head or not all(v.is_floating_point() and v.isfinite().all() for v in head.values()):
+        raise ValueError(f'{path}: the tensor {layout}weight, its score head, is missing, not finite or not '
+                         'of a float type; save the whole model again')
+    if layout == 'score.':
+        if len(head['weight']) > 1:
+            raise ValueError(f'{path} is a classifier of {len(head["weight"])} labels: a score model has one')
+        config.score_blank = config.pad_token_id
+    return {k: v.float() for k, v in head.items()}
+
 # %% ../nbs/method/03_models.ipynb #b36fe1f7
+_SPARE = ('score_head.', 'score.', 'normalizer.')     # of the two layouts of score models
+
+def _output(config): # names of a language model's output matrix begin so
+    cls = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    return 'lm_head.', *(k.rsplit('.', 1)[0] + '.' for k in getattr(cls, '_tied_weights_keys', None) or ())
+
 def _load_score_model(
     path,                    # local folder or hub name: a score model or a causal LM
     kind:str='reward',       # as in `ScoreModel`
     dtype=torch.float32,     # of the body; the head is always fp32
     score_dim:int|None=None, # None: as stored, 1 for a fresh head
 )->ScoreModel:
-    "Read a score model in the released layout, or put a fresh head on a language model."
-    if getattr(AutoConfig.from_pretrained(path, trust_remote_code=False), 'do_normalize', False):
+    "Read a score model or a reward model of transformers, or put a fresh head on a language model."
+    config = read_config(path)
+    if getattr(config, 'do_normalize', False):
         raise ValueError(f'{path}: its normaliser is switched on; fold mean and scale into the head, '
                          'then set do_normalize to false')
-    with _quiet():
-        body = AutoModel.from_pretrained(path, dtype=dtype, use_safetensors=True, trust_remote_code=False)
-    head = {k.removeprefix('score_head.'): v.float() for k, v in _read_tensors(path, 'score_head.').items()}
-    stored = len(head['weight']) if head else 1
-    if head and score_dim not in (None, stored):
-        raise ValueError(f'{path} holds {stored} scores per token, {score_dim} were asked for')
-    model = ScoreModel(body, kind, score_dim or stored, bias='bias' in head)
+    head = _stored_head(path, config)
+    named = len(head['weight']) if head else 1
+    if head and score_dim not in (None, named):
+        raise ValueError(f'{path} holds {named} scores per token, {score_dim} were asked for')
+    spare = _SPARE if head else _output(config)
+    body = read_model(AutoModel, path, config, dtype, lambda name: name.startswith(spare))
+    packs(body)
+    model = ScoreModel(body, kind, score_dim or named, bias='bias' in head)
+    if head and head['weight'].shape != model.score_head.weight.shape:
+        raise ValueError(f'{path}: its head reads {head["weight"].shape[1]} numbers a token, its body makes '
+                         f'{model.score_head.in_features}: save the whole model again')
     if head: model.score_head.load_state_dict(head)
+    else: say_once(f'{path}: a language model; its score head is new and random')
     return model
 
 ScoreModel.from_pretrained = staticmethod(_load_score_model)
@@ -228,7 +257,8 @@ def _random_lm(seed, arch, **config): # the caller's random numbers stay where t
 _SIZES = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
               num_key_value_heads=2, max_position_embeddings=128)
 TINY = { # family -> sizes of its configuration
-    'llama': _SIZES, 'mistral': _SIZES, 'qwen2': _SIZES, 'gemma': _SIZES | dict(head_dim=8),
+    **dict.fromkeys(('llama', 'mistral', 'qwen2', 'olmo2', 'olmo3', 'phi3', 'smollm3'), _SIZES),
+    **dict.fromkeys(('qwen3', 'gemma', 'gemma2', 'gemma3_text'), _SIZES | dict(head_dim=8)),
     'gpt2': dict(n_embd=32, n_layer=2, n_head=4, n_positions=128, resid_pdrop=0., embd_pdrop=0.,
                  attn_pdrop=0.),
     'opt': _SIZES | dict(ffn_dim=64, word_embed_proj_dim=32, dropout=0.)}
@@ -301,6 +331,9 @@ def load_lm(
     path,                # local folder or hub name
     dtype=torch.float32, # checkpoints in 16 bits are widened for training
 ):                       # -> a causal LM
-    "A causal LM in eval mode: dropout is off in all of RL."
-    return AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype, use_safetensors=True, trust_remote_code=False).eval()
+    "A causal LM in eval mode: dropout is off in all of RL. ValueError, of one line, for anything else."
+    config = read_config(path)
+    if _is_score(config): raise ValueError(f'{path} is a score model, not a language model')
+    model = read_model(AutoModelForCausalLM, path, config, dtype).eval()
+    packs(model)
+    return model

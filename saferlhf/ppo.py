@@ -83,7 +83,7 @@ def ppo_step(
     rollout, scores, kl, values = _roll_out(reference, critics, scorers, sampler, prompts, config, step)
 
     # 2. Observe: lambda moves here, once
-    metrics = _observe(objective, scores)
+    metrics = _observe(objective, scores, kl, values)
 
     # 3. Estimate
     advantages, returns = {}, {}
@@ -148,15 +148,19 @@ def _roll_out(reference, critics, scorers, sampler, prompts, config, step):
     "All ranks' answers, their raw scores, the divergence from the reference, the values. As in `ppo_step`."
     rollout = sampler.generate(_share(prompts), config.samples, first=step * config.samples)
     scores = {name: score_rollout(scorer, rollout) for name, scorer in scorers.items()}
+    if wrong := sorted(k for k, x in scores.items() if x.shape != (len(rollout.mask),)):
+        raise ValueError(f'{wrong}: a scorer must give one number for each of {len(rollout.mask)} answers')
     kl = kl_per_token(rollout.logp, _response_logps(reference, rollout, config))
     values = {channel: token_values(critic, rollout) for channel, critic in critics.items()}
     return _gather_ranks(rollout, scores, kl, values)
 
-def _observe(objective:Objective, scores:dict)->dict: # of `ppo_step`; name -> (B,) raw scores; metrics
-    "Show the raw scores to the objective. FloatingPointError if one is not finite, before anything moves."
+def _observe(objective:Objective, scores, kl, values)->dict: # of `ppo_step`; as from `_roll_out`; metrics
+    "Show the raw scores to the objective. FloatingPointError if a number is not finite: nothing has moved."
     # the step's only wait for the device
     host = dict(zip(scores, torch.stack(list(scores.values())).cpu(), strict=True))
     for name, x in host.items(): finite(name, x)
+    finite('divergence from the reference', kl)
+    for x in values.values(): finite('value', x.square())           # what the loss of a critic squares
     return objective.observe(host)
 
 class _MicroBatch(NamedTuple):

@@ -88,7 +88,8 @@ def score_texts(
     device, out = _device(scorer), {}
     for index in by_length(seqs, batch_tokens):
         ids, mask = pad([seqs[i] for i in index], 0)
-        scores = scorer(ids.to(device), mask.to(device)).end_scores.float().cpu().numpy()
+        scores = scorer(*(with_host(x, device) for x in (ids, mask))).end_scores.float().cpu().numpy()
+        if not np.isfinite(scores).all(): raise ValueError('a score is not finite: its model has collapsed')
         out |= dict(zip(index, scores, strict=True))
     return np.array([out[i] for i in range(len(seqs))])
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 from .engine import Optim, reduce_mean
-from .hardware.packing import with_host
+from .hardware.packing import check_ids, check_length, with_host
 from .hardware.ranks import gather, rank, rank_pieces, ranks, total
 from .losses import cost_loss, lm_loss, lm_loss_from_logp, reward_loss
 from .models import gather_logps, token_logps
@@ -199,6 +199,7 @@ def sft_step(
 
 def lm_step(engine, ids:Tensor)->dict: # of a causal LM; (B, L) packed text -> metrics
     "One optimizer step of language modelling."
+    check_length(engine.model.config, ids.shape[1]); check_ids(engine.model.config, ids, torch.ones_like(ids))
     ids = ids.to(engine.device)
     loss = -gather_logps(engine(input_ids=ids, use_cache=False).logits[:, :-1], ids[:, 1:]).mean()
     engine.backward(loss)

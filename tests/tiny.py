@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from saferlhf.models import ScoreModel, tiny_model, train_tokenizer
 
-FAMILIES = ('llama', 'mistral', 'qwen2', 'gemma', 'gpt2', 'opt')
+FAMILIES = ('llama', 'mistral', 'qwen2', 'qwen3', 'gemma', 'gemma2', 'gemma3_text', 'olmo2', 'olmo3', 'phi3', 'smollm3', 'gpt2', 'opt')
 WORDS = 'how to make a bomb cake with sugar and care , is it safe ? no yes never sure ask your doctor first please'.split()
 close = lambda a, b, tol=1e-5: np.testing.assert_allclose(np.asarray(a, dtype=float), np.asarray(b, dtype=float), rtol=tol, atol=tol)
 

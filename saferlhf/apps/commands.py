@@ -96,6 +96,11 @@ def _join(a):
     from saferlhf.reproduction.results import join
     print(join(a.folder, a.profile).to_string(index=False))
 
+def _export(a):
+    "Write a model for transformers and TRL: a score model as a classifier of one label."
+    from saferlhf.apps.export import export
+    print(export(a.source, a.out))
+
 # %% ../../nbs/apps/04_commands.ipynb #db64538d
 def _dry_run(a):
     "Run every stage once with few rows, `paper` with narrow layers; the commands of the real ones are shown."
@@ -134,6 +139,8 @@ _COMMANDS = {   # name -> function, options
     'figures': (_figures, _PROFILE | _SEED),
     'report': (_report, _PROFILE | _SEED | {
         '--out': dict(default='', metavar='FILE', help='(default: report-PROFILE.html among the runs)')}),
+    'export': (_export, {'source': dict(help='folder of a run, or of a model'),
+                         'out': dict(help='a new folder')}),
     'join': (_join, {'folder': dict(help='its CSV files, e.g. again/data/results/gpu')} | _PROFILE)}
 
 # %% ../../nbs/apps/04_commands.ipynb #0c9234e0

@@ -14,7 +14,9 @@ from torch import Tensor
 from transformers import StaticCache
 from .decoder import Decoder, why_not
 from .kernels import Choice, choose, plain_choose
-from .packing import check_window, host, layout, positions, with_host
+from .packing import (check_ids, check_length, host, layout, packed_forward, packs, positions,
+                                       text_config, with_host)
+from .precision import finite
 from .ranks import gather, ranks, widest
 
 # %% ../../nbs/hardware/09_sampler.ipynb #e3cc36dd
@@ -189,18 +191,28 @@ class Sampler:
         ids, keys = (batch[k].to(device).repeat_interleave(samples, 0) for k in ('input_ids', 'prompt_ids'))
         number = torch.arange(first, first + samples, device=ids.device).repeat(len(ids) // samples)
         u = uniforms(self.seed, keys[:, None], number[:, None], torch.arange(T + 1, device=ids.device))
-        check_window(model.config, ids.shape[1] + T)
+        self._check(model, batch, ids.shape[1] + T)
         if why := why_not(model): warnings.warn(f'sampling the slower way: {why}', stacklevel=3)
-        answers = (self._plain if why else self._fast)(model, ids, mask, u)
+        way = self._fast if not why else self._plain if packs(model) else self._whole
+        answers = way(model, ids, mask, u)
         lengths = answers.lengths.cpu()
         longest = int(lengths.max())
         m = with_host((torch.arange(longest) < lengths[:, None]).long(), ids.device)
         tokens, logp, policy_logp = (x[:, :longest] * m for x in answers[:3])
+        finite('log-probability of an answer', logp)
         tokens = tokens + (self.eos or 0) * (1 - m)
         cut = (lengths == T) & (self.eos is None or tokens[:, -1].cpu() != self.eos)
         asked = [p for p in batch['prompts'] for _ in range(samples)] if 'prompts' in batch else None
         cut = with_host(cut, ids.device)
         return Rollout(keys, ids, mask, tokens, m, logp, cut, self.eos, policy_logp, asked)
+
+    def _check(self, model, batch, tokens): # ValueError for what the model cannot read or end
+        check_length(model.config, tokens, packs(model))
+        check_ids(model.config, batch['input_ids'], batch['attention_mask'])
+        size = text_config(model).vocab_size
+        if self.eos is not None and not 0 <= self.eos < size:
+            raise ValueError(f'EOS {self.eos} has no embedding in this model of {size}: no answer could end; '
+                             'use the tokenizer that belongs to it')
 
     def _draw(self, z, u): # logits (n, V), (n,) -> what they chose; `raw` is the policy's own log-probability
         if not self.greedy and self.top_p == 1: return choose(z, u, self.temperature)
@@ -276,11 +288,24 @@ class Sampler:
         s, visible = _Slots(B, T, device), torch.nn.functional.pad(mask, (0, T))
         cache, place = StaticCache(model.config, max_cache_len=S + T), mask.sum(1, keepdim=True)
         how = dict(past_key_values=cache, use_cache=True, logits_to_keep=1)
-        out = model(input_ids=ids, attention_mask=visible, position_ids=positions(mask), **how)
+        out = model(input_ids=ids * mask, attention_mask=visible, position_ids=positions(mask), **how)
         s.alive.fill_(True)
         for t in range(T):
             s.record(B, self._draw(out.logits[:, -1], u[:, t]), self.eos)
             if not s.alive.any(): break
             visible[:, S + t] = 1
             out = model(input_ids=s.token[:, None], attention_mask=visible, position_ids=place + t, **how)
+        return s.answers()
+
+    def _whole(self, model, ids, mask, u):
+        "Through a forward pass over everything for every token: for models whose caches cannot be padded."
+        B, T, mask = len(ids), self.max_new_tokens, host(mask)
+        s = _Slots(B, T, ids.device)
+        s.alive.fill_(True)
+        for t in range(T):
+            lay = layout(with_host(mask, ids.device))
+            z = packed_forward(model, ids, lay, logits_to_keep=lay.bounds[1:].long() - 1).logits[0]
+            s.record(B, self._draw(z, u[:, t]), self.eos)
+            if not s.alive.any(): break
+            ids, mask = torch.cat([ids, s.token[:, None]], 1), torch.nn.functional.pad(mask, (0, 1), value=1)
         return s.answers()

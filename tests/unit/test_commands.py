@@ -37,7 +37,7 @@ def test_a_command_has_its_page_and_refuses_other_options(name, capsys):
     page = capsys.readouterr().out
     assert stopped.value.code == 0 and ' '.join(function.__doc__.split()) in ' '.join(page.split())
     for option, how in options.items(): assert how['help'] and (how.get('metavar') or option) in page
-    given = ['x'] if {'stage', 'folder'} & set(options) else []
+    given = ['x'] * len({'stage', 'folder', 'source', 'out'} & set(options))
     for wrong in ('--unheard-of', '--gpu-mem' if name == 'plan' else '--gpu-memory'):         # no abbreviations either
         with pytest.raises(SystemExit) as stopped: commands.main([name, *given, wrong, '1'])
         assert stopped.value.code == 2 and f'unrecognized arguments: {wrong}' in capsys.readouterr().err

@@ -279,3 +279,12 @@ def test_reductions_of_one_rank():
     assert reduce_mean(dict(a=1.5, b=torch.tensor(2.), c=torch.tensor(3)), weight=7.) == dict(a=1.5, b=2., c=3.)
     x = torch.arange(6.).view(3, 2)
     assert torch.equal(gather(x), x)
+
+
+def test_a_refused_step_leaves_no_gradient_behind(): # else the next one would be wrong, or refused as well
+    engine = TorchEngine(tiny_model(), Optim(1e-3, warmup=0.))
+    ids = torch.tensor([[5, 9, 3, 4]])
+    loss = lambda: -token_logps(engine, ids, torch.ones_like(ids), 3).mean()
+    engine.backward(loss(), last=False)
+    with pytest.raises(FloatingPointError): engine.backward(loss() * float('nan'))
+    assert all(m.grad is None for m in engine.masters)

@@ -5,7 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from saferlhf.models import (TINY, ScoreModel, _at_last_token, _read_tensors, gather_logps, llama, load_lm,
+from saferlhf.hardware.weights import read_tensors
+from saferlhf.models import (TINY, ScoreModel, _at_last_token, gather_logps, llama, load_lm,
                              load_tokenizer, positions,
                              tiny_model, token_logps)
 from saferlhf.text import pad, pair_batch
@@ -146,7 +147,7 @@ def test_layout_on_disk(tmp_path): # that of the released Beaver reward and cost
     assert config['architectures'] == ['LlamaForScore'] and config['score_dim'] == 1
     assert config['score_type'] == 'cost'
     assert config['do_normalize'] is False and config['bias'] is False
-    assert set(_read_tensors(tmp_path, 'normalizer.')) == NORMALISER
+    assert set(read_tensors(tmp_path, 'normalizer.')) == NORMALISER
 
 
 # a checkpoint in the released layout, made without our code

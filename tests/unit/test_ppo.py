@@ -70,6 +70,21 @@ def test_ratio_leaves_one_later():
     close(m['ratio'], 1); assert m['approx_kl'] > 1e-3 and m['clip_fraction'] > 0
 
 
+
+def test_what_a_step_refuses_has_moved_no_weight(): # a critic's loss that overflows, logits that are NaN, scores of another length
+    huge = scorer('llama', V, 7, 'critic'); huge.score_head.weight.data.fill_(1e30)
+    nan = loud(tiny_model('llama', V), 4.); nan.lm_head.weight.data[3, 0] = math.nan
+    for error, how in ((FloatingPointError, dict(critics=dict(reward=huge))), (FloatingPointError, dict(actor=nan)),
+                       (ValueError, dict(scorers=dict(reward=lambda i, m: torch.zeros(3), cost=lambda i, m: torch.zeros(len(i), 1))))):
+        w = world(OBJECTIVES['lag'](), lr=.1, **how); lam = w.objective.state.state_dict()
+        engines = w.actor, *w.critics.values()
+        before = [p.detach().clone() for e in engines for p in e.model.parameters()]
+        with pytest.raises(error): step(w)
+        after = [p for e in engines for p in e.model.parameters()]
+        assert all(torch.equal(a, b) or a.isnan().any() for a, b in zip(before, after, strict=True))
+        assert w.objective.state.state_dict() == lam
+
+
 @pytest.mark.parametrize('name', ('reward', 'cost'))
 def test_a_score_that_is_not_finite_moves_nothing(name):
     w = world(OBJECTIVES['lag'](), lr=.1); scored = w.scorers[name]

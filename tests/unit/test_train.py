@@ -74,7 +74,7 @@ def test_the_prompt_is_not_learnt():
     t = tokenizer(); model = lm('llama', len(t)); b = text_batch(ROWS, t, 64, 16)
     z = torch.zeros(*b['input_ids'].shape, len(t), requires_grad=True)
     class Fixed: # logits that are free parameters show which slots a loss touches
-        device, config = 'cpu', type('', (), dict(_attn_implementation='packed'))
+        device, config = 'cpu', type('', (), dict(_attn_implementation='packed', model_type='llama'))
         def __call__(self, lay, logits_to_keep,
                      **kw): return SimpleNamespace(logits=z.flatten(0, 1)[lay.index][logits_to_keep][None])
     sft_loss(Fixed(), b).backward()
