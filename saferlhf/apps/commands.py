@@ -15,25 +15,30 @@ import traceback
 
 
 # %% ../../nbs/apps/04_commands.ipynb #9aedb633
-_PROFILE = {'--profile': dict(default='', help='smoke, cpu, gpu, paper (default: by whether there is a GPU)')}
-def _whole(text): # an argument; ValueError, which argparse tells, for what is no number from 0 on
-    if (n := int(text)) < 0: raise ValueError
-    return n
-_whole.__name__ = 'number (0 or more)'
+def _number(kind, least): # int or float, its smallest value -> what reads an argument
+    def read(text):
+        try: n = kind(text)
+        except ValueError: n = least - 1
+        if n >= least: return n
+        raise argparse.ArgumentTypeError(f'{text!r} is no number from {least} on')
+    return read
 
-_SEED = {'--seed': dict(type=_whole, default=0, help='seed of the reproduction (default: 0)')}
-_JOBS = {'--jobs': dict(type=int, default=1, help='stages at a time (default: 1)'),
-         '--minutes': dict(type=float, default=0, help='start no stage after so many (default: 0, no limit)')}
-_GPUS = {'--gpus': dict(type=int, default=1, help='ranks on each machine, one a GPU (default: 1)'),
-         '--nodes': dict(type=int, default=1, help='machines (default: 1), by hostfile or SLURM'),
-         '--zero': dict(type=int, default=0, metavar='0-3', help='ZeRO (default: 0, for plan what fits)')}
+_WHOLE, _COUNT, _SIZE = (dict(type=_number(*x)) for x in ((int, 0), (int, 1), (float, 1)))
+_PROFILE = {'--profile': dict(default='', help='smoke, cpu, gpu, paper (default: by whether there is a GPU)')}
+_SEED = {'--seed': _WHOLE | dict(default=0, help='seed of the reproduction (default: 0)')}
+_JOBS = {'--jobs': _COUNT | dict(default=1, help='stages at a time (default: 1)'),
+         '--minutes': dict(type=_number(float, 0), default=0,
+                           help='start no stage after so many (default: 0, no limit)')}
+_GPUS = {'--gpus': _COUNT | dict(default=1, help='ranks on each machine, one a GPU (default: 1)'),
+         '--nodes': _COUNT | dict(default=1, help='machines (default: 1), by hostfile or SLURM'),
+         '--zero': _WHOLE | dict(default=0, metavar='0-3', help='ZeRO (default: 0, for plan what fits)')}
 _SPREAD = _GPUS | {
     '--hostfile': dict(default='', metavar='FILE', help='of machines, a line `host slots=N` for each'),
     '--offload': dict(nargs='*', default=[], metavar='ROLE=WHAT', help="what waits in the host's memory: "
                       'optimizer, weights or all, e.g. reference=weights (default: nothing)'),
     '--recompute': dict(action='store_true', help='activation checkpointing: less memory, more time'),
-    '--micro-batch': dict(type=int, default=0, metavar='ROWS', help='rows of a backward pass on each rank in '
-                          'fine-tuning and score models (default: 0, all)'),
+    '--micro-batch': _WHOLE | dict(default=0, metavar='ROWS', help='rows of a backward pass on each rank, '
+                                   'in fine-tuning and score models (default: 0, all)'),
     '--keep-sampler-weights': dict(action='store_true',
                                    help="under ZeRO 3, keep the sampler's weights between rollouts")}
 
@@ -131,13 +136,13 @@ _COMMANDS = {   # name -> function, options
     'dry-run': (_dry_run, _PROFILE | _SEED | _SPREAD),
     'plan': (_plan, _PROFILE | _GPUS | {
         'of': dict(nargs='?', metavar='PROFILE', help='the same as --profile'),
-        '--gpu-memory': dict(type=float, default=80., metavar='GB', help='of each GPU (default: 80)'),
-        '--host-memory': dict(type=float, default=256., metavar='GB', help='of a machine (default: 256)')}),
+        '--gpu-memory': _SIZE | dict(default=80., metavar='GB', help='of each GPU (default: 80)'),
+        '--host-memory': _SIZE | dict(default=256., metavar='GB', help='of a machine (default: 256)')}),
     'run': (_run, _PROFILE | _SEED | _SPREAD | {
         'stage': dict(help='its name, see `saferlhf list`'),
         '--set': dict(nargs='*', default=[], metavar='FIELD=VALUE', help='overrides, e.g. kl_coef=0.1')}),
     'reproduce': (_reproduce, _PROFILE | _SEED | _JOBS | _SPREAD | {
-        '--seeds': dict(type=_whole, nargs='*', default=[], help='several seeds (default: that of --seed)')}),
+        '--seeds': _WHOLE | dict(nargs='*', default=[], help='several seeds (default: that of --seed)')}),
     'arms': (_arms, {'groups': dict(nargs='*', help='core, shaped, thresholds, data, strict (default: all)')}
              | _PROFILE | _JOBS | _SPREAD),
     'status': (_status, {}),
@@ -162,7 +167,7 @@ def _parser():
 def _line(error): # -> what a person reads; the rest in a file that it names
     from saferlhf.record.config import advice
     first, *rest = str(error).strip().splitlines() or ['']
-    expected = isinstance(error, (ValueError, OSError, RuntimeError, ImportError, ArithmeticError))
+    expected = isinstance(error, (ValueError, OSError, RuntimeError, ImportError, FloatingPointError))
     said = first if first and expected else f'{type(error).__name__}: {first}'.rstrip(': ')
     said += advice(f'{type(error).__name__}: {first}')
     if expected and not rest and not getattr(error, '__notes__', ()): return said
