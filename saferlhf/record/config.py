@@ -70,7 +70,7 @@ _ADVICE = {   # what an error says -> what helps
         '--zero 3 with --offload, or --set prompts=, batch_size= or max_new_tokens= to less',
     'No space left|quota exceeded': 'make room, then run the same command again',
     'Permission denied|Read-only file system|Operation not permitted':
-        'set SAFERLHF_RUNS (for runs) and SAFERLHF_HOME (for results) to folders that can be written',
+        'set SAFERLHF_RUNS (runs), SAFERLHF_HOME (results) and HF_HOME (caches) to folders that can be written',
     'Not a directory|File exists|Is a directory':
         'a file lies where a folder should, or the other way round: move it away',
     'ddress already in use|EADDRINUSE': 'another program has the port: set MASTER_PORT to a free one'}
