@@ -231,7 +231,7 @@ class Run(_Log):
         starts, self.config = self.manifest['starts'], config
         state = f'start {len(starts) + 1}, the one before was interrupted' if starts else 'new'
         if self.done: state = 'finished: read back'
-        print(f'{self.id} · seed {self.seed} · {state} · {self.folder}')
+        print(f'{self.id}, seed {self.seed}, {state}: {self.folder}')
         show(config, paper)
         if not self.done:
             found = newest(self.folder/'checkpoint')
