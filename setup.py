@@ -14,6 +14,7 @@ class WithData(build_py):
             shutil.rmtree(target, ignore_errors=True)
             shutil.copytree(source, target, ignore=shutil.ignore_patterns('results', '.ipynb_checkpoints', '__pycache__'))
 
-cfg = ConfigParser(delimiters=['=']); cfg.read('settings.ini'); c = cfg['DEFAULT']
+cfg = ConfigParser(delimiters=['=']); cfg.read('settings.ini', encoding='utf-8'); c = cfg['DEFAULT']
+extras = {key.removesuffix('_requirements'): c[key].split() for key in c if key.endswith('_requirements')}
 setup(version=c['version'], description=c['description'], install_requires=c['requirements'].split(),
-      extras_require={'dev': c['dev_requirements'].split()}, cmdclass={'build_py': WithData})
+      extras_require=extras | {'all': sum(extras.values(), [])}, cmdclass={'build_py': WithData})

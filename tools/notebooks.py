@@ -13,6 +13,7 @@ import json
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,13 +52,13 @@ def source(cell) -> str: return ''.join(cell['source'])
 def sha(text) -> str: return hashlib.sha256(text if isinstance(text, bytes) else text.encode()).hexdigest()[:16]
 
 
-def write(path, notebook): path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + '\n')
+def write(path, notebook): path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + '\n', encoding='utf-8')
 
 
 def write_links():
     "The last cell of each notebook, tagged `nav`."
     for path, text in links().items():
-        notebook = json.loads(path.read_text())
+        notebook = json.loads(path.read_bytes())
         cells = [c for c in notebook['cells'] if 'nav' not in c['metadata'].get('tags', [])]
         cell = dict(cell_type='markdown', id='nav', metadata=dict(tags=['nav']), source=[text])
         if notebook['cells'] != [*cells, cell]: write(path, notebook | dict(cells=[*cells, cell]))
@@ -83,7 +84,7 @@ def kept(output) -> dict | None:
 
 def made_of(path:Path) -> dict:
     "Hashes of a notebook's code, and of each cell that has an output together with it."
-    cells = [c for c in json.loads(path.read_text())['cells'] if c['cell_type'] == 'code']
+    cells = [c for c in json.loads(path.read_bytes())['cells'] if c['cell_type'] == 'code']
     outputs = {c['id']: sha(source(c) + json.dumps(c['outputs'], sort_keys=True)) for c in cells if c['outputs']}
     return dict(code=sha('\n'.join(map(source, cells))), outputs=outputs)
 
@@ -99,16 +100,23 @@ def is_current(path:Path, stored:dict) -> bool:
     return bool(known) and known == made_of(path) | dict(results=results(known['results']))
 
 
+def execute(notebook, folder:Path):
+    "Run a notebook's cells in a folder, by this interpreter: other kernels may be called python3."
+    from nbclient import NotebookClient
+    from saferlhf.record.execute import own_kernel
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as home:
+        NotebookClient(notebook, km=own_kernel(home), resources=dict(metadata=dict(path=str(folder)))).execute()
+
+
 def run(path:Path) -> list[str]:
     "Execute a notebook and store its outputs; the results files that it opened."
     import nbformat
-    from nbclient import NotebookClient
     notebook = nbformat.read(path, 4)
     watched = nbformat.from_dict(notebook)
     new = nbformat.v4.new_code_cell
     watched.cells = [new(WATCH), *watched.cells, new('print(json.dumps(sorted(_opened)))')]
-    NotebookClient(watched, kernel_name='python3', resources=dict(metadata=dict(path=str(path.parent)))).execute()
-    saved = json.loads(path.read_text())
+    execute(watched, path.parent)
+    saved = json.loads(path.read_bytes())
     for cell, done in zip(saved['cells'], watched.cells[1:-1], strict=True):
         if cell['cell_type'] != 'code': continue
         outputs = json.loads(json.dumps([kept(o) for o in done.outputs]))
@@ -119,7 +127,7 @@ def run(path:Path) -> list[str]:
 
 def store(parts, every):
     "Run what has changed; clean what was run, so that export and clean find nothing to do."
-    stored = json.loads(STORED.read_text()) if STORED.exists() else {}
+    stored = json.loads(STORED.read_bytes()) if STORED.exists() else {}
     for path in [p for folder in RUN for p in sorted((NBS/folder).glob('*.ipynb'))]:
         name = str(path.relative_to(NBS))
         if parts and not any(p in name for p in parts) or not every and is_current(path, stored): continue
@@ -127,7 +135,7 @@ def store(parts, every):
         opened = run(path)
         subprocess.run([Path(sys.executable).parent/'nbdev-clean', '--fname', path], check=True)
         stored[name] = made_of(path) | dict(results=results(opened))
-        STORED.write_text(json.dumps(stored, indent=1, sort_keys=True) + '\n')      # after each: an interruption loses one
+        STORED.write_text(json.dumps(stored, indent=1, sort_keys=True) + '\n', encoding='utf-8')   # after each: an interruption loses one
 
 
 if __name__ == '__main__':

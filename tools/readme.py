@@ -6,6 +6,7 @@ from pathlib import Path
 
 import nbformat
 from nbconvert import MarkdownExporter
+from notebooks import execute
 from traitlets.config import Config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,11 +25,11 @@ def readme(path:Path=INDEX) -> str:
 
 if __name__ == '__main__':
     tools = Path(sys.executable).parent
-    subprocess.run([tools/'jupyter', 'nbconvert', '--log-level=ERROR', '--to', 'notebook', '--execute', '--inplace', INDEX], check=True)
     notebook = nbformat.read(INDEX, 4)
+    execute(notebook, INDEX.parent)
     for cell in notebook.cells:
         if cell.cell_type == 'code': cell.outputs = [o for o in cell.outputs if o.get('name') != 'stderr']     # warnings of one machine
     nbformat.write(notebook, INDEX)
     subprocess.run([tools/'nbdev-clean', '--fname', INDEX], check=True)
-    (ROOT/'README.md').write_text(readme())
+    (ROOT/'README.md').write_text(readme(), encoding='utf-8')
     print('README.md written from nbs/index.ipynb')

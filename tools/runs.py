@@ -44,7 +44,7 @@ def named(root:Path=ROOT) -> dict[str, set[str]]:
     "Run id -> the committed files that name it; a cell of a table may hold several ids."
     found = {path: ' '.join(table.run_id.unique()).replace(';', ' ').replace(',', ' ').split()
              for path, table in tables(root).items()}
-    found |= {path: RUN.findall(path.read_text()) for pattern in PLACES for path in root.glob(pattern)}
+    found |= {path: RUN.findall(path.read_text(encoding='utf-8')) for pattern in PLACES for path in root.glob(pattern)}
     out = {}
     for path, ids in found.items():
         for i in ids: out.setdefault(i, set()).add(str(path.relative_to(root)))
@@ -60,7 +60,7 @@ def from_manifests(runs:Path, note:str='') -> dict[str, dict]:
     "Run id -> fact -> (value, its source), from manifests of finished runs, without paths of the machine."
     runs, out, source = Path(runs).resolve(), {}, f'manifest of {note}' if note else 'manifest'
     for done in sorted(runs.glob('*/*/DONE')):
-        m = json.loads((done.parent/'manifest.json').read_text())
+        m = json.loads((done.parent/'manifest.json').read_bytes())
         parents, command = {role: Path(p) for role, p in m['parent_folders'].items()}, m['command']
         homes = {str(runs), *(str(p.parents[1]) for p in parents.values())}
         for home in sorted(homes, key=len, reverse=True): command = command.replace(home, 'runs')

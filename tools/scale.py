@@ -64,7 +64,7 @@ def scale_step(
     median = torch.tensor(rows[1:], dtype=torch.float64).median(0).values.tolist()
     step, rollout, update, peak = largest(torch.tensor([*median, peak], device=device())).tolist()
     row = dict(step_s=step, rollout_s=rollout, update_s=update, tokens_per_s=n * (S + T) / step, peak_gb=peak)
-    if rank() == 0: Path(path).write_text(json.dumps(row | dict(allreduce_gbs=links, device=device_name())))
+    if rank() == 0: Path(path).write_text(json.dumps(row | dict(allreduce_gbs=links, device=device_name())), encoding='utf-8')
 
 
 def measure(
@@ -87,7 +87,7 @@ def measure(
     os.environ.setdefault('TORCH_CUDA_ARCH_LIST', '9.0')
     os.environ['PYTHONPATH'] = os.pathsep.join([str(Path(__file__).parent), os.environ.get('PYTHONPATH', '')])
     launch(rank_target(scale_step, [str(out), case]), spread)
-    row = dict(zip(CASE, key, strict=True)) | json.loads(out.read_text()); out.unlink()
+    row = dict(zip(CASE, key, strict=True)) | json.loads(out.read_bytes()); out.unlink()
     made_with = versions('torch', 'deepspeed', 'transformers')
     row |= dict(predicted_gb=predicted(case), run_id=run_id, versions=made_with)
     kept = old[~(same & (old.device == row['device']))]              # one row a case and device: the last

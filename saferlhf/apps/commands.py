@@ -10,22 +10,35 @@ import argparse
 import json
 import os
 import sys
+import tempfile
+import traceback
+
 
 # %% ../../nbs/apps/04_commands.ipynb #9aedb633
+def _number(kind, least): # int or float, its smallest value -> what reads an argument
+    def read(text):
+        try: n = kind(text)
+        except ValueError: n = least - 1
+        if n >= least: return n
+        raise argparse.ArgumentTypeError(f'{text!r} is no number from {least} on')
+    return read
+
+_WHOLE, _COUNT, _SIZE = (dict(type=_number(*x)) for x in ((int, 0), (int, 1), (float, 1)))
 _PROFILE = {'--profile': dict(default='', help='smoke, cpu, gpu, paper (default: by whether there is a GPU)')}
-_SEED = {'--seed': dict(type=int, default=0, help='seed of the reproduction (default: 0)')}
-_JOBS = {'--jobs': dict(type=int, default=1, help='stages at a time (default: 1)'),
-         '--minutes': dict(type=float, default=0, help='start no stage after so many (default: 0, no limit)')}
-_GPUS = {'--gpus': dict(type=int, default=1, help='ranks on each machine, one a GPU (default: 1)'),
-         '--nodes': dict(type=int, default=1, help='machines (default: 1), by hostfile or SLURM'),
-         '--zero': dict(type=int, default=0, metavar='0-3', help='ZeRO (default: 0, for plan what fits)')}
+_SEED = {'--seed': _WHOLE | dict(default=0, help='seed of the reproduction (default: 0)')}
+_JOBS = {'--jobs': _COUNT | dict(default=1, help='stages at a time (default: 1)'),
+         '--minutes': dict(type=_number(float, 0), default=0,
+                           help='start no stage after so many (default: 0, no limit)')}
+_GPUS = {'--gpus': _COUNT | dict(default=1, help='ranks on each machine, one a GPU (default: 1)'),
+         '--nodes': _COUNT | dict(default=1, help='machines (default: 1), by hostfile or SLURM'),
+         '--zero': _WHOLE | dict(default=0, metavar='0-3', help='ZeRO (default: 0, for plan what fits)')}
 _SPREAD = _GPUS | {
     '--hostfile': dict(default='', metavar='FILE', help='of machines, a line `host slots=N` for each'),
     '--offload': dict(nargs='*', default=[], metavar='ROLE=WHAT', help="what waits in the host's memory: "
                       'optimizer, weights or all, e.g. reference=weights (default: nothing)'),
     '--recompute': dict(action='store_true', help='activation checkpointing: less memory, more time'),
-    '--micro-batch': dict(type=int, default=0, metavar='ROWS', help='rows of a backward pass on each rank in '
-                          'fine-tuning and score models (default: 0, all)'),
+    '--micro-batch': _WHOLE | dict(default=0, metavar='ROWS', help='rows of a backward pass on each rank, '
+                                   'in fine-tuning and score models (default: 0, all)'),
     '--keep-sampler-weights': dict(action='store_true',
                                    help="under ZeRO 3, keep the sampler's weights between rollouts")}
 
@@ -43,9 +56,11 @@ def _run(a):
     from saferlhf.record.run import Run
     from saferlhf.reproduction import graph, pipeline
     try: overrides = {field: literal_eval(value) for field, value in (x.split('=', 1) for x in a.set)}
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         raise ValueError(f'write --set FIELD=VALUE with a literal, e.g. kl_coef=0.1, not {a.set}') from None
-    folder, skipped = pipeline.run_stage(graph.find(a.stage, a.profile), a.profile, a.seed, overrides)
+    stage = graph.find(a.stage, a.profile)
+    graph.config_of(stage._replace(overrides=stage.overrides | overrides), a.profile) # wrong ones end here
+    folder, skipped = pipeline.run_stage(stage, a.profile, a.seed, overrides)
     print(f'{"done before" if skipped else "done"}: {folder}')
     print(json.dumps(Run.open(folder).summary, indent=1)[:3000])
 
@@ -126,13 +141,13 @@ _COMMANDS = {   # name -> function, options
     'dry-run': (_dry_run, _PROFILE | _SEED | _SPREAD),
     'plan': (_plan, _PROFILE | _GPUS | {
         'of': dict(nargs='?', metavar='PROFILE', help='the same as --profile'),
-        '--gpu-memory': dict(type=float, default=80., metavar='GB', help='of each GPU (default: 80)'),
-        '--host-memory': dict(type=float, default=256., metavar='GB', help='of a machine (default: 256)')}),
+        '--gpu-memory': _SIZE | dict(default=80., metavar='GB', help='of each GPU (default: 80)'),
+        '--host-memory': _SIZE | dict(default=256., metavar='GB', help='of a machine (default: 256)')}),
     'run': (_run, _PROFILE | _SEED | _SPREAD | {
         'stage': dict(help='its name, see `saferlhf list`'),
         '--set': dict(nargs='*', default=[], metavar='FIELD=VALUE', help='overrides, e.g. kl_coef=0.1')}),
     'reproduce': (_reproduce, _PROFILE | _SEED | _JOBS | _SPREAD | {
-        '--seeds': dict(type=int, nargs='*', default=[], help='several seeds (default: that of --seed)')}),
+        '--seeds': _WHOLE | dict(nargs='*', default=[], help='several seeds (default: that of --seed)')}),
     'arms': (_arms, {'groups': dict(nargs='*', help='core, shaped, thresholds, data, strict (default: all)')}
              | _PROFILE | _JOBS | _SPREAD),
     'status': (_status, {}),
@@ -156,10 +171,21 @@ def _parser():
     return p
 
 # %% ../../nbs/apps/04_commands.ipynb #fdd4460e
-def main(
-    argv=None, # arguments; those of the process when None
-)->int:        # exit status: 0, or 1 after an error, 130 after Ctrl-C; SystemExit(2) for wrong arguments
-    "The command line `saferlhf`."
+def _line(error): # -> what a person reads; the rest in a file that it names
+    from saferlhf.record.config import advice
+    first, *rest = str(error).strip().splitlines() or ['']
+    expected = isinstance(error, (ValueError, OSError, RuntimeError, ImportError, FloatingPointError))
+    said = first if first and expected else f'{type(error).__name__}: {first}'.rstrip(': ')
+    said += advice(f'{type(error).__name__}: {first}')
+    if expected and not rest and not getattr(error, '__notes__', ()): return said
+    try:
+        with tempfile.NamedTemporaryFile('w', prefix='saferlhf-', suffix='.txt', delete=False,
+                                         encoding='utf-8', errors='replace') as f:
+            f.writelines(traceback.format_exception(error))
+    except OSError: return said                                                     # a full disk
+    return f'{said} [all of it: {f.name}]'
+
+def _run_command(argv):
     a = _parser().parse_args(argv)
     before = os.environ.get('SAFERLHF_SPREAD', '')
     try:
@@ -167,9 +193,22 @@ def main(
         if 'offload' in a: os.environ['SAFERLHF_SPREAD'] = _spread(a)
         a.function(a)
         return 0
-    except KeyboardInterrupt: message, status = 'stopped; the same command goes on', 130
-    except (ValueError, FileNotFoundError, RuntimeError) as e: message, status = e, 1
     finally: os.environ['SAFERLHF_SPREAD'] = before      # a later call in this process starts anew
+
+def main(
+    argv=None, # arguments; those of the process when None
+)->int: # exit status: 0, or 1 after an error, 130 after Ctrl-C, 141 when the reader of the output is gone
+    "The command line `saferlhf`; SystemExit(2) for wrong arguments."
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='backslashreplace')
+    try:
+        try: return _run_command(argv)
+        finally: sys.stdout.flush()
+    except KeyboardInterrupt: message, status = 'stopped; the same command goes on', 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())          # Python flushes at its end
+        return 141
+    except Exception as e: message, status = _line(e), 1
     print(f'saferlhf: {message}', file=sys.stderr)
     return status
 

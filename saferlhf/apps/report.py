@@ -24,7 +24,7 @@ def _exporter(): # of notebooks to HTML
         import latex2mathml # noqa: F401
         import nbconvert
     except ImportError as e:
-        raise RuntimeError(f"the report needs {e.name}: pip install 'saferlhf[dev]'") from None
+        raise RuntimeError(f"the report needs {e.name}: pip install 'saferlhf[notebooks]'") from None
     from jinja2 import DictLoader
     from traitlets.config import Config
     tags = dict(enabled=True, remove_cell_tags=['parameters', 'injected-parameters'])

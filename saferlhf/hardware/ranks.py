@@ -70,11 +70,19 @@ class Spread:
     @classmethod
     def wanted(cls)->'Spread':
         "What $SAFERLHF_SPREAD asks for, as JSON: one rank when it is not set."
-        return cls.of(json.loads(os.environ.get('SAFERLHF_SPREAD') or '{}'))
+        told = os.environ.get('SAFERLHF_SPREAD') or '{}'
+        try: return cls.of(json.loads(told))
+        except json.JSONDecodeError: raise ValueError(f'SAFERLHF_SPREAD={told} is not JSON') from None
 
     @classmethod
     def of(cls, fields:dict)->'Spread': # some of the fields; DeepSpeed is taken where it is needed
-        "A spread from plain values; TypeError for unknown names."
+        "A spread from plain values; ValueError for an unknown name or another type."
+        default = asdict(cls())
+        _refuse((not isinstance(fields, dict), f'a spread is a dict of its fields, not {fields!r}'))
+        for k, v in fields.items():
+            _refuse((k not in default, f'a spread has no {k!r}; it has {", ".join(default)}'))
+            kind = type(default[k])
+            _refuse((type(v) is not kind, f'the spread has {k}={v!r}: it wants a {kind.__name__}'))
         many = fields.get('gpus', 1) * fields.get('nodes', 1) > 1
         needed = many or fields.get('zero') or fields.get('offload')
         return cls(**{'engine': 'deepspeed' if needed else 'torch'} | fields)

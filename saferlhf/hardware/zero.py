@@ -24,10 +24,12 @@ def deepspeed():
     "The deepspeed module, its process group started, and its CPU communication kernel not compiled."
     if 'RANK' not in os.environ: # no launcher: a job of one process, on any free port
         os.environ |= dict(RANK='0', LOCAL_RANK='0', WORLD_SIZE='1', MASTER_ADDR='127.0.0.1', MASTER_PORT='0')
-    try: import deepspeed as ds
+    try:
+        import accelerate # noqa: F401 (transformers needs it for ZeRO-3)
+        import deepspeed as ds
     except ImportError as e:
-        raise ImportError("engine='deepspeed' needs the package deepspeed: pip install deepspeed, "
-                          "or use engine='torch'") from e
+        raise RuntimeError(f"engine='deepspeed' needs {e.name}: pip install 'saferlhf[deepspeed]', "
+                           "or use one rank and engine='torch'") from None
     if torch.cuda.is_available(): torch.cuda.set_device(device())
     else: ds.ops.__compatible_ops__['deepspeed_shm_comm'] = False
     ds.init_distributed(verbose=False)

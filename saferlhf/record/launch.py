@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from ..hardware.ranks import Spread
+from .execute import cores
 from .resume import Interrupted, stopping
 
 # %% ../../nbs/record/07_launch.ipynb #45d88b99
@@ -39,7 +40,7 @@ def rank_target(function:Callable, arguments:list)->list: # of an importable mod
 def _first_node():
     "The name of the first machine of a SLURM job."
     command = ['scontrol', 'show', 'hostnames', os.environ['SLURM_JOB_NODELIST']]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+    return subprocess.run(command, capture_output=True, encoding='utf-8', check=True).stdout.split()[0]
 
 def _ranks_command(target, spread):
     "torchrun on one machine; on several, SLURM's srun or, with a hostfile, DeepSpeed's launcher."
@@ -47,16 +48,20 @@ def _ranks_command(target, spread):
     torchrun = [sys.executable, '-m', 'torch.distributed.run']
     plain = [f'--nproc-per-node={n}', '--no-python', *python]
     if spread.nodes == 1: return [*torchrun, '--standalone', *plain]
+    port = os.environ.get('MASTER_PORT', '29500')           # two jobs that share a machine need two
     if spread.hostfile:
+        if not Path(spread.hostfile).is_file():             # DeepSpeed would go on with this machine alone
+            raise FileNotFoundError(f'no hostfile {spread.hostfile}: a line `host slots={n}` for each node')
         launcher = str(Path(sys.executable).parent/'deepspeed')
         counts = ['--num_nodes', str(spread.nodes), '--num_gpus', str(n)]
-        return [launcher, '--hostfile', spread.hostfile, *counts, '--no_python', '--no_local_rank', *python]
+        return [launcher, '--hostfile', spread.hostfile, '--master_port', port, *counts, '--no_python',
+                '--no_local_rank', *python]
     if 'SLURM_JOB_ID' not in os.environ:
         raise ValueError(f'{spread.nodes} nodes: name a hostfile (a line `host slots={n}` for each), '
                          'or start it in a SLURM job')
     srun = ['srun', f'--nodes={spread.nodes}', '--ntasks-per-node=1', '--kill-on-bad-exit=1']
     meet = ['--rdzv-backend=c10d', f'--rdzv-id={os.environ["SLURM_JOB_ID"]}',
-            f'--rdzv-endpoint={_first_node()}:29500']
+            f'--rdzv-endpoint={_first_node()}:{port}']
     return [*srun, *torchrun, f'--nnodes={spread.nodes}', *meet, *plain]
 
 # %% ../../nbs/record/07_launch.ipynb #05d398ff
@@ -73,7 +78,7 @@ def _failure(output, n, code): # all that the ranks printed, their number, the e
     error = errors[-1].strip() if errors else 'no error was reported (killed, out of memory?)'
     rank = re.search(r'rank +: (\d+)', cause)
     top = f'{n} ranks stopped; rank {rank[1]} first: {error}\n' if rank else ''
-    return f'{top}{n} rank(s) stopped with exit status {code}:\n{cause}'
+    return f'{top}{n} rank(s) stopped with exit status {code}: {error}\n{cause}'
 
 # %% ../../nbs/record/07_launch.ipynb #545776b3
 def launch(
@@ -88,9 +93,11 @@ def launch(
         target = rank_target(target, arguments)
     command = _ranks_command(target, spread) if spread.ranks > 1 else [sys.executable, *target]
     if spread.nodes > 1: print(shlex.join(command), flush=True)
-    cores = int(os.environ.get('OMP_NUM_THREADS') or os.cpu_count())
-    env = os.environ | {'OMP_NUM_THREADS': str(max(1, cores // spread.gpus))}
-    ranks = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    asked_for = os.environ.get('OMP_NUM_THREADS', '').split(',')[0]            # '8,2': of nested teams
+    threads = int(asked_for) if asked_for.strip().isdigit() else cores()
+    env = os.environ | dict(OMP_NUM_THREADS=str(max(1, threads // spread.gpus)), PYTHONIOENCODING='utf-8')
+    ranks = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                             encoding='utf-8', errors='replace')
     tail, ended = deque(maxlen=300), False
     try:
         with stopping(ranks.terminate) as asked:

@@ -61,13 +61,13 @@ def write_state(folder:str|Path, state): # made; nested dicts, lists, tuples, nu
     tree = _encode(state, tensors, {})
     folder.mkdir(parents=True, exist_ok=True)
     if tensors: save_file(tensors, folder/'tensors.safetensors')
-    (folder/'state.json').write_text(json.dumps(tree))
+    (folder/'state.json').write_text(json.dumps(tree), encoding='utf-8')
 
 def read_state(folder:str|Path): # as from `write_state`, hashes compared; the state, tensors on the CPU
     "Read a state back."
     file = Path(folder)/'tensors.safetensors'
     tensors = load_file(file) if file.exists() else {}
-    return _decode(json.loads((Path(folder)/'state.json').read_text()), tensors)
+    return _decode(json.loads((Path(folder)/'state.json').read_bytes()), tensors)
 
 # %% ../../nbs/record/02_resume.ipynb #d6a6a344
 class Interrupted(SystemExit):
@@ -179,7 +179,7 @@ class Saver:
     def restore(self)->int: # the step to begin with
         "Put back the newest valid checkpoint; ValueError says why one cannot be used."
         found = newest(self.folder, print if rank() == 0 else lambda damage: None)
-        if rank() == 0: self.rewind(json.loads((found/'manifest.json').read_text())['step'] if found else -1)
+        if rank() == 0: self.rewind(json.loads((found/'manifest.json').read_bytes())['step'] if found else -1)
         if not found: return 0
         saved = read_state(found/'state/common')
         if saved['kinds'] != self._kinds:
@@ -198,7 +198,7 @@ class Saver:
         "Store the state in which a step was refused, beside the checkpoints, and say where."
         def write(path): path.mkdir(parents=True); self._write(path, step - 1, together=ranks() == 1)
         cause = json.dumps(dict(step=step, cause=str(error)))
-        files = {'cause.json': lambda path: path.write_text(cause), 'state': write}
+        files = {'cause.json': lambda path: path.write_text(cause, encoding='utf-8'), 'state': write}
         stored = save_checkpoint(self.folder/f'refused/rank-{rank()}', step, files, keep=1)
         error.add_note(f'step {step} was refused, weights are as before, the state is in {stored}; '
                        'the last checkpoint leads here again')

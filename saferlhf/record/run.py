@@ -25,7 +25,8 @@ from ..data import PACKAGE, homes
 from ..hardware.ranks import rank
 from .code import source_hashes
 from .config import deviations, plain, show
-from .files import atomic_write, cut_lines, flush, inside, lock, newest, read_lines
+from .files import (atomic_write, cut_lines, flush, inside, lock, newest, read_json,
+                                   read_lines)
 from .resume import Saver, cached, exit_on_sigterm
 
 # %% ../../nbs/record/05_run.ipynb #489a7f7e
@@ -56,8 +57,7 @@ class Record:
         self.folder = Path(folder)
         if not (self.folder/'manifest.json').exists():
             raise FileNotFoundError(f'{folder} is not a run folder: it has no manifest.json')
-        self.config = json.loads((self.folder/'config.json').read_text())
-        self.manifest = json.loads((self.folder/'manifest.json').read_text())
+        self.config, self.manifest = (read_json(self.folder/f'{k}.json') for k in ('config', 'manifest'))
         if (made := self.manifest.get('format', 1)) != _FORMAT:
             raise ValueError(f'{folder} has run format {made}, not {_FORMAT}: another version made it; '
                              f'make it again with `saferlhf run {self.manifest.get("stage")}`')
@@ -65,7 +65,7 @@ class Record:
     done = property(lambda self: (self.folder/'DONE').exists())
     id = property(lambda self: f'{self.manifest["stage"]}/{self.folder.name}')
     seed = property(lambda self: self.manifest['seed'])
-    summary = property(lambda self: json.loads((self.folder/'summary.json').read_text()) if self.done else {})
+    summary = property(lambda self: read_json(self.folder/'summary.json') if self.done else {})
 
     def path(self, name:str)->Path: # relative; it may not lead out of the folder
         "A file or folder of the run; ValueError for a name that leads out of it."
@@ -78,7 +78,9 @@ class Record:
 
 # %% ../../nbs/record/05_run.ipynb #7fdd0caa
 def _identity(stage, config, parents, seed, sources, data):
-    "What the hash covers, and 'hash'; ValueError when a parent is not finished."
+    "What the hash covers, and 'hash'; ValueError for a bad seed, and when a parent is not finished."
+    if not isinstance(seed, int) or seed < 0:
+        raise ValueError(f'seed={seed!r} of this {stage} run: it is a whole number, 0 or more')
     hashes = {}
     for role, folder in (parents or {}).items():
         if not (Path(folder)/'DONE').exists():
@@ -91,17 +93,22 @@ def _identity(stage, config, parents, seed, sources, data):
 def _git(*arguments):
     "What git says about the clone that holds this package; '' for an installed wheel."
     if not (PACKAGE.parent/'.git').exists(): return ''
-    done = subprocess.run(['git', '-C', PACKAGE.parent, *arguments], capture_output=True, text=True)
+    done = subprocess.run(['git', '-C', PACKAGE.parent, *arguments], capture_output=True, encoding='utf-8',
+                          errors='replace')
     return done.stdout.strip() if done.returncode == 0 else ''
+
+def _versions():
+    "Of Python and of the packages that compute; None for one that is not installed."
+    out = {'python': platform.python_version()}
+    for name in ('saferlhf', 'torch', 'transformers', 'tokenizers', 'datasets', 'numpy', 'deepspeed'):
+        try: out[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError: out[name] = None
+    return out
 
 def provenance()->dict: # commit, dirty, versions, device; nothing of the environment
     "What is written down so that a run can be understood later; it is not part of the hash."
     gpus = ', '.join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
-    versions = {'python': platform.python_version()}
-    for name in ('saferlhf', 'torch', 'transformers', 'datasets', 'deepspeed'):
-        try: versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError: versions[name] = None
-    return dict(commit=_git('rev-parse', 'HEAD') or None, versions=versions,
+    return dict(commit=_git('rev-parse', 'HEAD') or None, versions=_versions(),
                 dirty=bool(_git('status', '--porcelain', '--', 'saferlhf', 'nbs')),
                 device=gpus or f'cpu: {platform.machine()}, {torch.get_num_threads()} threads')
 
@@ -128,7 +135,7 @@ class _Log(Record):
     def note(self, **facts): # JSON values: the `spread`, the `round`
         "Add facts to the manifest; they are no part of the hash. A finished run is left alone."
         if self.done: return
-        written = json.loads((self.folder/'manifest.json').read_text())     # ranks of the run write here too
+        written = read_json(self.folder/'manifest.json')                    # ranks of the run write here too
         self.manifest.update(written | facts)
         atomic_write(self.folder/'manifest.json', json.dumps(self.manifest, indent=1))
 
@@ -137,7 +144,8 @@ class _Log(Record):
         if self.done:
             raise RuntimeError(f'{self.folder} is finished: ask run.done before computing, '
                                'or delete the folder to run it again')
-        with open(self.folder/name, 'a') as f: f.writelines(json.dumps(_values(r)) + '\n' for r in rows)
+        with open(self.folder/name, 'a', encoding='utf-8', newline='\n') as f:
+            f.writelines(json.dumps(_values(r)) + '\n' for r in rows)
 
     def _seconds(self): return self._before + time.time() - self._began
 
@@ -170,6 +178,11 @@ def _create(folder, facts, config, parents, profile, paper):
     atomic_write(folder/'manifest.json', json.dumps(manifest, indent=1))
 
 # %% ../../nbs/record/05_run.ipynb #f2848976
+def _number(variable, kind, default): # of the environment; ValueError names it
+    try: return kind(os.environ.get(variable) or default)
+    except ValueError:
+        raise ValueError(f'{variable}={os.environ[variable]}: it is a number, or unset') from None
+
 _OPEN = weakref.WeakValueDictionary() # folder -> the run that this process holds
 atexit.register(lambda: [run.close() for run in list(_OPEN.values())])
 
@@ -194,8 +207,9 @@ class Run(_Log):
     )->'Run':
         "Make, resume or find a run; RuntimeError when it is held, ValueError for a bad name or parent."
         facts, label = _identity(stage, config, parents, seed, sources, data), name or profile or 'run'
-        if '/' in f'{stage}{label}':
-            raise ValueError(f'the name {label!r} of this {stage} run leads out of its folder: use no slash')
+        if set('/\\:') & set(f'{stage}{label}'):
+            raise ValueError(f'the name {label!r} of this {stage} run leads out of its folder: '
+                             'use no slash, backslash or colon')
         folder = inside(runs_home(), f'{stage}/{label}-{facts["hash"]}')
         if (before := _OPEN.pop(str(folder), None)): before.close()
         with ExitStack() as stack:                        # lets go of the folder if something here fails
@@ -217,14 +231,25 @@ class Run(_Log):
         starts, self.config = self.manifest['starts'], config
         state = f'start {len(starts) + 1}, the one before was interrupted' if starts else 'new'
         if self.done: state = 'finished: read back'
-        print(f'{self.id} · seed {self.seed} · {state} · {self.folder}')
+        print(f'{self.id}, seed {self.seed}, {state}: {self.folder}')
         show(config, paper)
         if not self.done:
             found = newest(self.folder/'checkpoint')
-            self._rewind(json.loads((found/'manifest.json').read_text())['step'] if found else -1)
-            self.note(starts=[*starts, _now()])
+            step = read_json(found/'manifest.json')['step'] if found else -1
+            self._rewind(step)
+            self.note(starts=[*starts, _now()], **self._other_versions(step + 1))
         if notebook := os.environ.get('SAFERLHF_NOTEBOOK'):
             atomic_write(f'{notebook}.run', json.dumps([str(self.folder), self.done]))
+
+    def _other_versions(self, step): # to begin with
+        "For the manifest: each set of versions and the step from which it holds. A change is said."
+        first = dict(at=next(iter(self.manifest['starts']), None), step=0, versions=self.manifest['versions'])
+        sets, new = self.manifest.get('versions_from', [first]), _versions()
+        old = sets[-1]['versions']
+        changed = [f'{k} {old.get(k)} before, {v} now' for k, v in new.items() if k in old and old[k] != v]
+        if not changed: return {}
+        print(f'other versions from step {step} on: {", ".join(changed)}; the manifest keeps both sets')
+        return dict(versions_from=[*sets, dict(at=_now(), step=step, versions=new)])
 
     def finish(self, summary:dict): # small: numbers and short texts
         "Write summary.json, the times, and DONE last; of a run that was finished before, nothing is touched."
@@ -244,8 +269,8 @@ class Run(_Log):
         steps:int=0, minutes:float=5., # how often; $SAFERLHF_SAVE_STEPS and $SAFERLHF_SAVE_MINUTES win
     )->Saver:
         "What a `loop` needs to be resumed in this folder."
-        steps = int(os.environ.get('SAFERLHF_SAVE_STEPS') or steps)
-        minutes = float(os.environ.get('SAFERLHF_SAVE_MINUTES') or minutes)
+        steps = _number('SAFERLHF_SAVE_STEPS', int, steps)
+        minutes = _number('SAFERLHF_SAVE_MINUTES', float, minutes)
         return Saver(self.folder/'checkpoint', objects, steps, minutes, self._again, rewind=self._resume,
                      flush=lambda: [flush(p) for p in self.folder.glob('*.jsonl')])
 

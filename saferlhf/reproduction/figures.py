@@ -18,7 +18,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from PIL import Image
 from ..annotate import PAPER_AGREEMENT
-from ..record.files import atomic_write
+from ..record.files import atomic_write, read_json, turn
 
 # %% ../../nbs/reproduction/10_figures.ipynb #8547db86
 PAPER = {'harmful': {'initial': .5308, 'round-3': .0245}, 'agreement': PAPER_AGREEMENT,
@@ -155,8 +155,9 @@ def save(
     fig.savefig(folder / f'{name}.pdf', metadata={'CreationDate': None, 'Creator': None, 'Producer': None})
     shown = lambda p: p.relative_to(root).as_posix() if p.is_relative_to(root) else p.name
     files = {shown(p.resolve()): hashlib.sha256(p.read_bytes()).hexdigest() for p in results}
-    entries = json.loads(index.read_text()) if index.exists() else {}
-    entries[name] = dict(notebook=notebook, results=files, run_ids=sorted(run_ids))
-    atomic_write(index, json.dumps(entries, indent=1, sort_keys=True) + '\n')
+    with turn(index):
+        entries = read_json(index) if index.exists() else {}
+        entries[name] = dict(notebook=notebook, results=files, run_ids=sorted(run_ids))
+        atomic_write(index, json.dumps(entries, indent=1, sort_keys=True) + '\n')
     picture = _Picture(f'{name}.png', _png(fig, 72, 64)); plt.close(fig)
     return picture

@@ -185,6 +185,8 @@ def configure(
     round:int|None=None, # for stages with rounds
 )->tuple:                # its configuration; field -> (the paper's value in our units, why this is another)
     "What a stage is told, and what the paper tells it. ValueError for an unknown field or a wrong type."
+    if profile not in PROFILES: raise ValueError(f'no profile {profile!r}; there are {", ".join(PROFILES)}')
+    stage = 'evaluate' if stage == 'compare' else stage                      # both ask the same of a policy
     kind = stage if stage in _CLASSES else 'policy'
     told = [PROFILES[profile].get(key, {}) for key in dict.fromkeys((kind, f'{kind}-{round}', stage))]
     asked = {k: v for k, v in overrides.items() if k != 'judge'}

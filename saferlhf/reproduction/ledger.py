@@ -6,12 +6,11 @@
 __all__ = ['folder_of', 'parents_of', 'run_stage']
 
 # %% ../../nbs/reproduction/08_ledger.ipynb #3473f94f
-import fcntl
 import hashlib
 import json
 from pathlib import Path
 from ..record.execute import execute
-from ..record.files import atomic_write
+from ..record.files import atomic_write, read_json, turn
 from ..record.run import runs_home, source_hashes, templates_home
 from .graph import Stage, find, reads
 from .paper import own_base
@@ -21,18 +20,17 @@ from .profiles import PROFILES
 def _ledger_file(profile, seed): return runs_home() / f'ledger-{profile}-{seed}.json'
 
 def _ledger(profile, seed): # stage -> dict(folder, key)
-    return json.loads(f.read_text()) if (f := _ledger_file(profile, seed)).exists() else {}
+    return read_json(f) if (f := _ledger_file(profile, seed)).exists() else {}
 
 def _note(profile, seed, name, entry): # entry: the folder and the key of a stage
     "Put a stage into the ledger; several processes may do so at the same time."
     path = _ledger_file(profile, seed); path.parent.mkdir(parents=True, exist_ok=True)
-    with open(f'{path}.lock', 'w') as f:
-        fcntl.flock(f, fcntl.LOCK_EX)
+    with turn(path):
         atomic_write(path, json.dumps(_ledger(profile, seed) | {name: entry}, indent=1))
 
 def _key_of(stage, parameters): # as the template gets them; 16 hexadecimal digits
     "A hash of template, parameters, profile and code: while it stays, so does the run."
-    text = (templates_home() / f'{stage.template}.ipynb').read_text()
+    text = (templates_home() / f'{stage.template}.ipynb').read_text(encoding='utf-8')
     modules = 'reproduction.training', 'reproduction.judging', 'reproduction.collection', 'judges', 'world'
     decides = json.dumps([stage.name, text, parameters, PROFILES.get(parameters.get('profile'), {}),
                           source_hashes(modules)], sort_keys=True)

@@ -14,7 +14,7 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import ExitStack
 from pathlib import Path
 import torch
-from ..record.execute import execute, warm_kernel
+from ..record.execute import cores, execute, warm_kernel
 from ..record.run import results_home, runs_home, templates_home
 from .figures import POLICIES
 from .graph import find, graph, reads, with_parents
@@ -74,8 +74,8 @@ def _gpus(jobs): # worker -> a name for $CUDA_VISIBLE_DEVICES, in turn; '' witho
     names = named.split(',') if named else [str(k) for k in range(torch.cuda.device_count())] or ['']
     return [names[k % len(names)] for k in range(jobs)]
 
-def _open(cores, gpus): # in a worker, once
-    os.environ['OMP_NUM_THREADS'] = str(cores)
+def _open(threads, gpus): # in a worker, once
+    os.environ['OMP_NUM_THREADS'] = str(threads)
     if gpu := gpus.get(): os.environ['CUDA_VISIBLE_DEVICES'] = gpu
     stack = ExitStack(); _worker['km'] = stack.enter_context(warm_kernel())
     multiprocessing.util.Finalize(None, stack.close, exitpriority=10)
@@ -84,13 +84,14 @@ def _work(name, seed, profile): return run_stage(find(name, profile), profile, s
 
 def _workers(jobs): # a pool
     context = multiprocessing.get_context('spawn')
-    gpus, cores = context.SimpleQueue(), max(1, len(os.sched_getaffinity(0)) // jobs)
+    gpus, threads = context.SimpleQueue(), max(1, cores() // jobs)
     for gpu in _gpus(jobs): gpus.put(gpu)
-    return ProcessPoolExecutor(jobs, context, _open, (cores, gpus))
+    return ProcessPoolExecutor(jobs, context, _open, (threads, gpus))
 
 # %% ../../nbs/reproduction/15_pipeline.ipynb #986db207
 def _side_by_side(stages, profile, jobs, minutes): # (Stage, seed) each, parents before children
     "Run stages as soon as their parents are done. RuntimeError at the end with what failed."
+    if jobs < 1: raise ValueError(f'jobs={jobs}: at least one stage runs at a time')
     shared = lambda name, seed: (name, seed if (own := find(name, profile).seed) is None else own)
     waiting = {(s.name, seed): {shared(*parent) for parent in reads(s, seed).values()} for s, seed in stages}
     running, done, failed, start = {}, [], {}, time.time()
@@ -103,13 +104,16 @@ def _side_by_side(stages, profile, jobs, minutes): # (Stage, seed) each, parents
             if not running: break
             for f in wait(running, return_when=FIRST_COMPLETED).done:
                 key, began = running.pop(f)
-                if e := f.exception(): failed[key], state = str(e), 'FAILED'
+                if e := f.exception(): failed[key], state = e, 'FAILED'
                 else: done += [key]; state = 'done before' if f.result() else f'{time.time() - began:5.0f} s'
                 clock = f'elapsed {(time.time() - start) / 60:4.1f} min, {len(running)} running'
                 print(f'[{len(done):3}/{len(stages)}] {"%s@%s" % key:24} {state}   {clock}', flush=True)
     if failed:
-        errors = '\n'.join(f'{key}: {e[:2000]}' for key, e in failed.items())
-        raise RuntimeError(f'{len(failed)} stages failed; the same command goes on:\n{errors}')
+        first, *others = (f'{"%s@%s" % key}: {e}' for key, e in failed.items())
+        said = f'{len(failed)} stages failed; {first}; the same command goes on'
+        error = RuntimeError('\n'.join([said, *others]))
+        for e in failed.values(): error.add_note('\n'.join(getattr(e, '__notes__', ())))
+        raise error
     if waiting: print(f'{len(waiting)} stages are left: the same command goes on')
 
 # %% ../../nbs/reproduction/15_pipeline.ipynb #38e2a323

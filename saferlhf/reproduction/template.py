@@ -29,8 +29,7 @@ def start(
     profile, seed, round, overrides = told['profile'], told['seed'], told.get('round'), told['overrides']
     stage = stage_of(template, overrides)
     parents = told.get('parents') or (parents_of(stage, profile, seed, round) if 'parents' in told else {})
-    asked = 'evaluate' if template == 'compare' else stage                   # both ask the same of a policy
-    config, paper = configure(asked, profile, overrides, round)
+    config, paper = configure(stage, profile, overrides, round)
     label, hashes = profile, data(config) if data else data_hashes(parents, *models)
     if round is not None: label, hashes = f'{profile}-{round}', hashes | {'round': str(round)}
     run = Run.start(stage, config, parents, seed, label, profile, sources, hashes, paper)
@@ -39,4 +38,4 @@ def start(
 
 def write_rows(path:str|Path, rows:list): # replaced; dicts
     "Rows to a JSON Lines file, as `read_lines` reads it."
-    Path(path).write_text(''.join(json.dumps(r) + '\n' for r in rows))
+    Path(path).write_text(''.join(json.dumps(r) + '\n' for r in rows), encoding='utf-8')

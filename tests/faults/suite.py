@@ -33,7 +33,7 @@ PIECES = ('collect-2', 'evaluate', 'two_token')          # stages without steps
 
 def content(folder):
     "What a finished run is compared by: name -> hash; seconds and paths are left out."
-    skip, out = ('checkpoint', '.lock', 'manifest.json', 'DONE', 'notebook.ipynb', 'README.md'), {}
+    skip, out = ('checkpoint', '.lock', '.holder', 'manifest.json', 'DONE', 'notebook.ipynb', 'README.md'), {}
     for p in sorted(q for q in folder.rglob('*') if q.is_file()):
         name = str(p.relative_to(folder))
         if name.split('/')[0] in skip or name.endswith('README.md'): continue

@@ -112,9 +112,11 @@ def test_the_command_of_several_nodes(monkeypatch, tmp_path):
     target = ['-m', 'saferlhf.reproduction.training', 'policy', '/runs/policy/x']
     monkeypatch.delenv('SLURM_JOB_ID', raising=False)
     with pytest.raises(ValueError, match='hostfile'): _ranks_command(target, Spread.of(dict(gpus=8, nodes=2)))
-    line = _ranks_command(target, Spread.of(dict(gpus=8, nodes=2, hostfile='hosts')))
-    told = ['--hostfile', 'hosts', '--num_nodes', '2', '--num_gpus', '8', '--no_python', '--no_local_rank']
-    assert line[1:9] == told and line[10:] == target
+    spread = Spread.of(dict(gpus=8, nodes=2, hostfile=str(tmp_path/'hosts')))
+    with pytest.raises(FileNotFoundError, match='no hostfile'): _ranks_command(target, spread)      # DeepSpeed would run on one node
+    (tmp_path/'hosts').touch(); line = _ranks_command(target, spread)
+    told = ['--num_nodes', '2', '--num_gpus', '8', '--no_python', '--no_local_rank']
+    assert line[1:5] == ['--hostfile', spread.hostfile, '--master_port', '29500'] and line[5:11] == told and line[12:] == target
     assert line[0].endswith('deepspeed')
     monkeypatch.setenv('SLURM_JOB_ID', '7'); monkeypatch.setenv('SLURM_JOB_NODELIST', 'a[1-2]')
     monkeypatch.setattr('saferlhf.record.launch._first_node', lambda: 'a1')

@@ -9,7 +9,7 @@ import sys
 import nbformat
 import pandas as pd
 import pytest
-from nbclient import NotebookClient
+from notebooks import execute as run_cells
 from project import COLUMNS, ROOT, notebooks
 from readme import INDEX, readme
 
@@ -142,7 +142,7 @@ def test_report_runs_what_is_stale_and_names_what_is_missing(tmp_path, monkeypat
 def test_readme_shows_the_committed_results(tmp_path):
     if own_results(): return
     notebook = nbformat.read(INDEX, 4)
-    NotebookClient(notebook, kernel_name='python3', resources={'metadata': {'path': str(INDEX.parent)}}).execute()
+    run_cells(notebook, INDEX.parent)
     for cell in notebook.cells:
         if cell.cell_type == 'code': cell.outputs = [o for o in cell.outputs if o.get('name') != 'stderr']
     nbformat.write(notebook, tmp_path/'index.ipynb')

@@ -1,7 +1,9 @@
 "The command line: pages of help, options that are refused, errors in one line; and results of two machines."
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pandas as pd
@@ -57,6 +59,73 @@ def test_errors_end_in_one_line_and_a_status(monkeypatch, capsys):
     assert stopped.value.code == 2 and "no profile 'huge'" in capsys.readouterr().err
 
 
+def told(argv, capsys):
+    "The one line of a command that fails, less its beginning."
+    assert commands.main(argv) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and said[0].startswith('saferlhf: '), said
+    return said[0].removeprefix('saferlhf: ')
+
+
+RUN = ['run', 'sft', '--profile', 'smoke']
+WRONG = {('run', 'sfft', '--profile', 'smoke'): "no stage 'sfft'",
+         (*RUN, '--set', 'rowss=1'): "did you mean 'rows'?",
+         (*RUN, '--set', "rows='x'"): "rows is 'x', a str: it wants a int",
+         (*RUN, '--set', 'rows={[]: 1}'): 'FIELD=VALUE with a literal',
+         ('run', 'evaluate', '--profile', 'smoke', '--set', 'unsafe=.5'): 'unsafe is 0.5, a float',
+         ('run', 'compare-core', '--profile', 'smoke', '--set', 'lr=1.'): 'EvalConfig',
+         (*RUN, '--zero', '7'): 'ZeRO has the stages', ('arms', 'bore', '--profile', 'smoke'): "no arms ['bore']"}
+
+
+@pytest.mark.parametrize('argv', WRONG, ids=' '.join)
+def test_what_is_misspelt_is_told_before_anything_starts(argv, capsys, monkeypatch):
+    monkeypatch.setattr(pipeline, 'run_stage', lambda *a: pytest.fail('a stage was started'))
+    assert WRONG[argv] in told([*argv], capsys)
+
+
+@pytest.mark.parametrize('option', ['--seed=-1', '--gpus=0', '--micro-batch=x', '--nodes=1.5'])
+def test_numbers_out_of_range_are_refused_with_their_option(option, capsys):
+    with pytest.raises(SystemExit) as stopped: commands.main([*RUN, option])
+    assert stopped.value.code == 2 and 'is no number from' in capsys.readouterr().err
+
+
+ERRORS = [(OSError(28, 'No space left on device', 'runs/a'), 'make room'),
+          (PermissionError(13, 'Permission denied', 'runs'), 'SAFERLHF_RUNS'),
+          (FileExistsError(17, 'File exists', 'runs/a'), 'move it away'),
+          (RuntimeError('CUDA out of memory. Tried'), '--micro-batch'), (MemoryError(), '--recompute'),
+          (RuntimeError('Address already in use'), 'MASTER_PORT'), (ImportError('No module named x'), 'named x'),
+          (FloatingPointError('a loss is NaN'), 'a loss is NaN')]
+
+
+@pytest.mark.parametrize('error, advice', ERRORS, ids=lambda x: type(x).__name__)
+def test_errors_of_the_machine_say_what_helps(error, advice, capsys, monkeypatch):
+    monkeypatch.setattr(pipeline, 'draw', lambda *a: (_ for _ in ()).throw(error))
+    assert advice in told(['figures', '--profile', 'smoke'], capsys)
+
+
+def test_what_takes_more_than_a_line_lies_in_a_file(tmp_path, capsys, monkeypatch):
+    import tempfile
+    monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path))
+    for error in (KeyError('lr'), RuntimeError('rank 1 first: ValueError: rows\nexit status 1'), ZeroDivisionError('division by zero')):
+        monkeypatch.setattr(pipeline, 'draw', lambda *a, error=error: (_ for _ in ()).throw(error))
+        line = told(['figures', '--profile', 'smoke'], capsys)
+        kept = Path(line.split('[all of it: ')[1].rstrip(']'))
+        assert str(error).splitlines()[0] in line and str(error) in (text := kept.read_text(encoding='utf-8')) and 'Traceback' in text
+    assert line.startswith('ZeroDivisionError: ')
+
+
+def test_who_stops_reading_sees_no_trace():
+    code = '''import sys; from saferlhf.apps import commands
+def write(a):
+    "Much."
+    print('λ' * 10**5)
+commands._COMMANDS['status'] = write, {}
+sys.exit(commands.main(['status']))'''
+    p = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding='utf-8',
+                         env=os.environ | {'PYTHONIOENCODING': 'ascii'})
+    p.stdout.close(); assert p.stderr.read() == '' and p.wait() == 141
+
+
 def test_a_limit_of_time_is_kept_by_one_job_too(monkeypatch):
     asked = []
     monkeypatch.setattr(pipeline, 'campaign', lambda wanted, *how: asked.append((len(wanted), *how)))
@@ -67,7 +136,6 @@ def test_a_limit_of_time_is_kept_by_one_job_too(monkeypatch):
 
 
 def test_the_spread_of_ranks_reaches_the_stage_alone(monkeypatch):
-    import os
     seen = []
     def run(*a, **k): seen.append(json.loads(os.environ['SAFERLHF_SPREAD'] or '{}')); raise ValueError('enough')
     monkeypatch.setattr(pipeline, 'run_stage', run)

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 import pandas as pd
@@ -13,7 +14,8 @@ import saferlhf.record.run as records
 from saferlhf.record.code import source_hashes
 from saferlhf.record.config import deviations, resolve
 from saferlhf.record.execute import _check_parameters, execute, parameters, publish, warm_kernel
-from saferlhf.record.files import newest, save_checkpoint
+from saferlhf.hardware.ranks import Spread
+from saferlhf.record.files import lock, newest, save_checkpoint
 from saferlhf.record.launch import launch
 from saferlhf.record.run import Record, Run, results_home, templates_home
 
@@ -328,14 +330,89 @@ matplotlib.rcParams['lines.linewidth'] = 9; plt.plot([1]);''')
         assert execute('sft', tmp_path/'1.ipynb', {'seed': 1}, progress=False, km=km) == folders[0]
         assert runs[0].path('notebook.ipynb').read_bytes() == kept
         with pytest.raises(RuntimeError,
-                           match=r"^KeyError: 'the cause'\n  in cell 2 of bad.ipynb; .*partial.ipynb"):
+                           match=r"^KeyError: 'the cause' \(in cell 2 of bad.ipynb, .*partial.ipynb\)") as e:
             execute(bad, tmp_path/'partial.ipynb', {}, progress=False, km=km)
+        assert '\n' not in str(e.value) and "raise KeyError('the cause')" in e.value.__notes__[0]
         assert 'before' in (tmp_path/'partial.ipynb').read_text()
         with pytest.raises(papermill.PapermillExecutionError, match="no parameter 'sede'"):
             papermill.execute_notebook(t, tmp_path/'plain.ipynb', {'sede': 1}, kernel_name='python3',
                                        progress_bar=False, km=km)
     call = "from saferlhf.record.execute import execute; execute('sft', '1.ipynb', {'seed': 1})"
     assert runs[0].manifest['command'] == f'python -c "{call}"'
+
+
+def test_the_kernel_is_this_interpreter_wherever_it_lies(tmp_path, monkeypatch):
+    "Another kernel called python3 is on the path, the temporary folder has a long name, and nothing of the user's IPython runs."
+    spec, used = tmp_path/'kernels/python3', tmp_path/'used'; spec.mkdir(parents=True)
+    other = dict(argv=['touch', str(used)], display_name='old', language='python')
+    (spec/'kernel.json').write_text(json.dumps(other))
+    startup = tmp_path/'ipython/profile_default/startup'; startup.mkdir(parents=True); (startup/'mine.py').write_text('seed = 7')
+    long = tmp_path/('x' * 90); long.mkdir()
+    monkeypatch.setattr('tempfile.tempdir', str(long))
+    monkeypatch.setenv('JUPYTER_PATH', str(tmp_path)); monkeypatch.setenv('IPYTHONDIR', str(tmp_path/'ipython'))
+    monkeypatch.setenv('JUPYTER_RUNTIME_DIR', '/dev/null/none'); monkeypatch.setenv('SAFERLHF_HOME', str(tmp_path))
+    which = notebook(tmp_path/'which.ipynb', 'seed = 0', "import sys; print(sys.executable); assert 'mine' not in dir()")
+    execute(which, tmp_path/'out.ipynb', {}, progress=False)
+    assert sys.executable in (tmp_path/'out.ipynb').read_text(encoding='utf-8') and not used.exists()
+    assert not list(long.iterdir())
+
+
+def test_a_notebook_is_executed_by_one_process(tmp_path, monkeypatch):
+    monkeypatch.setattr('saferlhf.record.execute.warm_kernel', lambda: pytest.fail('a kernel was started'))
+    with lock(tmp_path, 'a.ipynb'), pytest.raises(RuntimeError, match='another run holds .*a.ipynb'):
+        execute(notebook(tmp_path/'t.ipynb', 'seed = 0'), tmp_path/'a.ipynb', {})
+
+
+def test_seeds_publish_side_by_side(tmp_path):
+    def rows(seed):
+        for k in range(25): publish([dict(seed=seed, k=k)], tmp_path/'t.csv', 'a/b', ['k'])
+    with ThreadPoolExecutor(2) as pool: list(pool.map(rows, (0, 1)))
+    assert len(pd.read_csv(tmp_path/'t.csv')) == 50
+
+
+@pytest.mark.parametrize('text', ['', '{"stage": "sft", "se', '[]', '"x"', '\ufeff{', '{"a": \udcff}'])
+def test_a_damaged_manifest_is_named(text):
+    path = start().folder/'manifest.json'; path.write_bytes(text.encode('utf-8', 'surrogateescape'))
+    for read in (start, lambda: Run.open(path.parent)):
+        with pytest.raises(ValueError, match='manifest.json is damaged .*delete it and run') as e: read()
+        assert '\n' not in str(e.value)
+    path.unlink(); assert start().folder == path.parent                         # what it says to do works
+
+
+def test_what_a_start_cannot_take_is_told():
+    for seed in (-1, 1., '0'):
+        with pytest.raises(ValueError, match='seed=.*whole number'): start(seed=seed)
+    with pytest.raises(ValueError, match='plain values'): start(config={'model': object()})
+    with pytest.raises(ValueError, match='no slash, backslash or colon'): start(name='12:30')
+    folder = start().folder; (folder/'manifest.json').unlink(); (folder/'config.json').unlink(); (folder/'.lock').unlink()
+    folder.rmdir(); folder.write_text('')
+    with pytest.raises(FileExistsError, match='File exists'): start()
+
+
+def test_settings_that_are_no_numbers_are_named(monkeypatch):
+    run = start()
+    for name in ('SAFERLHF_SAVE_STEPS', 'SAFERLHF_SAVE_MINUTES'):
+        monkeypatch.setenv(name, 'often')
+        with pytest.raises(ValueError, match=f'{name}=often'): run.saver({})
+        monkeypatch.delenv(name)
+    for told in ('{"gpus":', '[2]', '{"gpu": 2}', '{"gpus": "2"}', '{"offload": ["x"]}'):
+        monkeypatch.setenv('SAFERLHF_SPREAD', told)
+        with pytest.raises(ValueError, match='SAFERLHF_SPREAD|spread') as e: Spread.wanted()
+        assert '\n' not in str(e.value)
+
+
+def test_a_resume_under_other_versions_is_told_and_kept(capsys):
+    run = start(); path = run.folder/'manifest.json'; now = run.manifest['versions']
+    assert 'versions_from' not in start().manifest                              # the same ones
+    def begun_under(**others):
+        facts = json.loads(path.read_bytes()); facts['versions'] |= others; path.write_text(json.dumps(facts))
+    begun_under(torch='2.9.0', transformers='5.0.0')
+    save_checkpoint(run.folder/'checkpoint', 4, {}); capsys.readouterr()
+    sets = start().manifest['versions_from']
+    line, = [x for x in capsys.readouterr().out.splitlines() if 'other versions' in x]
+    assert f'from step 5 on: torch 2.9.0 before, {now["torch"]} now, transformers 5.0.0' in line
+    assert [s['step'] for s in sets] == [0, 5] and [s['versions']['torch'] for s in sets] == ['2.9.0', now['torch']]
+    assert start().manifest['versions_from'] == sets and 'other versions' not in capsys.readouterr().out      # told once
 
 
 def test_launch(capfd):
@@ -448,5 +525,5 @@ def test_rounds_without_red_teaming_have_a_table_of_their_own(tmp_path, monkeypa
     monkeypatch.setattr(publishing, 'folder_of', lambda *a: run)
     publishing.publish_all('gpu', 0)
     home = tmp_path/'data/results/gpu'
-    assert {p.stem for p in home.iterdir()} == {'no_red', 'times'}
+    assert {p.stem for p in home.glob('*.csv')} == {'no_red', 'times'}
     assert pd.read_csv(home/'no_red.csv').policy.tolist() == ['no-red-2', 'no-red-3']

@@ -4,6 +4,7 @@ import functools
 import importlib
 import inspect
 import json
+import os
 import re
 import subprocess
 import sys
@@ -17,13 +18,13 @@ ORDER = list(modules())
 LIBRARY = [m for m in ORDER if source(m).exists()]
 PURE = ('losses', 'advantages', 'objectives')
 ONLY_IN = {'deepspeed': {'hardware.zero'}, 'papermill': {'record.execute'}, 'matplotlib': {'reproduction.figures'}}
-PROVIDED = {'triton': 'torch', 'jinja2': 'torch',
-            'PIL': 'matplotlib', 'sklearn': 'scikit-learn',
-            'jupyter_client': 'ipykernel', 'jupyter_core': 'ipykernel', 'nbclient': 'papermill'}
-# imported when called; without them it says what to install
-DEVELOPERS = {'apps.report': {'nbconvert', 'jinja2', 'traitlets', 'latex2mathml'}}
+PROVIDED = {'triton': 'torch', 'PIL': 'matplotlib', 'sklearn': 'scikit-learn',
+            'jupyter_client': 'ipykernel', 'jupyter_core': 'ipykernel', 'jinja2': 'torch', 'traitlets': 'nbconvert'}
+# imported when called; without them it says which extra to install
+EXTRAS = {'apps.report': 'notebooks', 'record.execute': 'notebooks', 'hardware.zero': 'deepspeed'}
 BLOCKED = ('nbdev fastcore execnb papermill jupyter_client jupyter_core jupyterlab ipykernel IPython '
-           'nbformat nbclient nbconvert deepspeed').split()
+           'nbformat nbclient nbconvert deepspeed accelerate').split()
+NO_POSIX = 'sched_getaffinity', 'fork', 'forkpty', 'O_DIRECTORY'        # and no fcntl: as on other systems
 
 
 def test_every_module_has_a_notebook_and_the_other_way_round():
@@ -56,21 +57,71 @@ def test_the_order_is_checked_on_every_kind_of_import(monkeypatch):
 
 
 def test_what_is_imported_is_required():
-    cfg = ConfigParser(delimiters=['=']); cfg.read(ROOT/'settings.ini')
-    required = {re.split('[<>=]', r)[0] for r in cfg['DEFAULT']['requirements'].split()}
+    cfg = ConfigParser(delimiters=['=']); cfg.read(ROOT/'settings.ini', encoding='utf-8')
+    def named(key): return {re.split('[<>=]', r)[0] for r in cfg['DEFAULT'][key].split()}
     for module in LIBRARY:
         others = {i for i in imports(module) if not i.startswith('.') and i not in sys.stdlib_module_names and i != 'saferlhf'}
-        assert {PROVIDED.get(i, i) for i in others - DEVELOPERS.get(module, set())} <= required, module
+        extra = named(f'{EXTRAS[module]}_requirements') if module in EXTRAS else set()
+        assert {PROVIDED.get(i, i) for i in others} <= named('requirements') | extra, module
 
 
-def test_scripts_need_no_notebook_tools():
-    code = f'''import sys, importlib
+def test_scripts_need_no_notebook_tools_and_no_posix(tmp_path):
+    "Everything imports; what needs an extra names it; locks, and stages side by side, do without what only Linux has."
+    code = f'''import sys, importlib, os, warnings
 for name in {BLOCKED!r}: sys.modules[name] = None
+for name in {NO_POSIX!r}: delattr(os, name)
+sys.modules['fcntl'] = None; warnings.simplefilter('ignore')
 for m in {LIBRARY!r}: importlib.import_module('saferlhf.' + m)
+from saferlhf.record import execute, files
+from saferlhf.reproduction.pipeline import _side_by_side
+_side_by_side([], 'smoke', 2, 0)
+with files.lock('held'), files.turn('held/table.csv'):
+    try: files.lock('held').__enter__()
+    except RuntimeError as e: assert 'another run holds held' in str(e) and str(os.getpid()) in str(e), e
+with files.lock('held'): pass
+assert execute.cores() == os.cpu_count()
+from saferlhf.hardware.zero import deepspeed
+for needs in (lambda: execute.execute('sft', 'out.ipynb'), deepspeed):
+    try: needs()
+    except RuntimeError as e: print(e)
 print(sorted(m for m in sys.modules if m.startswith('saferlhf.')))'''
-    run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, '-c', code], capture_output=True, encoding='utf-8', cwd=tmp_path,
+                         env=os.environ | {'PYTHONPATH': str(ROOT), 'SAFERLHF_HOME': str(ROOT)})
     assert run.returncode == 0, run.stderr[-1500:]
-    assert set(ast.literal_eval(run.stdout)) == {f'saferlhf.{m}' for m in (*LIBRARY, *WINGS) if m != 'method'}
+    notebooks, ranks, loaded = run.stdout.splitlines()
+    assert "pip install 'saferlhf[notebooks]'" in notebooks and "pip install 'saferlhf[deepspeed]'" in ranks
+    assert set(ast.literal_eval(loaded)) == {f'saferlhf.{m}' for m in (*LIBRARY, *WINGS) if m != 'method'}
+
+
+def text_calls(text):
+    "Lines where a file or a pipe is read or written as text in whatever encoding the machine has."
+    for node in ast.walk(ast.parse(text)):
+        if not isinstance(node, ast.Call): continue
+        name = getattr(node.func, 'attr', getattr(node.func, 'id', ''))
+        given = {k.arg: getattr(k.value, 'value', '') for k in node.keywords}
+        if isinstance(node.func, ast.Attribute) and ast.unparse(node.func.value) in ('os', 'Run', 'Record', 'Image'): continue
+        modes = [a.value for a in node.args if isinstance(a, ast.Constant) and re.fullmatch('[rwax][bt+]*', str(a.value))]
+        as_text = name == 'open' and not any('b' in m for m in [*modes, str(given.get('mode', ''))])
+        if name == 'open' and ast.unparse(node.func).split('.')[0] in ('gzip', 'bz2', 'lzma'): as_text = any('t' in m for m in modes)
+        if (as_text or name in ('read_text', 'write_text') or given.get('text')) and 'encoding' not in given: yield node.lineno
+
+
+def test_text_is_utf8_whatever_the_locale():
+    code = {f'{p.relative_to(ROOT)}': p.read_text(encoding='utf-8') for p in (*map(source, LIBRARY), *(ROOT/'tools').glob('*.py'))}
+    for p in notebooks('templates', 'paper', '.'):
+        lines = '\n'.join(c['source'] for c in cells(p) if c['cell_type'] == 'code')
+        code[p.name] = '\n'.join(line for line in lines.splitlines() if not line.startswith(('%', '!', '#|')))
+    for name in ('saferlhf/data.py', 'saferlhf/models.py'): code.pop(name)                # plain ASCII: hashes, and JSON of transformers
+    assert {name: lines for name, text in code.items() if (lines := list(text_calls(text)))} == {}
+    bad, good = "open(p); p.read_text(); lzma.open(p, 'rt')", "open(p, 'rb'); p.read_text(encoding='utf-8'); lzma.open(p)"
+    assert [*text_calls(bad)] == [1, 1, 1] and not [*text_calls(good)]
+
+
+def test_nothing_is_checked_by_assert():
+    "`python -O` leaves asserts out."
+    code = {m: tree(m) for m in LIBRARY}
+    code |= {p.stem: ast.parse('\n'.join(c['source'] for c in cells(p) if c['cell_type'] == 'code')) for p in notebooks('templates')}
+    assert not [name for name, t in code.items() for n in ast.walk(t) if isinstance(n, ast.Assert)], 'raise an error instead'
 
 # size and words
 
