@@ -54,5 +54,5 @@ audit: .venv/.installed
 	@test -n "$(PYTHON)" && $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "saferlhf needs Python 3.11 or newer: install it, or name it with make PYTHON=/path/to/python3.11"; exit 1; }
 	@echo "== making .venv with $$($(PYTHON) --version); the packages take a minute or two"; start=$$SECONDS; \
-	  $(PYTHON) -m venv .venv && $(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[dev]' && \
+	  $(PYTHON) -m venv .venv && $(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[dev,fetch]' && \
 	  touch $@ && echo "== .venv: $$((SECONDS - start)) s"

@@ -16,4 +16,4 @@ class WithData(build_py):
 
 cfg = ConfigParser(delimiters=['=']); cfg.read('settings.ini'); c = cfg['DEFAULT']
 setup(version=c['version'], description=c['description'], install_requires=c['requirements'].split(),
-      extras_require={'dev': c['dev_requirements'].split()}, cmdclass={'build_py': WithData})
+      extras_require={n: c[f'{n}_requirements'].split() for n in ('dev', 'fetch')}, cmdclass={'build_py': WithData})

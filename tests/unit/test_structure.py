@@ -18,7 +18,7 @@ LIBRARY = [m for m in ORDER if source(m).exists()]
 PURE = ('losses', 'advantages', 'objectives')
 ONLY_IN = {'deepspeed': {'hardware.zero'}, 'papermill': {'record.execute'}, 'matplotlib': {'reproduction.figures'}}
 PROVIDED = {'triton': 'torch',
-            'PIL': 'matplotlib', 'sklearn': 'scikit-learn',
+            'PIL': 'matplotlib', 'sklearn': 'scikit-learn', 'huggingface_hub': 'transformers',
             'jupyter_client': 'ipykernel', 'jupyter_core': 'ipykernel', 'nbclient': 'papermill'}
 # imported when called; without them it says what to install
 DEVELOPERS = {'apps.report': {'nbconvert', 'jinja2', 'traitlets', 'latex2mathml'}}
