@@ -24,14 +24,15 @@ def _card_of(folder): # the head of a model's README, {} without one
     path = folder/'README.md'
     if not path.is_file() or not path.read_text(errors='replace').startswith('---'): return {}
     try: return ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
-    except ValueError: return {}
+    except Exception: return {}                           # somebody else's README, with a head that is no YAML
 
 def _shipped(folder): # a line of data/sources.json, {} for a folder that does not ship
     return next((s for s in sources() if folder.parts[-3:] == ('data', *Path(s['file']).parts[:-1])), {})
 
 def _origin(folder): # of a model -> name, sha256, license and perhaps note of what it was first made from
     folder, card = folder.resolve(), _card_of(folder)
-    if root := card.get('saferlhf_base'): return {'sha256': model_hash(folder)} | root
+    if isinstance(root := card.get('saferlhf_base'), dict) and {'name', 'license'} <= set(root):
+        return {'sha256': model_hash(folder)} | root
     ship, hub = _shipped(folder), re.search(r'models--([^/]+)--([^/]+)/snapshots', folder.as_posix())
     name = '/'.join(hub.groups()) if hub else ship.get('dataset') or folder.name
     license = card.get('license', ship.get('licence', 'unknown'))
@@ -74,7 +75,7 @@ def _scores(stage, config, now): # lines about unit, sign and zero
     zero = 'where the sign terms put it, never shifted'
     if config.get('labels') == 'rank':
         zero = 'put where as many of those answers are above it as for the cost model with sign terms'
-    return [*lines, f'sign: cost > 0 means harmful, < 0 safe; the zero was {zero}']
+    return [*lines, f'sign: {"output 1" if gold else "cost"} > 0 means harmful, < 0 safe; its zero is {zero}']
 
 def _limits(stage, config): # lines
     size = '; prompts of {max_prompt_tokens} and answers of {max_new_tokens} tokens, longer ones are cut'
@@ -91,7 +92,7 @@ def _measured(now): # what a stage summed up -> lines of a table: what, value, i
     rows = [(name(r), r['value'], f'{r["low"]:.4g} to {r["high"]:.4g}', r['label_source'], r['n'])
             for r in now.get('table1') or []]
     for k, v in now.items():
-        named = f'{k} ({METRICS[k][1]})' if k in METRICS else k
+        named = f'{k} ({METRICS[k][1]})' if METRICS.get(k, '11')[1] != '1' else k
         if isinstance(v, list) and [*map(type, v)] == [float] * 3:
             rows.append((named, v[0], f'{v[1]:.4g} to {v[2]:.4g}', '', ''))
         elif type(v) in (int, float): rows.append((named, v, '', '', ''))
@@ -108,9 +109,10 @@ def _form(folder): # a prompt as the model reads it, and what ends an answer
 
 def _of_base(base, origin): # lines
     if not base: return ['* random weights']
-    note = [f'* {origin["note"]}'] if 'note' in origin else []
-    return [f'* made from {origin["name"]}, SHA-256 {origin["sha256"]}, licence {origin["license"]}', *note,
-            f'* training went on from {base.parent.name}/{base.name}, SHA-256 {model_hash(base)}']
+    lines = [f'* made from {origin["name"]}, SHA-256 {origin["sha256"]}, licence {origin["license"]}']
+    if 'note' in origin: lines.append(f'* {origin["note"]}')
+    if (sha := model_hash(base)) == origin['sha256']: return lines
+    return [*lines, f'* training went on from {base.parent.name}/{base.name}, SHA-256 {sha}']
 
 def _of_run(run): # lines: where it was made, and from which runs
     m, name = run.manifest, lambda role: Path(run.manifest['parent_folders'][role]).name
@@ -135,7 +137,8 @@ def _parts(run, base, origin, now, files): # title -> lines
     return {'Base': _of_base(base, origin), 'Form of a prompt': _form(run.path('model')),
             'Scores': [f'* {x}' for x in _scores(stage, config, now)] if stage in _SCORES else [],
             'Measured': [*measured, *_measured(now)] if now else ['Nothing yet.'],
-            'Data': [f'Prompt buckets {seen[0]} to {seen[-1]} of these files:', '', *table],
+            'Data': [f'This stage read prompt buckets {seen[0]} to {seen[-1]}. Files that the run\'s id covers:',
+                     '', *table],
             'Limits': [f'* {x}' for x in _limits(stage, config)], 'Run': _of_run(run)}
 
 def write_card(

@@ -11,6 +11,7 @@ import importlib.util
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -149,7 +150,7 @@ def _download(folder):
     done = subprocess.run([sys.executable, '-m', 'pip', 'download', *quiet, *what],
                           capture_output=True, text=True)
     if done.returncode:
-        said = [line for line in done.stderr.splitlines() if 'rror' in line or 'No module' in line]
+        said = [x for x in done.stderr.splitlines() if re.match('ERROR|.*No module named', x)]
         raise RuntimeError(f'pip cannot download it: {(said or ["no reason given"])[-1].strip()[:200]}')
     wheel, = folder.glob('*.whl')
     if (found := sha256(wheel)) != _WHEEL_SHA256:
