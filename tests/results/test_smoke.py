@@ -103,14 +103,16 @@ def test_every_model_has_a_card_with_the_numbers_of_its_run(smoke):
     for name, folder in kept.items():
         card, manifest, summary = ModelCard.load(folder/'model/README.md'), read(folder, 'manifest.json'), read(folder, 'summary.json')
         head, text = card.data.to_dict(), card.text
-        assert head['license'] == 'cc-by-nc-4.0' and manifest['stage'] in head['tags'] and head['datasets'] and manifest['hash'] in text, name
+        assert head['license'] == 'cc-by-nc-4.0' and manifest['stage'] in head['tags'] and head['datasets'], name
         assert name == 'base_lm' or base in text and head['saferlhf_base']['sha256'] == base, name
-        if name.startswith('policy'): assert model_hash(folders['sft' if name[-1] == '1' else f'policy-{int(name[-1]) - 1}']/'model') in text
+        before = {'reward-only': 'sft', 'policy-1': 'sft', 'policy-2': 'policy-1', 'policy-3': 'policy-2'}.get(name, '')
+        assert not before or model_hash(folders[before]/'model') in text, name
         assert manifest['data']['sft.jsonl.xz'] in text and 'USER: {prompt} ASSISTANT:' in text and 'Nothing yet' not in text
         for r in summary.get('table1', ()):
             assert '| {value:.4g} | {low:.4g} to {high:.4g} | {label_source} | {n} |'.format(**r) in text, (name, r)
         score = STAGES[name].template in ('gold', 'score_model')
-        assert ('> 0 means harmful' in text) == (score and not name.startswith('reward')) and ('unit: the standard deviation' in text) == score
+        assert ('unit: the standard deviation' in text) == score, name
+        assert ('> 0 means harmful' in text) == (score and not name.startswith('reward')), name
     first = (folders['cost-1']/'model/README.md').read_text()
     assert 'rule: TF-IDF' in first and 'rule: longer answer' in first and f'{read(folders["judge"], "summary.json")["accuracy"]:.4g}' in (
         folders['judge']/'model/README.md').read_text()

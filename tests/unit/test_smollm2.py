@@ -38,7 +38,8 @@ def cut(source, target):
     target.mkdir(parents=True)
     save_file({k: v[:rows.get(part(k)), :columns.get(part(k))].contiguous() if v.ndim == 2 else v for k, v in kept.items()},
               target/'model.safetensors', metadata={'format': 'pt'})
-    config.update(dict(num_hidden_layers=2, num_key_value_heads=GROUPS, num_attention_heads=q // config.head_dim, intermediate_size=NEURONS))
+    config.update(dict(num_hidden_layers=2, num_key_value_heads=GROUPS, num_attention_heads=q // config.head_dim,
+                       intermediate_size=NEURONS))
     config.save_pretrained(target)
     for f in source.iterdir():
         if f.name.startswith(('tokenizer', 'chat_template', 'special_tokens', 'vocab', 'merges')): shutil.copy(f, target)
