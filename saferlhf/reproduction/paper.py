@@ -6,7 +6,6 @@
 __all__ = ['COST_SD', 'LLAMA_7B', 'of', 'compare', 'own_base']
 
 # %% ../../nbs/reproduction/01_paper.ipynb #f220acd2
-import hashlib
 import inspect
 import io
 import os
@@ -17,6 +16,7 @@ import pandas as pd
 from ..engine import Optim
 from ..objectives import Multiplier
 from ..ppo import actor_optim, critic_optim
+from ..record.fetch import model_hash
 from ..record.run import Run
 from ..rollout import Sampler
 from ..train import model_optim
@@ -192,12 +192,6 @@ def compare(
                               verdict=_verdict(c, value)) for c in _PAPER_CONFIG], dtype=object)
 
 # %% ../../nbs/reproduction/01_paper.ipynb #c4eb2863
-def _ends(path, n=1 << 20): # size, and a hash of the first and last MiB: enough to tell weights apart
-    with open(path, 'rb') as f:
-        head, size = f.read(n), f.seek(0, 2)
-        f.seek(max(0, size - n))
-        return f'{size}:{hashlib.sha256(head + f.read()).hexdigest()}'
-
 def own_base()->Path: # a finished run whose `model` is the folder in $SAFERLHF_BASE
     "The base LM of the profile `paper`. FileNotFoundError says what to set."
     folder = Path(name := os.environ.get('SAFERLHF_BASE') or '-').expanduser()
@@ -212,7 +206,7 @@ def own_base()->Path: # a finished run whose `model` is the folder in $SAFERLHF_
             '(`hf download NAME --local-dir FOLDER` makes one)')
     with redirect_stdout(io.StringIO()):
         run = Run.start('base_lm', dict(weights=folder.name), profile='paper', name='own',
-                        data={f.name: _ends(f) for f in files})
+                        data={'base': model_hash(folder)})
         link = run.folder / 'model'
         if not link.is_symlink(): link.symlink_to(folder.resolve(), target_is_directory=True)
         run.finish({})

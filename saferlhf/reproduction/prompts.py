@@ -9,7 +9,8 @@ __all__ = ['model_path', 'data_hashes', 'fits', 'shuffled', 'held_out', 'answers
 # %% ../../nbs/reproduction/03_prompts.ipynb #ead9b96e
 from pathlib import Path
 import numpy as np
-from ..data import cost_pairs, data_path, label_pairs, reward_pairs, sha256, shipped, sources
+from ..data import cost_pairs, data_path, label_pairs, reward_pairs, shipped, sources
+from ..record.fetch import model_hash
 from ..text import encode_prompt, encode_response, key_hash, prompt_id
 
 # %% ../../nbs/reproduction/03_prompts.ipynb #7f63b308
@@ -24,11 +25,11 @@ def model_path(
 
 def data_hashes(
     parents:dict, # role -> run folder
-    *roles:str,   # of shipped models that the stage reads
-)->dict:          # file -> sha256
-    "Hashes of the shipped data and of the shipped models in use."
+    *roles:str,   # of models that the stage reads
+)->dict:          # file -> sha256; role -> `model_hash`
+    "Hashes of the shipped data and of the models in use that no run made."
     return {s['file']: s['sha256'] for s in sources() if s['file'].endswith('.xz')} | {
-        r: sha256(model_path(parents, r) / 'model.safetensors') for r in roles if r not in parents}
+        r: model_hash(model_path(parents, r)) for r in roles if r not in parents}
 
 # %% ../../nbs/reproduction/03_prompts.ipynb #91f5870b
 def fits(

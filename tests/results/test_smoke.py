@@ -9,8 +9,10 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
+from huggingface_hub import ModelCard
 from project import COLUMNS, ROOT, cells, notebooks
 
+from saferlhf.record.fetch import model_hash
 from saferlhf.reproduction.graph import graph
 
 STAGES = {s.name: s for s in graph('smoke')}
@@ -90,6 +92,30 @@ def test_results_hold_every_round_policy_and_judge(smoke):
     assert {'gold', 'unified', 'judge', 'tfidf'} <= set(read('models').judge)
     assert set(read('lagrange')['round']) == set(read('rounds')['round']) == {'1', '2', '3'}
     assert set(read('times').stage) == set(STAGES)
+
+
+def test_every_model_has_a_card_with_the_numbers_of_its_run(smoke):
+    "Base, hashes, unit and sign; each accuracy and its interval as in the run's summary."
+    folders, read = smoke.folders(), lambda f, name: json.loads((f/name).read_text())
+    kept = {n: f for n, f in folders.items() if (f/'model').exists()}
+    assert set(kept) == {n for n in STAGES if STAGES[n].template in ('base_lm', 'gold', 'sft', 'score_model', 'policy')}
+    base = model_hash(folders['base_lm']/'model')
+    for name, folder in kept.items():
+        card, manifest, summary = ModelCard.load(folder/'model/README.md'), read(folder, 'manifest.json'), read(folder, 'summary.json')
+        head, text = card.data.to_dict(), card.text
+        assert head['license'] == 'cc-by-nc-4.0' and manifest['stage'] in head['tags'] and head['datasets'], name
+        assert name == 'base_lm' or base in text and head['saferlhf_base']['sha256'] == base, name
+        before = {'reward-only': 'sft', 'policy-1': 'sft', 'policy-2': 'policy-1', 'policy-3': 'policy-2'}.get(name, '')
+        assert not before or model_hash(folders[before]/'model') in text, name
+        assert manifest['data']['sft.jsonl.xz'] in text and 'USER: {prompt} ASSISTANT:' in text and 'Nothing yet' not in text
+        for r in summary.get('table1', ()):
+            assert '| {value:.4g} | {low:.4g} to {high:.4g} | {label_source} | {n} |'.format(**r) in text, (name, r)
+        score = STAGES[name].template in ('gold', 'score_model')
+        assert ('unit: the standard deviation' in text) == score, name
+        assert ('> 0 means harmful' in text) == (score and not name.startswith('reward')), name
+    first = (folders['cost-1']/'model/README.md').read_text()
+    assert 'rule: TF-IDF' in first and 'rule: longer answer' in first and f'{read(folders["judge"], "summary.json")["accuracy"]:.4g}' in (
+        folders['judge']/'model/README.md').read_text()
 
 
 def test_paper_notebooks_ran_on_these_results(smoke):

@@ -18,7 +18,7 @@ ORDER = list(modules())
 LIBRARY = [m for m in ORDER if source(m).exists()]
 PURE = ('losses', 'advantages', 'objectives')
 ONLY_IN = {'deepspeed': {'hardware.zero'}, 'papermill': {'record.execute'}, 'matplotlib': {'reproduction.figures'}}
-PROVIDED = {'triton': 'torch', 'PIL': 'matplotlib', 'sklearn': 'scikit-learn',
+PROVIDED = {'triton': 'torch', 'PIL': 'matplotlib', 'sklearn': 'scikit-learn', 'huggingface_hub': 'transformers',
             'jupyter_client': 'ipykernel', 'jupyter_core': 'ipykernel', 'jinja2': 'torch', 'traitlets': 'nbconvert'}
 # imported when called; without them it says which extra to install
 EXTRAS = {'apps.report': 'notebooks', 'record.execute': 'notebooks', 'hardware.zero': 'deepspeed'}
