@@ -31,7 +31,7 @@ class Generator(Protocol):
         "Sample until every row has ended."
 
 class Scorer(Protocol):
-    "Scores token ids: a function around a reward or cost model. With a method `read`, as `TextScorer`, it scores texts."
+    "Scores token ids: a function around a reward or cost model; with a method `read` it scores texts."
     def __call__(self, ids:Tensor, mask:Tensor)->Tensor: # (B, L), (B, L) -> (B,)
         "One number for each row."
 
@@ -123,7 +123,8 @@ class TextScorer:
         max_new_tokens:int,    # EOS not counted
     ):
         self.model, self.tokenizer, self.policy_tokenizer = model, tokenizer, policy_tokenizer
-        self.limits, self.same = (max_prompt_tokens, max_new_tokens), same_tokenizer(tokenizer, policy_tokenizer)
+        self.limits = max_prompt_tokens, max_new_tokens
+        self.same = same_tokenizer(tokenizer, policy_tokenizer)
         if not self.same:
             logging.getLogger('saferlhf').warning('the tokenizer of a score model differs from that of the '
                                                   'policy: texts are decoded and encoded again')
@@ -141,9 +142,10 @@ class TextScorer:
     @torch.no_grad()
     def _score(self, prompts, texts, r=None):
         limit, most = self.limits
-        heads = ([encode_prompt(p, self.tokenizer, limit) for p in prompts] if r is None else
-                 [row[m.bool()].tolist() for row, m in zip(r.prompts.cpu(), host(r.prompt_mask), strict=True)])
-        ids, mask = pad([h + encode_response(x, self.tokenizer, most) for h, x in zip(heads, texts, strict=True)], 0)
+        if r is None: heads = [encode_prompt(p, self.tokenizer, limit) for p in prompts]
+        else: heads = [ids[m.bool()].tolist() for ids, m in zip(r.prompts.cpu(), host(r.prompt_mask), strict=True)]
+        answers = [encode_response(x, self.tokenizer, most) for x in texts]
+        ids, mask = pad([h + a for h, a in zip(heads, answers, strict=True)], 0)
         device = _device(self.model)
         return self.model(ids.to(device), with_host(mask, device)).end_scores
 
@@ -162,6 +164,6 @@ def _take_apart(ids, tokenizer): # (L,) a prompt of one turn and its answer -> t
     before, after = format_prompt(hole, tokenizer).split(hole)
     text = tokenizer.decode(ids.tolist())
     if not text.startswith(before) or text.count(after) != 1:
-        raise ValueError('a score model with another tokenizer reads a rollout (`TextScorer.read`), not its ids')
+        raise ValueError('a score model with another tokenizer reads rollouts (`TextScorer.read`), not ids')
     prompt, answer = text.removeprefix(before).split(after)
     return prompt, answer.removesuffix(tokenizer.eos_token)

@@ -114,7 +114,8 @@ def _plain(tokenizer):
     return _PLAIN.setdefault(tokenizer, found)
 
 def _split(text, words): # at the words, which are kept
-    return [text] if not words else re.split(f'({"|".join(map(re.escape, sorted(words, key=len, reverse=True)))})', text)
+    words = '|'.join(map(re.escape, sorted(words, key=len, reverse=True)))
+    return re.split(f'({words})', text) if words else [text]
 
 def _mark(text, words): # every word gets a mark behind its first character
     return ''.join(p[0] + _MARK + p[1:] if p in words else p for p in _split(text, words))

@@ -164,7 +164,7 @@ def policy_models(
     score = lambda role, kind: lambda: ScoreModel.from_pretrained(model_path(parents, role), kind=kind)
     actor = engine('actor', lambda: load_lm(start_of(run)), actor_optim(config))
     reference = engine('reference', lambda: load_lm(model_path(parents, 'sft')))
-    policy_tokenizer = load_tokenizer(_start_of(run))
+    policy_tokenizer = load_tokenizer(start_of(run))
     tokenizers = {k: load_tokenizer(model_path(parents, k)) for k in ('reward', 'cost')}
     scorers = {k: TextScorer(engine(k, score(k, k)), tokenizers[k], policy_tokenizer,
                              config.max_prompt_tokens, config.max_new_tokens) for k in tokenizers}
