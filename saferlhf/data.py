@@ -155,14 +155,14 @@ def sha256(path) -> str: # a file of any size -> hex
 
 def sources() -> list: # dicts name, file, sha256, dataset, source, revision, path, licence, rows ..
     "Origin, licence, rows and hash of everything that ships, from data/sources.json."
-    return json.loads(data_path('sources.json').read_text())
+    return json.loads(data_path('sources.json').read_text(encoding='utf-8'))
 
 # %% ../nbs/method/02_data.ipynb #93151be9
 PARTITIONS = {'test': range(10, 20), 'gold': range(20, 40), 'judge': range(40, 55), 'rounds': range(55, 100)}
 
 @lru_cache(maxsize=4)
 def _test_keys(home): # of $SAFERLHF_HOME, which may change
-    return frozenset(lzma.open(data_path('test_prompts.txt.xz'), 'rt').read().split())
+    return frozenset(lzma.open(data_path('test_prompts.txt.xz'), 'rt', encoding='ascii').read().split())
 
 def bucket(prompt) -> int: # text, dialogue or turns -> 10..19 when it is held out, 20..99 otherwise
     "The part of the data a prompt belongs to, from its first user turn. FileNotFoundError without the data."

@@ -324,7 +324,8 @@ def save_tokenizer(tokenizer, folder): # of a model that is saved already
     tokenizer.save_pretrained(folder)
     if (path := Path(folder)/'generation_config.json').exists():
         ends = {f'{k}_token_id': getattr(tokenizer, f'{k}_token_id') for k in ('bos', 'eos', 'pad')}
-        path.write_text(json.dumps(json.loads(path.read_text()) | ends, indent=2) + '\n', encoding='utf-8')
+        settings = json.loads(path.read_text(encoding='utf-8')) | ends
+        path.write_text(json.dumps(settings, indent=2) + '\n', encoding='utf-8')
 
 # %% ../nbs/method/03_models.ipynb #04daa7fb
 def load_lm(

