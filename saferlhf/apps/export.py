@@ -73,5 +73,6 @@ def export(
     if tokenizer: tokenizer.save_pretrained(out)
     card = folder/'README.md'
     text = _CARD.format(name=f'{kind} model', meaning=_MEANING[kind])
-    (out/'README.md').write_text((card.read_text() + '\n' if card.exists() else '') + text)
+    before = card.read_text(encoding='utf-8') + '\n' if card.exists() else ''
+    (out/'README.md').write_text(before + text, encoding='utf-8')
     return f'{out}: {_MEANING[kind]}'

@@ -57,8 +57,8 @@ def stored(path)->dict: # local folder or hub name -> name of each tensor -> (it
         index = None if _file(path, 'model.safetensors') else _file(path, 'model.safetensors.index.json')
         if not index and not _file(path, 'model.safetensors'):
             raise OSError('it has no model.safetensors: other formats can hide code, so save it anew')
-        shards = set(json.loads(Path(index).read_text())['weight_map'].values() if index
-                     else ['model.safetensors'])
+        names = json.loads(Path(index).read_text(encoding='utf-8'))['weight_map'].values() if index else ()
+        shards = set(names or ['model.safetensors'])
         out = {}
         for file in [cached_file(path, shard) for shard in sorted(shards)]:
             with safe_open(file, 'pt') as f: out |= {n: (file, f.get_slice(n).get_dtype()) for n in f.keys()}

@@ -139,7 +139,7 @@ def _parts(run, base, origin, now, files): # title -> lines
     return {'Base': _of_base(base, origin), 'Form of a prompt': _form(run.path('model')),
             'Scores': [f'* {x}' for x in _scores(stage, config, now)] if stage in _SCORES else [],
             'Measured': [*measured, *_measured(now)] if now else ['Nothing yet.'],
-            'Data': [f'Prompt buckets {seen[0]} to {seen[-1]} were read; the run\'s id covers these files:',
+            'Data': [f'Prompt buckets {seen[0]} to {seen[-1]} were read; the run id covers these files:',
                      '', *table],
             'Limits': [f'* {x}' for x in _limits(stage, config)], 'Run': _of_run(run)}
 
