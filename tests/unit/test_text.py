@@ -165,4 +165,4 @@ def test_a_score_model_with_another_tokenizer_reads_the_text(caplog):
     ids = torch.tensor([encode_prompt('Name a bird.', a, 96) + encode_response('A fish', a, 48)])
     assert abs(other(ids, torch.ones_like(ids)).item() - score_texts(scorer, b, ['Name a bird.'], ['A fish'], 96, 48)[0]) < 1e-5
     ids = torch.tensor([encode_prompt([USER, ANSWER, MORE], a, 96) + encode_response('A fish', a, 48)])
-    with pytest.raises(ValueError, match='reads a rollout'): other(ids, torch.ones_like(ids))
+    with pytest.raises(ValueError, match='reads rollouts'): other(ids, torch.ones_like(ids))
