@@ -80,8 +80,9 @@ class TorchEngine:
         try:
             if not loss.is_cuda: finite('loss', loss)
             loss.backward()
-            if last and not loss.is_cuda: finite('gradient', *(m.grad for m in self.masters
-                                                                    if m.grad is not None))
+            if last and not loss.is_cuda:                     # the sum of squares may overflow, too
+                finite('gradient', torch.nn.utils.get_total_norm([m.grad for m in self.masters
+                                                                  if m.grad is not None]))
         except FloatingPointError: # the next step starts without what this one has added up
             self.optimizer.zero_grad(set_to_none=True)
             raise

@@ -7,7 +7,6 @@ __all__ = ['TINY', 'gather_logps', 'token_logps', 'Scores', 'ScoreModel', 'tiny_
            'load_tokenizer', 'save_tokenizer', 'load_lm', 'positions']
 
 # %% ../nbs/method/03_models.ipynb #1052774a
-import json
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np
@@ -15,10 +14,10 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
-from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer,
+from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig,
                           MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedTokenizerFast)
 from .hardware.packing import check_ids, host, layout, packed_forward, packs, say_once
-from .hardware.weights import read_config, read_model, read_tensors, stored
+from .hardware.weights import one_line, read_config, read_model, read_tensors, stored
 from .text import PAPER_TEMPLATE, end_of_turn
 
 # %% ../nbs/method/03_models.ipynb #5c7ea394
@@ -197,7 +196,7 @@ def _output(config): # names of a language model's output matrix begin so
 
 def _load_score_model(
     path,                    # local folder or hub name: a score model or a causal LM
-    kind:str='reward',       # as in `ScoreModel`
+    kind:str|None=None,      # as in `ScoreModel`; None: as stored, 'reward' for a fresh head
     dtype=torch.float32,     # of the body; the head is always fp32
     score_dim:int|None=None, # None: as stored, 1 for a fresh head
 )->ScoreModel:
@@ -206,7 +205,10 @@ def _load_score_model(
     if getattr(config, 'do_normalize', False):
         raise ValueError(f'{path}: its normaliser is switched on; fold mean and scale into the head, '
                          'then set do_normalize to false')
-    head = _stored_head(path, config)
+    known = getattr(config, 'score_type', None)
+    if {kind, known} == {'reward', 'cost'}:
+        raise ValueError(f'{path} holds a {known} model, not a {kind} model: their signs differ')
+    head, kind = _stored_head(path, config), kind or known or 'reward'
     named = len(head['weight']) if head else 1
     if head and score_dim not in (None, named):
         raise ValueError(f'{path} holds {named} scores per token, {score_dim} were asked for')
@@ -309,7 +311,7 @@ _DATE = '{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}'
 def load_tokenizer(path): # local folder or hub name -> a fast tokenizer of transformers
     """A tokenizer with a chat template (its own, else the paper's) whose EOS ends a turn in it. ValueError
     without one. A missing pad token is set to EOS: harmless, since masks come from lengths."""
-    t = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    with one_line(path): t = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     if not t.is_fast: raise ValueError(f'{path}: only fast tokenizers (tokenizer.json) can be used')
     if not t.chat_template: t.chat_template = PAPER_TEMPLATE
     elif 'strftime_now' in t.get_chat_template() and _DATE not in t.get_chat_template():
@@ -322,10 +324,9 @@ def load_tokenizer(path): # local folder or hub name -> a fast tokenizer of tran
 def save_tokenizer(tokenizer, folder): # of a model that is saved already
     "Put a tokenizer beside a model, whose own generation then ends an answer where ours does."
     tokenizer.save_pretrained(folder)
-    if (path := Path(folder)/'generation_config.json').exists():
+    if (Path(folder)/'generation_config.json').exists(): # without penalties and filters, which ours has not
         ends = {f'{k}_token_id': getattr(tokenizer, f'{k}_token_id') for k in ('bos', 'eos', 'pad')}
-        settings = json.loads(path.read_text(encoding='utf-8')) | ends
-        path.write_text(json.dumps(settings, indent=2) + '\n', encoding='utf-8')
+        GenerationConfig(**ends).save_pretrained(folder)
 
 # %% ../nbs/method/03_models.ipynb #04daa7fb
 def load_lm(

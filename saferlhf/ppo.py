@@ -281,7 +281,10 @@ def _check_shares(
     n:int,   # rows of a rollout
     config:PPOConfig, # samples and minibatches
 ):
-    "ValueError unless prompts, and the rows of every minibatch, divide among the ranks."
+    "ValueError unless prompts, and the rows of every minibatch, divide among the ranks and none is empty."
+    if not 1 <= config.minibatches <= n or config.micro_batch < 1 or n < 1:
+        raise ValueError(f'{n} answers do not make {config.minibatches} minibatches, in micro-batches of '
+                         f'{config.micro_batch}: give more prompts, or fewer minibatches')
     if ranks() > 1 and (n % (config.samples * ranks()) or n % (config.minibatches * ranks())):
         raise ValueError(f'{n // config.samples} prompts x {config.samples} answers in {config.minibatches} '
                          f'minibatches do not divide among {ranks()} ranks: change `prompts` or '

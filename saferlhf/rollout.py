@@ -134,16 +134,18 @@ class TextScorer:
         return self._score(r.asked, r.texts(self.policy_tokenizer), r if self.same else None)
 
     def __call__(self, ids:Tensor, mask:Tensor)->Tensor: # (B, L) of the policy, (B, L) -> (B,)
-        "The scores of texts of one turn. ValueError where ids of another tokenizer cannot be taken apart."
-        if self.same: return self.model(ids, mask).end_scores
+        "The scores of texts of one turn. ValueError for ids that are not those of a text."
         rows = [row[m.bool()] for row, m in zip(ids, mask, strict=True)]
         return self._score(*zip(*(_take_apart(row, self.policy_tokenizer) for row in rows), strict=True))
 
     @torch.no_grad()
     def _score(self, prompts, texts, r=None):
         limit, most = self.limits
+        if prompts is None: raise ValueError('this rollout does not hold its prompts, see `prompt_batch`')
         if r is None: heads = [encode_prompt(p, self.tokenizer, limit) for p in prompts]
-        else: heads = [ids[m.bool()].tolist() for ids, m in zip(r.prompts.cpu(), host(r.prompt_mask), strict=True)]
+        else:
+            rows = zip(r.prompts.cpu(), host(r.prompt_mask), strict=True)
+            heads = [ids[m.bool()].tolist() for ids, m in rows]
         answers = [encode_response(x, self.tokenizer, most) for x in texts]
         ids, mask = pad([h + a for h, a in zip(heads, answers, strict=True)], 0)
         device = _device(self.model)
@@ -152,7 +154,7 @@ class TextScorer:
 # %% ../nbs/method/08_rollout.ipynb #a20cfec0
 def same_tokenizer(a, b) -> bool: # two tokenizers
     "Whether two tokenizers give the same ids for every prompt and answer."
-    what = lambda t: (t.backend_tokenizer.to_str(), t.chat_template or PAPER_TEMPLATE, t.eos_token_id)
+    what = lambda t: (t.backend_tokenizer.to_str(), t.chat_template or PAPER_TEMPLATE, t.special_tokens_map)
     return a is b or what(a) == what(b)
 
 def score_rollout(scorer, r:Rollout)->Tensor: # `TextScorer` or `Scorer`; B answers -> (B,)
@@ -163,7 +165,8 @@ def _take_apart(ids, tokenizer): # (L,) a prompt of one turn and its answer -> t
     hole = '\U000f5aff'
     before, after = format_prompt(hole, tokenizer).split(hole)
     text = tokenizer.decode(ids.tolist())
-    if not text.startswith(before) or text.count(after) != 1:
-        raise ValueError('a score model with another tokenizer reads rollouts (`TextScorer.read`), not ids')
-    prompt, answer = text.removeprefix(before).split(after)
-    return prompt, answer.removesuffix(tokenizer.eos_token)
+    parts = text.removeprefix(before).removesuffix(tokenizer.eos_token).split(after)
+    whole = [*encode_prompt(parts[0], tokenizer, 10**6), *encode_response(parts[-1], tokenizer, 10**6)]
+    if len(parts) != 2 or whole != ids.tolist():
+        raise ValueError('these ids are not those of a text of one turn: give `TextScorer.read` the rollout')
+    return parts

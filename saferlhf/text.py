@@ -4,20 +4,16 @@
 
 # %% auto #0
 __all__ = ['PAPER_TEMPLATE', 'as_messages', 'as_turns', 'format_prompt', 'template_name', 'encode_prompt', 'answer_text',
-           'encode_response', 'end_of_turn', 'key_hash', 'prompt_id', 'pad', 'pair_batch', 'prompt_batch',
-           'batch_indices', 'unpacked', 'plain', 'stored_prompt', 'chat_messages', 'text_fault', 'split_answer',
-           'split_pair']
+           'encode_response', 'end_of_turn', 'key_hash', 'prompt_id', 'pad', 'pair_batch', 'prompt_batch', 'unpacked',
+           'plain', 'stored_prompt', 'chat_messages', 'text_fault', 'split_answer', 'split_pair']
 
 # %% ../nbs/method/01_text.ipynb #de8d43f4
 import ast
 import hashlib
 import json
-import math
 import re
 from itertools import groupby
 from weakref import WeakKeyDictionary
-import jinja2
-import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch.nn.utils.rnn import pad_sequence
@@ -39,18 +35,23 @@ def _parse_dialogue(text):
 def _content(message): # of chat messages: text, or parts that are texts
     "The text of a message; ValueError for a picture, a tool call or nothing."
     text = message.get('content')
-    if isinstance(text, (list, tuple)) and all(isinstance(p, dict) and p.get('type') == 'text' for p in text):
+    if isinstance(text, (list, tuple)) and all(isinstance(p, dict) and isinstance(p.get('text'), str)
+                                               and p.get('type', 'text') == 'text' for p in text):
         text = ''.join(p['text'] for p in text)
     if not isinstance(text, str) or not text.strip() or message.get('tool_calls'):
-        raise ValueError(f'a message needs a text as its content; got {str(message)[:60]}')
+        raise ValueError(f'a message needs a text as its content; got {str(message)[:60]!r}')
+    return _valid(text)
+
+def _valid(text): # ValueError for half a surrogate pair, which no tokenizer takes
+    if re.search('[\ud800-\udfff]', text): raise ValueError(f'this is no valid Unicode: {text[:40]!r}')
     return text
 
 # %% ../nbs/method/01_text.ipynb #9a45d021
 def _from_json(text): # messages, or None for a text that is none
-    if not re.match(r'\s*\[\s*\{', text): return None
-    try: found = json.loads(text)
-    except (ValueError, RecursionError): return None
-    return found if all(isinstance(m, dict) and 'role' in m and 'content' in m for m in found) else None
+    found = unpacked(text) if re.match(r'\s*\[\s*\{', text) else text
+    known = isinstance(found, list) and all(isinstance(m, dict) and 'role' in m and 'content' in m
+                                            for m in found)
+    return found if known else None
 
 def as_messages(prompt) -> list: # text, dialogue as text, turns, messages, or messages as JSON text
     "Messages: dicts role, content. ValueError unless [system,] user, assistant, .., user, all with a text."
@@ -82,13 +83,20 @@ PAPER_TEMPLATE = ( # Jinja, of messages
 
 def _render(messages, tokenizer, ask=True):
     "The text of some messages, with the beginning of an answer if asked. ValueError if the template refuses."
-    template = tokenizer.get_chat_template() if tokenizer.chat_template else PAPER_TEMPLATE
-    try:
-        return tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False,
-                                             add_generation_prompt=ask)
-    except jinja2.TemplateError as e:
-        raise ValueError(f'the chat template of this tokenizer refuses {[m["role"] for m in messages]}: {e}; '
-                         'change the rows (a system text can go into the first turn of the user)') from None
+    why = 'it leaves out a turn'
+    for parts in (False, True):                          # some templates want the content in parts
+        content = lambda m, parts=parts: [{'type': 'text', 'text': m['content']}] if parts else m['content']
+        chat = [m | dict(content=content(m)) for m in messages]
+        try: text = tokenizer.apply_chat_template(chat, chat_template=_template(tokenizer), tokenize=False,
+                                                  add_generation_prompt=ask)
+        except Exception as e: why = why if parts else ' '.join(str(e).split())[:200]; continue
+        if all(m['content'].strip() in text for m in messages if ask and m['role'] != 'assistant'
+               or not ask and m is messages[-1]): return text
+    roles = ', '.join(m['role'] for m in messages)
+    raise ValueError(f'the chat template of this tokenizer refuses {roles}: {why}; '
+                     'change the rows (a system text can go into the first turn of the user)')
+
+def _template(tokenizer): return tokenizer.get_chat_template() if tokenizer.chat_template else PAPER_TEMPLATE
 
 def format_prompt(
     prompt, tokenizer, # as of `as_messages`; its chat template, or the paper's
@@ -98,7 +106,7 @@ def format_prompt(
 
 def template_name(tokenizer) -> str: # what a run and a model card say
     "Which template is in force: the paper's, or the tokenizer's own with its hash."
-    template = tokenizer.get_chat_template() if tokenizer.chat_template else PAPER_TEMPLATE
+    template = _template(tokenizer)
     return 'paper' if template == PAPER_TEMPLATE else f'own, sha256 {_hash(template)[:12]}'
 
 # %% ../nbs/method/01_text.ipynb #4052f5b6
@@ -110,14 +118,19 @@ def _plain(tokenizer):
     special = {t.content: t for t in tokens if t.content.strip() and (t.special or t.content in template)}
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     state['added_tokens'] = [t for t in state['added_tokens'] if t['content'] not in special]
-    found = special, Tokenizer.from_str(json.dumps(state | dict(post_processor=None)))
-    return _PLAIN.setdefault(tokenizer, found)
+    state |= dict(post_processor=None, truncation=None, padding=None)
+    return _PLAIN.setdefault(tokenizer, (special, Tokenizer.from_str(json.dumps(state))))
 
 def _split(text, words): # at the words, which are kept
     words = '|'.join(map(re.escape, sorted(words, key=len, reverse=True)))
     return re.split(f'({words})', text) if words else [text]
 
-def _mark(text, words): # every word gets a mark behind its first character
+def _mark(text, tokenizer): # every word of the template gets a mark behind its first character
+    words, normalizer = {*_plain(tokenizer)[0]}, tokenizer.backend_tokenizer.normalizer
+    if normalizer:                                       # it may make such a word of another one
+        same = {normalizer.normalize_str(w).strip(' \u2581') for w in words} | words
+        if any(w in (clean := normalizer.normalize_str(text)) and w not in text for w in same): text = clean
+        words = same
     return ''.join(p[0] + _MARK + p[1:] if p in words else p for p in _split(text, words))
 
 _MARK = '\U000f5afe'       # of a private area of Unicode
@@ -127,17 +140,20 @@ def _encode(text, tokenizer):
     "Ids of a text whose marked words are plain text."
     if _MARK not in text: return list(tokenizer(text, add_special_tokens=False).input_ids)
     (special, plain), ids = _plain(tokenizer), []
+    words = {tokenizer.convert_tokens_to_ids(w) for w in special}
     pieces = _split(text, special)
     for before, piece, after in zip([None, *pieces[:-1]], pieces, [*pieces[1:], None], strict=True):
         if piece in special: ids.append(tokenizer.convert_tokens_to_ids(piece)); continue
         if before and special[before].rstrip: piece = piece.lstrip()
         if after and special[after].lstrip: piece = piece.rstrip()
-        ids += plain.encode(piece.replace(_MARK, ''), add_special_tokens=False).ids
+        new = plain.encode(piece.replace(_MARK, ''), add_special_tokens=False).ids
+        if {*new} & words:                               # a vocabulary that holds the word itself
+            new = [i for p in piece.split(_MARK) for i in plain.encode(p, add_special_tokens=False).ids]
+        ids += new
     return ids
 
 def _fill(messages, tokenizer): # -> text, with marks where a message spells out a word of the template
-    words = _plain(tokenizer)[0]
-    return _render([m | dict(content=_mark(m['content'], words)) for m in messages], tokenizer)
+    return _render([m | dict(content=_mark(m['content'], tokenizer)) for m in messages], tokenizer)
 
 def encode_prompt(
     prompt,         # as of `as_messages`
@@ -166,7 +182,7 @@ def _shorten(ids, messages, tokenizer, max_tokens):
 # %% ../nbs/method/01_text.ipynb #98a9e374
 def answer_text(response) -> str: # a text, the message of an assistant, or a list that holds one
     "The text of an answer. ValueError for anything else."
-    if isinstance(response, str): return response
+    if isinstance(response, str): return _valid(response)
     message = response[0] if isinstance(response, (list, tuple)) and len(response) == 1 else response
     if isinstance(message, dict) and message.get('role') == 'assistant': return _content(message)
     raise ValueError(f'an answer is a text, or one message of the assistant; got {str(response)[:60]}')
@@ -179,7 +195,7 @@ def encode_response(
     "The answer's ids, closed by EOS. ValueError for an unknown cut."
     if cut not in ('eos', 'plain'): raise ValueError(f"cut must be 'eos' or 'plain', not {cut!r}")
     text = answer_text(response)
-    ids = _encode(_mark(text, _plain(tokenizer)[0]), tokenizer)
+    ids = _encode(_mark(text, tokenizer), tokenizer)
     return ids[:max_tokens] + ([tokenizer.eos_token_id] if cut == 'eos' or len(ids) <= max_tokens else [])
 
 # %% ../nbs/method/01_text.ipynb #6307d28b
@@ -187,8 +203,10 @@ def end_of_turn(tokenizer) -> str|None: # a token that the vocabulary holds
     "The token that ends an answer in the chat template; without one there the tokenizer's EOS."
     question = dict(role='user', content='?'), dict(role='assistant', content=_MARK)
     after = _render(question, tokenizer, ask=False).split(_MARK)[-1]
-    special = [word for word, token in _plain(tokenizer)[0].items() if token.special]
-    return next((p for p in _split(after, special) if p in special), tokenizer.eos_token)
+    words = _plain(tokenizer)[0]
+    pieces = [p for p in _split(after, words) if p.strip()]
+    ends = [p for p in pieces if p in words and (p is pieces[0] or words[p].special)]
+    return ends[0] if ends else tokenizer.eos_token
 
 # %% ../nbs/method/01_text.ipynb #4f93e09c
 def _hash(text): return hashlib.sha256(text.encode(errors='replace')).hexdigest()
@@ -247,27 +265,6 @@ def prompt_batch(
     ids, mask = pad(encoded, tokenizer.pad_token_id, 'left')
     return dict(input_ids=ids, attention_mask=mask, prompts=prompts,
                 prompt_ids=torch.tensor([prompt_id(p) for p in prompts]))
-
-# %% ../nbs/method/01_text.ipynb #019a25fa
-def batch_indices(
-    lengths,         # the number of rows, or a length for each (any unit)
-    batch_size:int,  # rows
-    seed:int,        # of the order
-    epochs:float=1., # passes over the rows, each in another order
-) -> list:           # row numbers of each batch; slice it to resume
-    "Deterministic batches, sorted by length within windows of 16 if given lengths. ValueError without rows."
-    by_length, passes, out = not isinstance(lengths, int), math.ceil(epochs), []
-    n, window = len(lengths) if by_length else lengths, 16*batch_size
-    if not n: raise ValueError('no rows to make batches of: look at what filtered the data')
-    for epoch in range(passes):
-        rng = np.random.default_rng([seed, epoch])
-        order = rng.permutation(n).tolist()
-        if by_length:
-            order = [i for k in range(0, n, window)
-                     for i in sorted(order[k:k + window], key=lambda i: lengths[i])]
-        batches = [order[k:k + batch_size] for k in range(0, n, batch_size)]
-        out += [batches[k] for k in rng.permutation(len(batches))] if by_length else batches
-    return out[:max(1, round(len(out) * epochs / passes))]
 
 # %% ../nbs/method/01_text.ipynb #9c205c1c
 def unpacked(text:str): # -> what it writes as JSON, or as Python prints a list or dict; other text as it is
@@ -329,7 +326,7 @@ def split_answer(
     "The two parts of a dialogue. ValueError unless it ends with an answer."
     if messages := chat_messages(dialogue):
         if open and messages[-1]['role'] == 'user': return messages, None
-        if messages[-1]['role'] == 'assistant': return messages[:-1] or None, messages[-1]['content']
+        if messages[-1]['role'] == 'assistant': return messages[:-1] or None, _content(messages[-1])
         raise ValueError('ends with a human turn', str(messages[-1])[:40])
     if not isinstance(dialogue, str) or not dialogue.lstrip().startswith('Human:'): return None, dialogue
     prompt, mark, answer = dialogue.replace('\r\n', '\n').strip().rpartition('\n\nAssistant:')

@@ -96,7 +96,8 @@ class Rollout:
             columns = (slice(-S, None) if name in ('prompts', 'prompt_mask') else slice(T),) * (x.ndim - 1)
             if hasattr(x, 'host'): return with_host(x.host[(rows, *columns)], x.device)
             return x[(device_rows, *columns)]
-        return self._map(cut)
+        asked = [self.asked[i] for i in rows.tolist()] if self.asked else None
+        return replace(self._map(cut), asked=asked)
 
     def gather_ranks(self)->'Rollout':
         "The rows of all ranks, in prompt order, on every rank: small beside any model."

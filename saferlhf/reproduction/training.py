@@ -32,8 +32,8 @@ from .collection import FIRST, scorer
 from .prompts import (hand_pairs, headline, held_out, model_path, policy_prompts,
                                            sft_rows, shuffled, unseen_prompts)
 from ..rollout import Sampler, TextScorer, score_rollout
-from ..text import batch_indices, prompt_batch, template_name
-from ..train import (ScoreConfig, SFTConfig, loop, model_optim, score_batches, score_step, sft_step,
+from ..text import prompt_batch, template_name
+from ..train import (batch_indices, ScoreConfig, SFTConfig, loop, model_optim, score_batches, score_step, sft_step,
                             text_batch)
 
 # %% ../../nbs/reproduction/06_training.ipynb #90c4849a

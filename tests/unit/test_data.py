@@ -20,7 +20,8 @@ from saferlhf.data import (PARTITIONS, bucket, buckets, cost_pairs, data_path, h
                            load_labels, load_preferences,
                            load_prompts, load_sft, partition, read_rows, reward_pairs, sha256, shipped,
                            sources, validate)
-from saferlhf.text import (_parse_dialogue, as_turns, batch_indices, encode_prompt, encode_response,
+from saferlhf.train import batch_indices
+from saferlhf.text import (_parse_dialogue, as_turns, encode_prompt, encode_response,
                            format_prompt, key_hash, pad, pair_batch, prompt_batch,
                            prompt_id)
 

@@ -9,7 +9,8 @@ from saferlhf.apps.commands import main
 from saferlhf.apps.export import export
 from saferlhf.engine import Optim, TorchEngine
 from saferlhf.hardware.packing import check_length, packs
-from saferlhf.models import ScoreModel, gather_logps, load_lm, tiny_model, token_logps
+from saferlhf.models import (ScoreModel, gather_logps, load_lm, load_tokenizer, save_tokenizer, tiny_model,
+                             token_logps, train_tokenizer)
 from saferlhf.objectives import Multiplier, ppo_lag
 from saferlhf.ppo import PPOConfig, ppo_step
 from saferlhf.rollout import Sampler, score_texts
@@ -183,7 +184,7 @@ def test_folders_that_are_no_model_of_text(read, tmp_path):
                         'weird': dict(auto_map={}, model_type='weird'),
                         'an encoder and a decoder': dict(model_type='t5', is_encoder_decoder=True)}.items(): refused(why, **config)
     (tmp_path/'adapter_config.json').write_text('{}'); refused('is an adapter')
-    with pytest.raises(ValueError, match='nowhere cannot be read'): read(tmp_path/'nowhere')
+    with pytest.raises(ValueError, match='there is no folder .*nowhere'): read(tmp_path/'nowhere')
 
 
 def test_files_that_are_cut_off(tmp_path):
@@ -281,3 +282,23 @@ def test_a_constant_score_is_refused():
     assert (model.standardise(x) == x / x.std()).all() and torch.equal(model.score_head.weight, before * (1 / float(x.std())))
     collapsed = scorer('llama', len(tokenizer())); collapsed.score_head.weight.data.fill_(torch.nan)
     with pytest.raises(ValueError, match='not finite'): score_texts(collapsed, tokenizer(), ['is it safe'], ['no'], 64, 8)
+
+
+def test_a_cost_model_is_not_taken_for_a_reward_model(tmp_path):
+    ScoreModel(tiny_model().base_model, 'cost').save_pretrained(tmp_path)
+    assert ScoreModel.from_pretrained(tmp_path).kind == 'cost' and ScoreModel.from_pretrained(tmp_path, 'critic').kind == 'critic'
+    with pytest.raises(ValueError, match='holds a cost model, not a reward model'): ScoreModel.from_pretrained(tmp_path, 'reward')
+
+
+def test_what_a_checkpoint_was_generated_with_is_not_kept(tmp_path):
+    lm, t = tiny_model(vocab_size=300), train_tokenizer(['a bird'] * 9, 300)
+    lm.generation_config.repetition_penalty = 1.3; lm.save_pretrained(tmp_path); save_tokenizer(t, tmp_path)
+    kept = json.loads((tmp_path/'generation_config.json').read_text())
+    assert 'repetition_penalty' not in kept and (kept['eos_token_id'], kept['pad_token_id']) == (t.eos_token_id, t.pad_token_id)
+
+
+def test_a_folder_without_a_tokenizer_is_one_line(tmp_path):
+    (tmp_path/'tokenizer.json').write_text('{')
+    for path in (tmp_path, tmp_path/'nowhere', tmp_path.parent/'empty'):
+        with pytest.raises(ValueError) as e: load_tokenizer(path)
+        assert '\n' not in str(e.value) and path.name in str(e.value)

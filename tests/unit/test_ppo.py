@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 from saferlhf.engine import Optim, TorchEngine
-from saferlhf.models import Scores, positions
+from saferlhf.models import ScoreModel, Scores, positions
 from saferlhf.objectives import Multiplier, ppo, ppo_lag, reward_shaping
-from saferlhf.ppo import Experience, PPOConfig, make_objective, ppo_step, token_values
+from saferlhf.ppo import Experience, PPOConfig, _check_shares, make_objective, ppo_step, token_values
 from saferlhf.world import run_two_token, two_token_lambda, two_token_world
 from saferlhf.rollout import Sampler
 from saferlhf.train import METRICS, sft_loss, text_batch
@@ -330,3 +330,15 @@ def test_ppo_overspends_as_predicted():
     log = run_two_token(.5, 'ppo', steps=50, batch=128)
     assert 'lam' not in log[0] and cost > 6                                    # three times the limit
     close([np.mean([m[k] for m in log[-10:]]) for k in ('cost', 'reward')], [cost, reward], .15)
+
+
+@pytest.mark.parametrize('wrong', [dict(minibatches=5), dict(minibatches=0), dict(micro_batch=0)])
+def test_sizes_that_make_no_minibatch_are_refused_before_anything_moves(wrong):
+    with pytest.raises(ValueError, match='do not make'): _check_shares(2, PPOConfig(**wrong))
+
+
+def test_a_norm_that_overflows_is_refused_and_moves_nothing():
+    model = TorchEngine(ScoreModel(tiny_model('llama').base_model, 'critic').rescale(1e12), Optim(1e-3, 0., 'constant'), 1)
+    x, before = torch.tensor([[5, 6, 7]]), [p.clone() for p in model.params]
+    with pytest.raises(FloatingPointError): model.backward(model(x, torch.ones_like(x)).scores.square().mean())
+    assert all(torch.equal(p, b) for p, b in zip(model.params, before, strict=True))

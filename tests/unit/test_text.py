@@ -165,4 +165,65 @@ def test_a_score_model_with_another_tokenizer_reads_the_text(caplog):
     ids = torch.tensor([encode_prompt('Name a bird.', a, 96) + encode_response('A fish', a, 48)])
     assert abs(other(ids, torch.ones_like(ids)).item() - score_texts(scorer, b, ['Name a bird.'], ['A fish'], 96, 48)[0]) < 1e-5
     ids = torch.tensor([encode_prompt([USER, ANSWER, MORE], a, 96) + encode_response('A fish', a, 48)])
-    with pytest.raises(ValueError, match='reads rollouts'): other(ids, torch.ones_like(ids))
+    with pytest.raises(ValueError, match='not those of a text'): other(ids, torch.ones_like(ids))
+
+
+def unigram():
+    "A vocabulary that holds the special tokens as words, and a prefix before the first one."
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    t = Tokenizer(models.Unigram()); t.pre_tokenizer, t.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    t.train_from_iterator(['hello there the cat sat', 'a </s> b <s> /s < > s'] * 20, trainers.UnigramTrainer(
+        vocab_size=60, special_tokens=['<s>', '</s>', '<unk>'], unk_token='<unk>', show_progress=False))
+    return PreTrainedTokenizerFast(tokenizer_object=t, bos_token='<s>', eos_token='</s>', pad_token='</s>', unk_token='<unk>')
+
+
+def test_a_special_token_in_the_vocabulary_stays_text():
+    t = unigram(); ends = lambda ids: ids.count(t.eos_token_id)
+    assert ends(encode_response('hello </s> there', t, 99)) == 1 and ends(encode_prompt('hello </s> there', t, 99)) == 0
+    assert ends(encode_prompt(['a', 'b </s>', 'c'], t, 99)) == 1
+
+
+def test_a_normalizer_makes_no_special_token():
+    from tokenizers import normalizers
+    t = make(CHATML); t.backend_tokenizer.normalizer = normalizers.NFKC()
+    for text in ('x ＜|im_end|＞ y', 'x <|im_end|> y'):
+        assert encode_prompt(text, t, 99).count(t.convert_tokens_to_ids('<|im_end|>')) == 2
+
+
+def test_settings_of_truncation_and_padding_do_nothing():
+    t = make(CHATML); t.backend_tokenizer.enable_truncation(6); t.backend_tokenizer.enable_padding(length=20)
+    assert t.decode(encode_prompt('say <|im_end|> to the bird', t, 99)) == format_prompt('say <|im_end|> to the bird', t)
+
+
+@pytest.mark.parametrize('template, said', [
+    (PAPER_TEMPLATE.replace('{{ m.content }} {% endif %}', '{% endif %}'), 'leaves out a turn'), ("{{ messages[0].content + 1 }}", ''),
+    ("{% for x in tools %}{% endfor %}", ''), ("{{ 1/0 }}", ''), ("{{ raise_exception('a\nb') }}", 'a b'),
+    ("{{ messages[-1].content }}", 'leaves')])
+def test_a_template_that_drops_or_breaks_is_refused_in_one_line(template, said):
+    with pytest.raises(ValueError, match=said) as e: encode_prompt([SYSTEM, USER, ANSWER, MORE], make(template), 99)
+    assert '\n' not in str(e.value) and 'refuses' in str(e.value)
+
+
+def test_a_template_may_want_content_in_parts():
+    parts = CHATML.replace('{{ m.content | trim }}', '{% for c in m.content %}{{ c.text }}{% endfor %}')
+    assert format_prompt([USER, ANSWER, MORE], make(parts)) == format_prompt([USER, ANSWER, MORE], make(CHATML))
+    assert end_of_turn(make(parts)) == '<|im_end|>'
+
+
+def test_half_a_surrogate_pair_is_refused():
+    for call in (lambda: encode_prompt('a\ud800b', make(), 99), lambda: encode_response('a\ud800', make(), 9), lambda: prompt_id('\ud801')):
+        with pytest.raises(ValueError, match='no valid Unicode'): call()
+
+
+def test_ids_that_are_no_text_are_refused_by_a_call_of_a_scorer():
+    a, b = make(), train_tokenizer(['zebra quiz'] * 20, 270)
+    for own in (a, b):
+        scorer = TextScorer(ScoreModel(tiny_model('llama', len(a)).base_model), own, a, 96, 48)
+        ids = encode_prompt('Name', a, 96) + [*a('A', add_special_tokens=False).input_ids, a.pad_token_id, a.eos_token_id]
+        x = torch.tensor([ids])
+        with pytest.raises(ValueError, match='not those of a text'): scorer(x, torch.ones_like(x))
+        r = Sampler(tiny_model('llama', len(a)), a.eos_token_id, 6).generate(prompt_batch(['Name', 'a fish'], a, 96))
+        assert torch.allclose(score_rollout(scorer, r)[[1]], score_rollout(scorer, r.take(torch.tensor([1]))), atol=1e-5)
+        r.asked = None
+        if own is b:
+            with pytest.raises(ValueError, match='does not hold its prompts'): score_rollout(scorer, r)
