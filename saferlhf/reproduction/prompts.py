@@ -7,6 +7,9 @@ __all__ = ['model_path', 'data_hashes', 'fits', 'shuffled', 'held_out', 'answers
            'sft_rows', 'prompt_pool', 'unseen_prompts', 'round_slice', 'policy_prompts']
 
 # %% ../../nbs/reproduction/03_prompts.ipynb #ead9b96e
+import os
+from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 import numpy as np
 from ..data import cost_pairs, data_path, label_pairs, reward_pairs, shipped, sources
@@ -39,10 +42,19 @@ def fits(
     max_new_tokens:int=0,  # 0: do not look at a response
 )->list:                   # some of the rows
     "Rows whose prompt, and whose whole response, are within the budgets."
-    uncut = 10 ** 6
-    within = lambda r: len(encode_prompt(r['prompt'], tokenizer, uncut)) <= max_prompt_tokens and (
-        not max_new_tokens or len(encode_response(r['response'], tokenizer, uncut)) <= max_new_tokens)
-    return [r for r in rows if within(r)]
+    return [*_fitting(rows, tokenizer, max_prompt_tokens, max_new_tokens)]
+
+_COUNTED = {} # tokenizer, kind and text, hashed -> tokens: stages in one process count each text once
+
+def _fitting(rows, tokenizer, max_prompt_tokens, max_new_tokens=0): # as in `fits`, one at a time
+    who = hash((tokenizer.backend_tokenizer.to_str(), str(tokenizer.chat_template)))
+    def tokens(encode, text):
+        key = hash((who, encode.__name__, str(text)))
+        if key not in _COUNTED: _COUNTED[key] = len(encode(text, tokenizer, 10 ** 6))
+        return _COUNTED[key]
+    for r in rows:
+        if tokens(encode_prompt, r['prompt']) > max_prompt_tokens: continue
+        if not max_new_tokens or tokens(encode_response, r['response']) <= max_new_tokens: yield r
 
 def shuffled(rows:list, salt:str='')->list: # dicts with a prompt; another salt, another order; -> all of them
     "A fixed order that depends on each prompt alone (and on its place among rows of the same prompt)."
@@ -56,12 +68,17 @@ def held_out(prompt)->bool: # a string or a dialogue
 def _key(prompt): return int(key_hash(prompt)[:16], 16) >> 1 # the same for all spellings of a prompt
 
 # %% ../../nbs/reproduction/03_prompts.ipynb #bfdc7288
+@lru_cache(maxsize=32)
+def _read(home, name, *parts): return shipped(name, *parts).to_list()   # of $SAFERLHF_HOME, which may change
+
+def _shipped(name, *parts): return _read(os.environ.get('SAFERLHF_HOME'), name, *parts) # not to be changed
+
 def answers(
     name:str,   # a shipped file of pairs or labels
     *parts:str, # of PARTITIONS
 )->list:        # dicts
     "Every single answer of a file: prompt, response, is_safe (None: no label), label_source."
-    rows = shipped(name, *parts).to_list()
+    rows = _shipped(name, *parts)
     if 'response' in rows[0]:
         return [{k: r[k] for k in ('prompt', 'response', 'is_safe', 'label_source')} for r in rows]
     return [dict(prompt=r['prompt'], response=r[f'response_{i}'], is_safe=r[f'is_response_{i}_safe'],
@@ -85,13 +102,13 @@ def hand_pairs(
 )->list:        # as from `reward_pairs` or `cost_pairs`
     "The shipped labelled pairs; for a cost model also the single labels, for its sign terms."
     if kind == 'reward':
-        return [p for n in ('decoupled', 'helpfulness') for p in reward_pairs(shipped(n, *parts))]
-    return [*(p for n in ('decoupled', 'safety') for p in cost_pairs(shipped(n, *parts))),
-            *label_pairs(shuffled(shipped('labels', *parts).to_list(), 'labels'))]
+        return [p for n in ('decoupled', 'helpfulness') for p in reward_pairs(_shipped(n, *parts))]
+    return [*(p for n in ('decoupled', 'safety') for p in cost_pairs(_shipped(n, *parts))),
+            *label_pairs(shuffled(_shipped('labels', *parts), 'labels'))]
 
 # %% ../../nbs/reproduction/03_prompts.ipynb #8ad99ce1
 def _general(part): # rows of the supervised file that say nothing about safety
-    return [r for r in shipped('sft', part).to_list() if r['source'].startswith(('alpaca', 'lima'))]
+    return [r for r in _shipped('sft', part) if r['source'].startswith(('alpaca', 'lima'))]
 
 def sft_rows(tokenizer, config)->list: # whose tokens are counted; SFTConfig; -> dicts prompt, response, kind
     "General instructions, and answers of the preference data."
@@ -99,8 +116,8 @@ def sft_rows(tokenizer, config)->list: # whose tokens are counted; SFTConfig; ->
     risky = [dict(r, kind='preference')
              for n in ('decoupled', 'safety', 'labels') for r in answers(n, 'rounds')]
     harmful, safe = ([r for r in risky if r['is_safe'] is label] for label in (False, True))
-    take = lambda rows, n: shuffled(fits(rows, tokenizer, config.max_prompt_tokens, config.max_new_tokens),
-                                    'sft')[:int(n)]
+    budgets = config.max_prompt_tokens, config.max_new_tokens
+    take = lambda rows, n: [*islice(_fitting(shuffled(rows, 'sft'), tokenizer, *budgets), int(n))]
     rest = config.rows * (1 - config.general)
     return (take(general, config.rows - rest) + take(harmful, rest * config.harmful)
             + take(safe, rest * (1 - config.harmful)))
@@ -114,7 +131,7 @@ def prompt_pool(
     "All shipped prompts of a kind that fit."
     known = {'safety-related': 'mixed', 'safety-unrelated': 'helpful', 'red-team': 'red-team'}
     if kind not in known: raise ValueError(f'kind is one of {sorted(known)}, not {kind!r}')
-    rows = [r for r in shipped('prompts', part).to_list() if r['prompt_kind'] == known[kind]]
+    rows = [r for r in _shipped('prompts', part) if r['prompt_kind'] == known[kind]]
     if kind == 'safety-unrelated': rows += _general(part)
     return list(dict.fromkeys(r['prompt'] for r in shuffled(fits(rows, tokenizer, max_prompt_tokens), kind)))
 
