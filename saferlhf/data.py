@@ -236,8 +236,8 @@ _NONE = dict.fromkeys(['', 'nan', 'none', 'null', '<na>'])
 _FLAGS = _NONE | {'true': True, '1': True, '1.0': True, 'false': False, '0': False, '0.0': False}
 _IDS = _NONE | {'0': 0, '0.0': 0, '1': 1, '1.0': 1, '-1': -1, '-1.0': -1}
 
-def _cast(column, value, feature): # -> its column's type; texts and labels of another stay, for `validate`
-    if column == 'prompt': return stored_prompt(value)
+def _cast(column, value, feature, system=None): # -> its column's type; other texts and labels stay
+    if column == 'prompt': return stored_prompt(value, system)
     if column.startswith('response') and feature is _S:
         return value if isinstance(value, str) or (parts := split_answer(value))[0] else parts[1]
     word = str(value).strip().lower()
@@ -262,7 +262,7 @@ def _from_chosen(row, axis):
 def _from_turns(row, kind): # Alpaca's columns, prompt and completion, messages or conversations
     new = next(({'response': row[k]} for k in ('response', 'completion', 'output') if k in row), {})
     if 'instruction' in row and 'prompt' not in row:
-        text = '\n\n'.join(filter(None, [row['instruction'], row.get('input')]))
+        text = '\n\n'.join(filter(None, [row['instruction'], row.get('input') or row.get('context')]))
         new['prompt'] = [*sum(row['history'], []), text] if row.get('history') else text
     talk = row.get('messages') or row.get('conversations')
     if talk and ('prompt' not in row or kind == 'sft' and 'response' not in row | new):
@@ -286,7 +286,7 @@ def _native(row, kind, axis): # any known layout -> native columns; others pass,
         new |= _from_turns(new, kind)
         if asks == 'better_response_id': new[f'{axis}_response_id'] = new.pop(asks)
         elif asks and (kind == 'preference' or 'prompt' not in new): new |= _from_chosen(new, axis)
-        return {c: _cast(c, new[c], feature) for c, feature in SCHEMA[kind].items() if c in new}
+        return {c: _cast(c, new[c], f, new.get('system')) for c, f in SCHEMA[kind].items() if c in new}
     except (ValueError, TypeError, RecursionError) as e:
         return {'_broken': e.args if len(e.args) == 2 else ('broken dialogue', str(e))}
 

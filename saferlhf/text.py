@@ -120,13 +120,15 @@ def template_name(tokenizer) -> str: # what a run and a model card say
 _PLAIN = WeakKeyDictionary() # tokenizer -> the tokens of its template, and a copy that reads them as text
 
 def _plain(tokenizer):
-    if tokenizer in _PLAIN: return _PLAIN[tokenizer]
-    template, tokens = str(tokenizer.chat_template), tokenizer.added_tokens_decoder.values()
+    template = str(tokenizer.chat_template)
+    if (known := _PLAIN.get(tokenizer)) and known[2] == template: return known[:2]
+    tokens = tokenizer.added_tokens_decoder.values()
     special = {t.content: t for t in tokens if t.content.strip() and (t.special or t.content in template)}
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     state['added_tokens'] = [t for t in state['added_tokens'] if t['content'] not in special]
     state |= dict(post_processor=None, truncation=None, padding=None)
-    return _PLAIN.setdefault(tokenizer, (special, Tokenizer.from_str(json.dumps(state))))
+    _PLAIN[tokenizer] = special, Tokenizer.from_str(json.dumps(state)), template
+    return _PLAIN[tokenizer][:2]
 
 def _split(text, words): # at the words, which are kept
     words = '|'.join(map(re.escape, sorted(words, key=len, reverse=True)))
@@ -281,15 +283,17 @@ def plain(x): # a value of a table, nested or not -> the same in Python's own ty
     if isinstance(x, (list, tuple)): return [*map(plain, x)]
     return None if type(x).__name__ == 'NAType' or x != x else x
 
-def stored_prompt(value): # text, turns or messages (ShareGPT's too) -> text; anything else as it is
+def stored_prompt(value, system=None): # text, turns or messages (ShareGPT's too) -> text; else as it is
     "The text that stands in a table for a prompt. ValueError as of `as_messages`."
     messages = chat_messages(value) or isinstance(value, list) and value
     human = isinstance(value, str) and value.lstrip().startswith('Human:')
+    if isinstance(system, str) and system.strip() and (messages or isinstance(value, str) and value.strip()):
+        rest = [m for m in as_messages(messages or value) if m['role'] != 'system']
+        messages = [dict(role='system', content=system), *rest]     # a column of its own
     if not messages: return value.replace('\r\n', '\n') if human else value
     messages = as_messages(messages)
     one = len(messages) == 1 and not messages[0]['content'].lstrip().startswith(('Human:', '['))
     return messages[0]['content'] if one else json.dumps(messages, ensure_ascii=False)
-
 
 # %% ../nbs/method/01_text.ipynb #3993cc56
 def chat_messages(value): # one message or several, also as text -> a list of dicts role, content; or None
@@ -317,7 +321,6 @@ def text_fault(text): # of any type -> the name of a fault, or None
     "What makes a text of a data set unfit to be learnt."
     return next((fault for fault, found in _TEXT_FAULTS.items() if found(text)), None)
 
-
 # %% ../nbs/method/01_text.ipynb #27ce69a7
 def split_answer(
     dialogue,   # a dialogue as text, or messages; any other text is an answer
@@ -343,4 +346,3 @@ def split_pair(
         seen, said = ([m['content'].strip() for m in as_messages(p)] for p in (before, stored_prompt(prompt)))
         if not {*said} <= {*seen}: raise ValueError('chosen and rejected do not hold the prompt')
     return before or prompt, high, low
-

@@ -200,7 +200,7 @@ class Saver:
         cause = json.dumps(dict(step=step, cause=str(error)))
         files = {'cause.json': lambda path: path.write_text(cause, encoding='utf-8'), 'state': write}
         stored = save_checkpoint(self.folder/f'refused/rank-{rank()}', step, files, keep=1)
-        error.add_note(f'step {step} was refused, weights are as before, the state is in {stored}; '
+        error.add_note(f'step {step} was refused; the state at that moment is in {stored}; '
                        'the last checkpoint leads here again')
 
 # %% ../../nbs/record/02_resume.ipynb #e73b3f3f

@@ -575,3 +575,15 @@ def test_no_pairs_to_train_on():
     from saferlhf.train import ScoreConfig, score_batches
     pairs = reward_pairs(load_preferences([MILD | dict(better_response_id=-1)]))
     with pytest.raises(ValueError, match='no rows'): score_batches(pairs, None, ScoreConfig())
+
+
+def test_a_system_text_in_a_column_of_its_own_is_part_of_the_prompt():
+    talk = [dict([('from', 'human'), ('value', 'q')]), dict([('from', 'gpt'), ('value', 'a')])]
+    rows = [dict(instruction='q', output='a'), dict(prompt='q', response='a'), dict(conversations=talk)]
+    for row in rows:
+        assert load_sft([row | dict(system='Be brief.')])[0]['prompt'] == json.dumps(
+            [dict(role='system', content='Be brief.'), dict(role='user', content='q')])
+        assert load_sft([row | dict(system='')])[0]['prompt'] == load_sft([row])[0]['prompt'] == 'q'
+    pair = dict(prompt='q', chosen='a', rejected='b', system='Be brief.')
+    assert 'Be brief.' in load_preferences([pair], chosen_is='better')[0]['prompt']
+    assert load_sft([dict(instruction='i', context='c', response='o')])[0]['prompt'] == 'i\n\nc'

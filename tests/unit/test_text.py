@@ -227,3 +227,9 @@ def test_ids_that_are_no_text_are_refused_by_a_call_of_a_scorer():
         r.asked = None
         if own is b:
             with pytest.raises(ValueError, match='does not hold its prompts'): score_rollout(scorer, r)
+
+
+def test_a_template_that_is_set_later_is_seen():
+    t = make(); before = encode_prompt('a <think> b', t, 99)
+    t.chat_template = CHATML + '{# <think> #}'
+    assert t.convert_tokens_to_ids('<think>') in before and t.convert_tokens_to_ids('<think>') not in encode_prompt('a <think> b', t, 99)
