@@ -44,7 +44,7 @@ def scorer(
     config, # max_prompt_tokens, max_new_tokens: longer answers are cut, then EOS
 ):          # -> function (prompts, responses) -> (N,) scores; gold: (N, 16) help, harm, 14 category logits
     "A score model with its own tokenizer."
-    engine, tokenizer = load(lambda: ScoreModel.from_pretrained(path, kind='cost')), load_tokenizer(path)
+    engine, tokenizer = load(lambda: ScoreModel.from_pretrained(path)), load_tokenizer(path)
     return lambda prompts, responses: score_texts(engine, tokenizer, prompts, responses,
                                                   config.max_prompt_tokens, config.max_new_tokens)
 
