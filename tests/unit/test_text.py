@@ -6,7 +6,8 @@ import pytest
 import torch
 from saferlhf.data import bucket
 from saferlhf.models import ScoreModel, load_lm, load_tokenizer, save_tokenizer, tiny_model, train_tokenizer
-from saferlhf.rollout import Rollout, Sampler, TextScorer, respond, score_rollout, score_texts
+from saferlhf.reproduction.prompts import held_out
+from saferlhf.rollout import Rollout, Sampler, TextScorer, respond, same_tokenizer, score_rollout, score_texts
 from saferlhf.text import (PAPER_TEMPLATE, answer_text, as_messages, as_turns, encode_prompt, encode_response, end_of_turn,
                            format_prompt, key_hash, pad, prompt_batch, prompt_id)
 from transformers import PreTrainedTokenizerFast, pipeline
@@ -233,3 +234,14 @@ def test_a_template_that_is_set_later_is_seen():
     t = make(); before = encode_prompt('a <think> b', t, 99)
     t.chat_template = CHATML + '{# <think> #}'
     assert t.convert_tokens_to_ids('<think>') in before and t.convert_tokens_to_ids('<think>') not in encode_prompt('a <think> b', t, 99)
+
+
+def test_tokenizers_that_differ_in_bos_alone_are_not_the_same():
+    a, b = make(HEADERS), make(HEADERS); b.bos_token = '<unk>'
+    assert same_tokenizer(a, make(HEADERS)) and not same_tokenizer(a, b) and encode_prompt('q', a, 99) != encode_prompt('q', b, 99)
+
+
+def test_all_spellings_of_a_prompt_are_held_out_or_none():
+    "Or a pair that is trained on and a pair that is tested on share a prompt."
+    prompts = [f'Name bird number {i}' for i in range(200)]
+    assert all(held_out(p) == held_out(p.upper() + '?!') for p in prompts) and 5 < sum(map(held_out, prompts)) < 40
