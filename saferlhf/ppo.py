@@ -156,7 +156,7 @@ def _roll_out(reference, critics, scorers, sampler, prompts, config, step):
 
 def _observe(objective:Objective, scores, kl, values)->dict: # of `ppo_step`; as from `_roll_out`; metrics
     "Show the raw scores to the objective. FloatingPointError if a number is not finite: nothing has moved."
-    # the step's only wait for the device
+    # here the step waits for the device
     host = dict(zip(scores, torch.stack(list(scores.values())).cpu(), strict=True))
     for name, x in host.items(): finite(name, x)
     finite('divergence from the reference', kl)
