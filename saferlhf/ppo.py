@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from .advantages import gae, kl_per_token, token_rewards
-from .engine import Optim
+from .engine import Optim, step_together
 from .hardware.precision import finite
 from .hardware.ranks import gather, largest, rank_pieces, rank_slice, ranks, total, widest
 from .losses import actor_loss, critic_loss, masked_mean
@@ -96,6 +96,8 @@ def ppo_step(
 
     # 4. Update
     log, order = _UpdateLog(config, len(critics)), torch.Generator().manual_seed(step)
+    engines, grad_norm = [actor, *critics.values()], 0.
+    for e in engines: e.clear()                                       # of a step that was refused
     for _ in range(config.epochs):
         for rows in torch.randperm(len(kl), generator=order).chunk(config.minibatches):
             batches = experience.micro_batches(rows, config.micro_batch)
@@ -111,7 +113,6 @@ def ppo_step(
                 loss = b.weight * sft_loss(actor, b.rows, b.n)
                 actor.backward(config.ptx_coef * loss, last=b.last)
                 log.ptx(loss)
-            grad_norm = actor.step()
 
             for channel, critic in critics.items():
                 for b in batches:
@@ -120,7 +121,8 @@ def ppo_step(
                                        config.clip_value, b.n)
                     critic.backward(loss, last=b.last)
                     log.critic(loss)
-                critic.step()
+
+            grad_norm = step_together(engines, grad_norm)             # all of them, or none
     return metrics | log.summary(experience) | dict(grad_norm=grad_norm)
 
 # %% ../nbs/method/10_ppo.ipynb #2589e44c

@@ -46,7 +46,7 @@ def _pinned(elements, size): # bytes of page-locked memory: each `_PORTION` is r
 def _states(
     n, trained=True, gpus=1, zero=None, # weights; False: frozen; W; ZeRO stage, None: `TorchEngine`
     offload='', small=0, passes=2, # of the role; weights that stage 3 leaves whole; backward passes
-): # -> always, backward, step: part -> bytes on a GPU; host: part -> bytes
+): # -> always, backward, step: part -> bytes on a GPU; host: part -> bytes; held: of gradients, in between
     if offload not in ('', 'optimizer', 'weights', 'all'):
         raise ValueError(f"offload is 'optimizer', 'weights' or 'all', not {offload!r}")
     stage, one = zero if trained or zero == 3 or zero is None else 0, passes > 1
@@ -68,7 +68,9 @@ def _states(
         backward, step = dict(buckets=min(bucket, 2 * n)), 6 * min(own, _PORTION)
         moved = dict(optimizer=wide, gradients=_pinned(own, 4) + _pinned(own, 2))
     if away: host |= moved
-    return dict(always=always, backward=backward, step=dict(gradients=0 if away else step), host=host)
+    held = 0 if away or stage == 3 else 4 * n if stage is None else 2 * own
+    return dict(always=always, backward=backward, step=dict(gradients=0 if away else step), host=host,
+                held=held)
 
 # %% ../../nbs/apps/01_plan.ipynb #e6281d15
 def _kept(shape, compile=False, wide=False): # bytes a layer keeps of a token; compiled; attention in 32 bits
@@ -151,15 +153,22 @@ def _predict(
     rows, micro, micros = _rows(config, gpus)
     always, moments = _acting(shape, config, n, rows, stage, dense) if policy else ([], {})
     always = _lines('all', dict(workspace=_WORKSPACE)) + always
-    for role, (head, trained) in roles.items():
-        passes = micros * (2 if role == 'actor' and config.ptx_coef else 1)
-        x = _states(n[role], trained, gpus, stage, offload.get(role, ''), count(shape, head, _SMALL), passes)
+    states = {role: _states(n[role], trained, gpus, stage, offload.get(role, ''), count(shape, head, _SMALL),
+                            micros * (2 if role == 'actor' and config.ptx_coef else 1))
+              for role, (head, trained) in roles.items()}
+    order = [role for role, (_, trained) in roles.items() if trained]
+    def waiting(others): # their gradients: models step together
+        return [x for r in others for x in _lines(r, {'gradients that wait': states[r]['held']})]
+    for role, x in states.items():
+        head, trained = roles[role]
         always += _lines(role, x['always']) + _lines(role, x['host'], host=True)
         if not trained: continue
+        before, after = order[:order.index(role)], order[order.index(role) + 1:]
         tokens = micro * (S + T + (not head and not policy))
         kept = _passing(shape, tokens, micro * T * head, compile, recompute)
         moments[f'{role}: backward'] = _lines(role, x['backward'] | _gathered(n[role], stage) | kept)
-        moments[f'{role}: step'] = _lines(role, x['step'])
+        moments[f'{role}: backward'] += waiting(before)
+        moments[f'{role}: step'] = _lines(role, x['step']) + waiting(after)
     lines = [(phase, *r) for phase, parts in moments.items() for r in always + parts]
     return pd.DataFrame(lines, columns=['phase', 'role', 'part', 'gpu', 'host'])
 

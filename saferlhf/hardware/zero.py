@@ -104,6 +104,12 @@ class DeepSpeedEngine:
     def backward(self, loss, last=True): # (); of one optimizer step: gradients are reduced here
         "Add a loss's gradient."
         self.engine.set_gradient_accumulation_boundary(last)
+        try: self._backward(loss, last)
+        except FloatingPointError:
+            self.clear()
+            raise
+
+    def _backward(self, loss, last):
         self.engine.backward(finite('loss', loss))
         if last: # the sum of all gradients' sizes, on all ranks, is finite where they are
             sharded = getattr(self.engine.optimizer, 'averaged_gradients', {}).values() # of this rank
@@ -111,12 +117,21 @@ class DeepSpeedEngine:
             sizes = (g.detach().abs().sum(dtype=torch.float32) for g in grads if g is not None)
             finite('gradient', total(sum(sizes, torch.zeros((), device=self.device))))
 
-    def step(self):
-        "As in `engine.TorchEngine`."
+    def step(self, norm=None):
+        "As in `engine.TorchEngine`; `backward` has looked already."
         norm = None if self.zero else torch.nn.utils.get_total_norm( # DeepSpeed has none at stage 0
             [p.grad for p in self.model.parameters() if p.grad is not None])
         self.engine.step()
         return torch.as_tensor(self.engine.get_global_grad_norm() if norm is None else norm)
+
+    def clear(self):
+        "As in `engine.TorchEngine`: what DeepSpeed itself does when a gradient overflows."
+        from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
+        o = self.engine.optimizer
+        o.zero_grad(set_to_none=True)
+        if self.zero in (1, 2):
+            o.micro_step_id = INITIAL_MICRO_STEP_ID
+            for k in o.averaged_gradients: o.averaged_gradients[k] = None
 
     @contextmanager
     def dense_weights(self):

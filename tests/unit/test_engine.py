@@ -78,13 +78,16 @@ def resumed(path, zero): # whether three steps, a save and three steps are six s
     return whole == first + rest and all(map(torch.equal, v, w))
 
 
-def refused(path, zero): # whether a loss or gradient that is NaN is refused with all weights as they were
-    out = []
+def refused(path, zero): # whether a loss or gradient that is NaN is refused with all weights as they were, and the next step forgets it
+    out, make = [], lambda: load(lambda: load_lm(path / 'lm'), OPTIM, 6, engine='deepspeed', zero=zero)
+    other = make(); step(other, 0); step(other, 1)
     for value in (('loss', math.nan), ('gradient', math.nan), ('gradient', math.inf)):
-        engine = load(lambda: load_lm(path / 'lm'), OPTIM, 6, engine='deepspeed', zero=zero)
+        engine = make()
         step(engine, 0); before = weights(engine)
         try: step(engine, 1, value); out.append('not refused')
         except FloatingPointError as e: out.append(f'a {value[0]} is' in str(e) and all(map(torch.equal, before, weights(engine))))
+        for p in engine.model.parameters(): p._backward_hooks = None
+        step(engine, 1); out[-1] = out[-1] and all(map(torch.equal, weights(other), weights(engine)))
     return out
 
 

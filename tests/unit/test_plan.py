@@ -65,7 +65,7 @@ def state_bytes(zero, gpus):
     n = plan.count(SHAPE)
     s = plan._states(n, gpus=gpus, zero=zero, small=plan.count(SHAPE, most=plan._SMALL))
     rest = sum(s['always'].values())
-    gradients = {None: 4 * n, 0: 2 * n, 1: 2 * n / gpus, 2: 2 * n / gpus, 3: 0}[zero]
+    gradients = s["held"] if zero != 3 else 0
     return rest, rest + gradients
 
 

@@ -24,9 +24,9 @@ frozen = lambda lam=.7: ppo_lag(Multiplier(lam, 0., 10., 0., 1000))            #
 
 class Probe(TorchEngine):
     "An engine that keeps the gradient of every optimizer step."
-    def step(self):
+    def step(self, norm=None):
         self.grads = [*getattr(self, 'grads', []), torch.cat([p.grad.flatten() for p in self.model.parameters() if p.grad is not None])]
-        return super().step()
+        return super().step(norm)
 
 
 def engine(model, lr=0.): return Probe(model, Optim(lr=lr, warmup=0., schedule='constant', clip=1e9))
@@ -342,3 +342,37 @@ def test_a_norm_that_overflows_is_refused_and_moves_nothing():
     x, before = torch.tensor([[5, 6, 7]]), [p.clone() for p in model.params]
     with pytest.raises(FloatingPointError): model.backward(model(x, torch.ones_like(x)).scores.square().mean())
     assert all(torch.equal(p, b) for p, b in zip(model.params, before, strict=True))
+
+
+# --- refused steps
+def weights(w): return [p.detach().clone() for e in (w.actor, *w.critics.values()) for p in e.params]
+
+
+@pytest.mark.parametrize('minibatches', (1, 2))
+@pytest.mark.parametrize('sees', (True, False), ids=['cpu', 'gpu'])            # a GPU is not waited for: the optimizers look
+@pytest.mark.parametrize('who', ('actor', 'reward', 'cost'))
+def test_a_refused_update_moves_no_model(who, sees, minibatches, monkeypatch):
+    from saferlhf import engine as seam
+    config = replace(BASE, minibatches=minibatches)
+    first, other = (world(OBJECTIVES['lag'](), config, lr=1e-2) for _ in range(2))
+    bad = first.actor if who == 'actor' else first.critics[who]
+    hook = bad.params[0].register_hook(lambda g: g * math.inf)
+    before = weights(first)
+    if not sees: monkeypatch.setattr(seam, 'finite', lambda name, *xs: xs[0])
+    try: assert math.isnan(step(first)['grad_norm']) and not sees
+    except FloatingPointError: assert sees
+    assert all(map(torch.equal, before, weights(first)))
+    hook.remove()
+    if sees:                                                                     # the next step is as if it had not been asked
+        first.objective.state.load_state_dict(other.objective.state.state_dict())
+        step(first); step(other)
+        assert all(map(torch.equal, weights(other), weights(first)))
+
+
+def test_nothing_moves_after_a_bad_minibatch(monkeypatch):                       # on a GPU the second one does not know yet
+    from saferlhf import engine as seam
+    monkeypatch.setattr(seam, 'finite', lambda name, *xs: xs[0])
+    w, calls = world(OBJECTIVES['lag'](), replace(BASE, minibatches=2, micro_batch=10), lr=1e-2), []
+    w.actor.params[0].register_hook(lambda g: calls.append(1) or (g * math.nan if len(calls) == 1 else g))
+    before = weights(w)
+    assert math.isnan(step(w)['grad_norm']) and len(calls) == 2 and all(map(torch.equal, before, weights(w)))
