@@ -158,11 +158,12 @@ def _roll_out(reference, critics, scorers, sampler, prompts, config, step):
 
 def _observe(objective:Objective, scores, kl, values)->dict: # of `ppo_step`; as from `_roll_out`; metrics
     "Show the raw scores to the objective. FloatingPointError if a number is not finite: nothing has moved."
-    # here the step waits for the device
-    host = dict(zip(scores, torch.stack(list(scores.values())).cpu(), strict=True))
-    for name, x in host.items(): finite(name, x)
-    finite('divergence from the reference', kl)
-    for x in values.values(): finite('value', x.square())           # what the loss of a critic squares
+    squares = {f'value of the critic {k}': x.square() for k, x in values.items()}     # as in a critic's loss
+    looked = {'divergence from the reference': kl} | squares
+    fine = torch.stack([(0. * x).sum() for x in looked.values()])    # 0, or NaN
+    seen = torch.cat([torch.stack([*scores.values()]).flatten(), fine]).cpu() # the one wait for the device
+    host = dict(zip(scores, seen.split(len(kl)), strict=False))
+    for name, x in (host | dict(zip(looked, seen[-len(looked):], strict=True))).items(): finite(name, x)
     return objective.observe(host)
 
 class _MicroBatch(NamedTuple):
