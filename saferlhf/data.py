@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCHEMA', 'PACKAGE', 'PARTITIONS', 'validate', 'harm_sign', 'reward_pairs', 'cost_pairs', 'label_pairs', 'homes',
            'data_path', 'sha256', 'sources', 'bucket', 'partition', 'buckets', 'load_preferences', 'load_labels',
-           'load_sft', 'load_prompts', 'shipped']
+           'load_sft', 'load_prompts', 'shipped', 'read_rows']
 
 # %% ../nbs/method/02_data.ipynb #635d016c
 import hashlib
@@ -21,6 +21,7 @@ from datasets import Dataset, Features, List, Value
 import saferlhf
 from .hardware.rows import plain, read_rows
 from .text import as_messages, key_hash, split_answer, split_pair, stored_prompt, unpacked
+_all_ = ['read_rows']
 
 # %% ../nbs/method/02_data.ipynb #2104c2d9
 _S, _I, _B, _F, _L = Value('string'), Value('int64'), Value('bool'), Value('float64'), List(Value('string'))

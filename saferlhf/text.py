@@ -117,7 +117,15 @@ def template_name(tokenizer) -> str: # what a run and a model card say
     return 'paper' if template == PAPER_TEMPLATE else f'own, sha256 {_hash(template)[:12]}'
 
 # %% ../nbs/method/01_text.ipynb #4052f5b6
-_PLAIN = WeakKeyDictionary() # tokenizer -> the tokens of its template, and a copy that reads them as text
+_PLAIN = WeakKeyDictionary() # tokenizer -> the tokens of its template, and copies that read them as text:
+# for the beginning of a text, for a piece behind a token, for the rest of a word
+
+def _bare(state, schemes): # of a tokenizer: no space is put before a text by one of these schemes
+    if isinstance(state, list): return [_bare(x, schemes) for x in state]
+    if not isinstance(state, dict): return state
+    off = dict(prepend='', add_prefix_space=False) if 'always' in schemes else {}
+    if state.get('prepend_scheme') in schemes: off['prepend_scheme'] = 'never'
+    return {k: off.get(k, _bare(v, schemes)) for k, v in state.items()}
 
 def _plain(tokenizer):
     template = str(tokenizer.chat_template)
@@ -127,7 +135,10 @@ def _plain(tokenizer):
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     state['added_tokens'] = [t for t in state['added_tokens'] if t['content'] not in special]
     state |= dict(post_processor=None, truncation=None, padding=None)
-    _PLAIN[tokenizer] = special, Tokenizer.from_str(json.dumps(state)), template
+    ahead = {k: state[k] for k in ('normalizer', 'pre_tokenizer')}
+    copies = [Tokenizer.from_str(json.dumps(state | _bare(ahead, schemes)))
+              for schemes in ((), ('first',), ('first', 'always'))]
+    _PLAIN[tokenizer] = special, copies, template
     return _PLAIN[tokenizer][:2]
 
 def _split(text, words): # at the words, which are kept
@@ -148,16 +159,18 @@ _MARK = '\U000f5afe'       # of a private area of Unicode
 def _encode(text, tokenizer):
     "Ids of a text whose marked words are plain text."
     if _MARK not in text: return list(tokenizer(text, add_special_tokens=False).input_ids)
-    (special, plain), ids = _plain(tokenizer), []
+    (special, (start, behind, inside)), ids = _plain(tokenizer), []
     words = {tokenizer.convert_tokens_to_ids(w) for w in special}
     pieces = _split(text, special)
     for before, piece, after in zip([None, *pieces[:-1]], pieces, [*pieces[1:], None], strict=True):
         if piece in special: ids.append(tokenizer.convert_tokens_to_ids(piece)); continue
         if before and special[before].rstrip: piece = piece.lstrip()
         if after and special[after].lstrip: piece = piece.rstrip()
-        new = plain.encode(piece.replace(_MARK, ''), add_special_tokens=False).ids
+        read = start if before is None else behind       # 'first': a space goes before the whole text alone
+        new = read.encode(piece.replace(_MARK, ''), add_special_tokens=False).ids
         if {*new} & words:                               # a vocabulary that holds the word itself
-            new = [i for p in piece.split(_MARK) for i in plain.encode(p, add_special_tokens=False).ids]
+            new = [i for k, p in enumerate(piece.split(_MARK))
+                   for i in (inside if k else read).encode(p, add_special_tokens=False).ids]
         ids += new
     return ids
 

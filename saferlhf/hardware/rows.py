@@ -109,7 +109,7 @@ def _read_file(path):
     try:
         raw = {'.gz': gzip.decompress, '.xz': lzma.decompress}.get(packed, bytes)(raw)
         if kind == 'parquet':
-            _unique((table := pq.read_table(io.BytesIO(raw))).column_names)
+            _unique((table := pq.ParquetFile(io.BytesIO(raw)).read()).column_names)
             return table.to_pylist()
         text = re.sub('\r\n?', '\n', raw.decode(json.detect_encoding(raw), 'replace')).lstrip('\ufeff')
         return _csv_rows(text) if kind == 'csv' else _json_rows(text)
@@ -158,7 +158,7 @@ def _configured(folder, split): # -> files that the README names for the split; 
         root, files = folder/configs[name].get('data_dir', ''), configs[name].get('data_files')
         splits = {str(k): v for k, v in sanitize_patterns(files or '**').items()}
         if not files: return [root.relative_to(folder)/p for p in _of_split(_listed(root), split)]
-        if split not in splits: raise ValueError(f'no {split!r} in its {name!r}: pass split= of {[*splits][:9]}')
+        if split not in splits: raise ValueError(f'no {split!r} in {name!r}: pass split= of {[*splits][:9]}')
         if bad := [p for p in splits[split] if '://' in p or p.startswith('/') or '..' in p]:
             raise ValueError(f'it names files outside this folder: {bad[0]}')
         found = [p for pattern in splits[split] for p in resolve_pattern(pattern, str(root.absolute()))]
