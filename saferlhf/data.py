@@ -20,7 +20,8 @@ from pathlib import Path
 from datasets import Dataset, Features, List, Value
 import saferlhf
 from .hardware.rows import plain, read_rows
-from .text import as_messages, key_hash, split_answer, split_pair, stored_prompt, unpacked
+from .text import (as_messages, chat_messages, key_hash, split_answer, split_pair, stored_prompt,
+                           unpacked)
 _all_ = ['read_rows']
 
 # %% ../nbs/method/02_data.ipynb #2104c2d9
@@ -246,6 +247,9 @@ def _from_turns(row, kind, notes): # Alpaca's columns, prompt and completion, me
     if parts: new['prompt'] = '\n\n'.join(filter(None, map(row.get, parts)))
     if talk and ('prompt' not in row or kind == 'sft' and 'response' not in row | new):
         new['prompt'], new['response'] = split_answer(talk, kind != 'sft')
+    elif isinstance(talk, list) and not isinstance(row.get('chosen'), list):
+        unread = [m for m in chat_messages(talk) or () if m['role'] == 'system']
+        notes['the system text of the messages is not used'] += bool(unread)
     past = unpacked(row['history']) if isinstance(row.get('history'), str) else row.get('history')
     if past:
         pairs = isinstance(past, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in past)
@@ -310,7 +314,7 @@ def load_preferences(
     policy:str='drop', split:str='train', # bad rows: 'drop' (reported to the log) or 'raise' (ValueError)
     chosen_is:str|None=None, # what "chosen" means, if rows have it: 'safer', or 'better' (more helpful)
 ) -> Dataset:                # columns SCHEMA['preference']
-    "Pairs of answers for Eqs. 2 and 6 (E2, E3), validated. ValueError without chosen_is, or without any row."
+    "Pairs of answers for Eqs. 2 and 6 (E2, E3), validated. ValueError unless chosen_is fits; for no rows."
     return _table(source, 'preference', policy, split, chosen_is)
 
 def load_labels(source, policy:str='drop', split:str='train') -> Dataset: # as above -> SCHEMA['label']

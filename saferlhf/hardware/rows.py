@@ -47,11 +47,12 @@ _message = lambda x: isinstance(x, dict) and bool({'role', 'from'} & {*x})
 def _from_lists(table): # column -> list; None: one row of messages
     cells = [*table.values()]
     talks = [bool(c) and all(map(_message, c)) for c in cells]
-    if all(talks): return None
+    lengths = {*map(len, cells)}
+    if all(talks) or any(talks) and len(lengths) > 1: return None
     if not any(talks) and all(c and all(isinstance(x, dict) for x in c) for c in cells):
         raise _Refused(f'the rows stand under {[*table][:9]}: write one of these lists alone')
     turns = len(cells) == 1 and not all(isinstance(x, list) for x in cells[0])
-    if any(talks) or turns or len({*map(len, cells)}) > 1:
+    if any(talks) or turns or len(lengths) > 1:
         raise _Refused(f"lists under {[*table][:9]} may be columns (orient='list') or one row: {_WRITE}")
     return [dict(zip(table, row, strict=True)) for row in zip(*cells, strict=True)]
 
@@ -135,12 +136,12 @@ def _of_split(files, split): # paths in a folder
 
 def _one_table(folder, files, split, named=False): # ValueError unless they are one, or are named as one
     parts = {}
-    for p in files: parts.setdefault((p.parent, _stem(p)), []).append(p)
+    for p in files: parts.setdefault((p.parent, _stem(p), bool(_SHARD.search(p.name))), []).append(p)
     kinds = {p.name.lower().removeprefix(_DATA.sub('', p.name.lower())) for p in files}
     if len(kinds) > 1 or len(parts) > 1 and not named:
         raise ValueError(f'{folder}: {len(files)} files may be versions or copies of the rows of {split=}: '
                          f'pass one file or sub-folder of {", ".join(sorted(map(str, files))[:9])}')
-    for (_, stem), shards in parts.items():
+    for (_, stem, _), shards in parts.items():
         of = {int(n[2]) for p in shards if (n := _SHARD.search(p.name)) and n[2]}
         if of and of != {len(shards)}:
             raise ValueError(f'{folder}: {len(shards)} of {max(of)} shards of {stem}: download it again')
@@ -212,7 +213,8 @@ def read_rows(
     if isinstance(source, Dataset): return source.to_list()
     if isinstance(source, dict):
         if split in source: return read_rows(source[split])
-        if (rows := _from_object(plain(dict(source)))) is not None: return rows
+        tables = any(isinstance(x, (Dataset, pd.DataFrame)) for x in source.values())
+        if not tables and (rows := _from_object(plain(dict(source)))) is not None: return rows
         raise ValueError(f'no split {split!r}: pass split= of {[*source][:9]}; a single row goes into a list')
     if not isinstance(source, (str, os.PathLike)):
         if isinstance(source, (bytes, bytearray)) or not hasattr(source, '__iter__'):

@@ -58,7 +58,7 @@ def test_a_table_as_pandas_writes_it(tmp_path, orient, name):
 
 
 def test_one_row_in_one_file_stays_a_row(tmp_path):
-    one = [dict(messages=TALK), dict(prompt=Q, response=GOOD), dict(prompt=TALK[:1], completion=TALK[1:]),
+    one = [dict(messages=TALK), dict(messages=TALK, tools=[]), dict(prompt=Q, response=GOOD), dict(prompt=TALK[:1], completion=TALK[1:]),
            dict(conversations=[{'from': 'human', 'value': Q}, {'from': 'gpt', 'value': GOOD}])]
     for row in one:
         for indent in (None, 1):
@@ -89,6 +89,7 @@ def test_columns_in_memory():
     for source in (FRAME.to_dict('list'), FRAME.to_dict(), {k: np.array(v) for k, v in FRAME.to_dict('list').items()}):
         assert read_rows(source) == PAIRS
     refused(lambda: load_sft(dict(prompt=Q, response=GOOD)), 'a single row goes into a list')
+    refused(lambda: read_rows(dict(test=FRAME)), r"no split 'train': pass split= of \['test'\]")
 
 
 def columns(table, *names): return [tuple(row[name] for name in names) for row in table]
@@ -102,6 +103,7 @@ SIBLINGS = {
     'stages': dict(train_jsonl=rows('a'), train_sft_jsonl=rows('b')),
     'formats': dict(x_jsonl=rows('a'), x_parquet=rows('a')), 'copies': dict(train_jsonl=rows('a'), copy__train_csv='prompt\na\n'),
     'shards in two formats': {'train-00000-of-00001_jsonl': rows('a'), 'train-00000-of-00001_parquet': rows('a')},
+    'numbered': {'train_jsonl': rows('a'), 'train-00000_jsonl': rows('b')},
     'a log': dict(pairs_jsonl=rows('a'), trainer_log_jsonl=rows('b')),
     'a log of training': {'pairs_jsonl': rows('a'), 'training-log_jsonl': rows('b')}}
 
@@ -256,6 +258,8 @@ def test_a_column_that_reads_like_a_prompt_and_is_not_used_is_said(column, caplo
     plain = [dict(prompt=f'{Q} {i}', response=GOOD) for i in range(3)]
     assert len(load_sft([plain[0], plain[1] | {column: 'Be brief.'}, plain[2] | {column: 'Be brief.'}])) == 3
     assert f"column '{column}' is not used, though it reads like part of a prompt (2 rows)" in caplog.text
+    caplog.clear(); load_preferences([PAIRS[0] | dict(messages=[dict(role='system', content='Be brief.'), *TALK])], chosen_is='better')
+    assert 'the system text of the messages is not used (1 rows)' in caplog.text
     caplog.clear(); load_sft([plain[0] | {column: None, 'source': 's', 'ecosystem': 'x'}]); assert not caplog.text
 
 
