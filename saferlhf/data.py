@@ -4,28 +4,25 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'PACKAGE', 'PARTITIONS', 'validate', 'harm_sign', 'reward_pairs', 'cost_pairs', 'label_pairs', 'homes',
-           'data_path', 'sha256', 'sources', 'bucket', 'partition', 'buckets', 'read_rows', 'load_preferences',
-           'load_labels', 'load_sft', 'load_prompts', 'shipped']
+           'data_path', 'sha256', 'sources', 'bucket', 'partition', 'buckets', 'load_preferences', 'load_labels',
+           'load_sft', 'load_prompts', 'shipped', 'read_rows']
 
 # %% ../nbs/method/02_data.ipynb #635d016c
-import csv
-import gzip
 import hashlib
-import io
 import json
 import logging
 import lzma
 import os
 import re
-from collections import namedtuple
+from collections import Counter, namedtuple
 from functools import lru_cache
 from pathlib import Path
-import pandas as pd
-import pyarrow.parquet as pq
-from datasets import Dataset, Features, List, Value, load_dataset
-from datasets.data_files import FILES_TO_IGNORE, SPLIT_KEYWORDS
+from datasets import Dataset, Features, List, Value
 import saferlhf
-from .text import as_messages, key_hash, plain, split_answer, split_pair, stored_prompt, text_fault, unpacked
+from .hardware.rows import plain, read_rows
+from .text import (as_messages, chat_messages, key_hash, split_answer, split_pair, stored_prompt,
+                           unpacked)
+_all_ = ['read_rows']
 
 # %% ../nbs/method/02_data.ipynb #2104c2d9
 _S, _I, _B, _F, _L = Value('string'), Value('int64'), Value('bool'), Value('float64'), List(Value('string'))
@@ -41,6 +38,18 @@ SCHEMA = { # kind of row -> column -> type
     'prompt': dict(prompt=_S, prompt_kind=_S, category=_S, **_ORIGIN)}
 _TEXTS = {kind: [name for name in ('prompt', 'response', 'response_0', 'response_1') if name in columns]
           for kind, columns in SCHEMA.items()}
+
+# %% ../nbs/method/02_data.ipynb #c9214821
+_TEXT_FAULTS = { # -> whether a text has it, looked at from top to bottom
+    'missing field': lambda text: text is None,
+    'wrong type': lambda text: not isinstance(text, str),
+    'empty text': lambda text: not text.strip(),
+    'over-long text': lambda text: len(text) > 20_000,
+    'broken text': lambda text: re.search('[\ud800-\udfff\ufffd]', text), # no valid Unicode
+    'control characters': lambda text: re.search('[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffe\uffff]', text)}
+
+def _text_fault(text): # of any type -> the name of a fault, or None
+    return next((fault for fault, found in _TEXT_FAULTS.items() if found(text)), None)
 
 # %% ../nbs/method/02_data.ipynb #5203af7e
 _is_flag = lambda x: x is None or isinstance(x, bool)
@@ -61,11 +70,11 @@ def _problem(row, kind): # -> (fault, detail), or None for a good row
     if not isinstance(row, dict): return 'not a row', repr(row)[:40]
     if '_broken' in row: return row['_broken']                   # what the reader could not take apart
     for name in _TEXTS[kind]:
-        if fault := text_fault(row.get(name)): return fault, f'{name}: {row.get(name)!r:.30}'
+        if fault := _text_fault(row.get(name)): return fault, f'{name}: {row.get(name)!r:.30}'
     try: turns = [m['content'] for m in as_messages(row['prompt'])]
     except ValueError as e: return 'broken dialogue', str(e)
     for text in turns:                                           # JSON hides what is wrong with a turn
-        if fault := text_fault(text): return fault, f'prompt: {text!r:.30}'
+        if fault := _text_fault(text): return fault, f'prompt: {text!r:.30}'
     for fault, found in _LABEL_FAULTS.get(kind, {}).items():
         if found(row): return fault, str({k: v for k, v in row.items() if k.endswith(('_id', '_safe'))})
 
@@ -180,57 +189,6 @@ def buckets(rows) -> list: # a Dataset, or dicts, with a prompt -> sorted bucket
     "The buckets that occur in some rows: what a run writes into its manifest."
     return sorted({bucket(r['prompt']) for r in _as_dicts(rows)})
 
-# %% ../nbs/method/02_data.ipynb #548c9112
-_DATA = re.compile(r'\.(jsonl?|csv|parquet)(\.gz|\.xz)?$', re.I)
-_FORMATS = 'rows are read from .json, .jsonl, .csv, .parquet, also with .gz or .xz'
-_SPLITS = {word: str(split) for split, words in SPLIT_KEYWORDS.items() for word in words}
-
-def _json_line(line):
-    try: return json.loads(line.strip('\ufeff'))
-    except (ValueError, RecursionError): return {'_broken': ('not JSON', line.strip()[:40])}
-
-def _read_file(path):
-    raw, known = path.read_bytes(), _DATA.search(path.name.lower())
-    if not known: raise ValueError(f'{path}: {_FORMATS}')
-    kind, packed = known.groups()
-    try:
-        raw = {'.gz': gzip.decompress, '.xz': lzma.decompress}.get(packed, bytes)(raw)
-        if kind == 'parquet': return pq.read_table(io.BytesIO(raw)).to_pylist()
-        text = re.sub('\r\n?', '\n', raw.decode(json.detect_encoding(raw), 'replace')).lstrip('\ufeff')
-        if kind == 'csv': return list(csv.DictReader(io.StringIO(text)))
-    except Exception as e: raise ValueError(f'{path} is damaged: {" ".join(str(e).split())[:99]}') from None
-    if text.lstrip()[:1] == '[' and isinstance(rows := _json_line(text), list): return rows
-    return [_json_line(line) for line in text.split('\n') if line.strip()]
-
-def _split_of(path): # a shard's stem, or what a word of the file's name or the nearest folder's stands for
-    if shard := re.match(r'(.+)-\d{5}-of-\d{5}', path.name): return shard[1]
-    words = (word for part in reversed(path.parts) for word in re.findall('[a-z]+', part.lower()))
-    return next((_SPLITS[word] for word in words if word in _SPLITS), None)
-
-# %% ../nbs/method/02_data.ipynb #80347462
-def _files(folder, split):
-    every = [p.relative_to(folder) for p in sorted(folder.rglob('*')) if p.is_file()]
-    files = [p for p in every if _DATA.search(p.name) and p.name not in FILES_TO_IGNORE
-             and not any(part.startswith(('.', '__')) for part in p.parts)]
-    wanted = [p for p in files if _split_of(p) == split]
-    if not wanted and split == 'train': wanted = [p for p in files if _split_of(p) is None]
-    if wanted: return [folder/p for p in wanted]
-    raise ValueError(f'{folder}: no rows of split={split!r} in {[*map(str, files or every)][:5]}; {_FORMATS}')
-
-def read_rows(
-    source, split:str='train', # a file (has no splits), folder, hub name, Dataset(Dict), DataFrame, or dicts
-    data_dir:str|None=None, revision:str|None=None, # of a folder or hub name: a subfolder, a commit
-) -> list:                     # dicts as they are in the source; a line that is no JSON becomes a marked row
-    "Rows of any source. FileNotFoundError without one of that name, ValueError for what holds no rows."
-    if isinstance(source, pd.DataFrame): return source.to_dict('records')
-    if isinstance(source, dict) and split in source: return read_rows(source[split])
-    if isinstance(source, dict): raise ValueError(f'no split {split!r}: pass split= of {[*source][:9]}')
-    if not isinstance(source, (str, os.PathLike)): return _as_dicts(source)
-    path = Path(source).expanduser()
-    if path.is_dir(): return [row for f in _files(path/(data_dir or ''), split) for row in _read_file(f)]
-    if path.is_file() or _DATA.search(path.name) or len(path.parts) > 2: return _read_file(path)
-    return load_dataset(str(source), split=split, data_dir=data_dir, revision=revision).to_list()
-
 # %% ../nbs/method/02_data.ipynb #81a0cc22
 _NONE = dict.fromkeys(['', 'nan', 'none', 'null', '<na>'])
 _FLAGS = _NONE | {'true': True, '1': True, '1.0': True, 'false': False, '0': False, '0.0': False}
@@ -251,22 +209,56 @@ def _cast(column, value, feature, system=None): # -> its column's type; other te
     return names if feature is _L else '; '.join(names).encode('utf-8', 'replace').decode()
 
 # %% ../nbs/method/02_data.ipynb #3665dffd
-def _from_chosen(row, axis):
-    prompt, chosen, rejected = split_pair(row['chosen'], row['rejected'], row.get('prompt'))
+def _without(prompt, answers): # two answers that both begin with the prompt and go on -> what follows it
+    if not all(isinstance(text, str) and text.strip() for text in (prompt, *answers)): return answers
+    start = prompt.strip()
+    rest = [text.lstrip().removeprefix(start) for text in answers if text.lstrip().startswith(start)]
+    border = all(text.strip() and not (start[-1].isalnum() and text[0].isalnum()) for text in rest)
+    return rest if len(rest) == len(answers) and border else answers
+
+def _from_chosen(row, axis, notes):
+    prompt, *answers = split_pair(row['chosen'], row['rejected'], row.get('prompt'))
+    chosen, rejected = _without(prompt, answers)
+    notes['the prompt is cut from the beginning of both answers'] += [chosen, rejected] != answers
     place = int(hashlib.sha256(f'{chosen}{rejected}'.encode(errors='replace')).hexdigest(), 16) & 1
     chosen, rejected = (text.strip() if isinstance(text, str) else text for text in (chosen, rejected))
     return {'prompt': prompt, f'{axis}_response_id': place,
             f'response_{place}': chosen, f'response_{1 - place}': rejected, f'label_source_{axis}': row.get(
                 'label_source', 'human' if isinstance(prompt, str) and not row.get('prompt') else None)}
 
-def _from_turns(row, kind): # Alpaca's columns, prompt and completion, messages or conversations
+# %% ../nbs/method/02_data.ipynb #fc5e70ea
+_SYSTEM, _PARTS = ('system', 'system_prompt'), ('instruction', 'input', 'context')
+_OF_A_PROMPT = re.compile( # columns that say something to the model
+    r'instruction|input|context|persona|preamble|'
+    r'(.*[_ -])?sys(tem)?([_ -]?(prompt|message|msg|text|instruction)s?)?', re.I)
+
+def _system(row): # the system text in a column of its own, or None
+    texts = [row[c] for c in _SYSTEM if row.get(c) is not None]
+    if bad := [x for x in texts if not isinstance(x, str)]:
+        raise ValueError('wrong type', f'system: {bad[0]!r:.30}')
+    texts = [*dict.fromkeys(x for x in texts if x.strip())]
+    if len(texts) > 1: raise ValueError('two system texts', f'{texts[0][:30]!r}, {texts[1][:30]!r}')
+    return texts[0] if texts else None
+
+def _from_turns(row, kind, notes): # Alpaca's columns, prompt and completion, messages or conversations
     new = next(({'response': row[k]} for k in ('response', 'completion', 'output') if k in row), {})
-    if 'instruction' in row and 'prompt' not in row:
-        text = '\n\n'.join(filter(None, [row['instruction'], row.get('input') or row.get('context')]))
-        new['prompt'] = [*sum(row['history'], []), text] if row.get('history') else text
     talk = row.get('messages') or row.get('conversations')
+    parts = _PARTS if 'instruction' in row and 'prompt' not in row and not talk else ()
+    if parts: new['prompt'] = '\n\n'.join(filter(None, map(row.get, parts)))
     if talk and ('prompt' not in row or kind == 'sft' and 'response' not in row | new):
         new['prompt'], new['response'] = split_answer(talk, kind != 'sft')
+    elif isinstance(talk, list) and not isinstance(row.get('chosen'), list):
+        unread = [m for m in chat_messages(talk) or () if m['role'] == 'system']
+        notes['the system text of the messages is not used'] += bool(unread)
+    past = unpacked(row['history']) if isinstance(row.get('history'), str) else row.get('history')
+    if past:
+        pairs = isinstance(past, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in past)
+        if not pairs or not isinstance(asked := (row | new).get('prompt'), str):
+            raise ValueError('unreadable history', str(past)[:40])
+        new['prompt'] = [*sum(past, []), asked]
+    for column in row:
+        if _OF_A_PROMPT.fullmatch(column) and column not in (*_SYSTEM, *parts) and row[column]:
+            notes[f'column {column!r} is not used, though it reads like part of a prompt'] += 1
     return new
 
 # %% ../nbs/method/02_data.ipynb #44ebe40d
@@ -274,7 +266,7 @@ def _asks(row): # the column that says which answer was chosen but not for what
     if {'chosen', 'rejected'} <= {*row}: return 'chosen'
     if 'response_0_sha256' in row and 'safer_response_id' not in row: return 'better_response_id'
 
-def _native(row, kind, axis): # any known layout -> native columns; others pass, for `validate` to count
+def _native(row, kind, axis, notes): # a known layout -> native columns; others pass, for `validate` to count
     if not isinstance(row, dict) or '_broken' in row: return row
     try:
         if None in row: raise ValueError('more cells than columns', str(row[None])[:40])
@@ -283,10 +275,11 @@ def _native(row, kind, axis): # any known layout -> native columns; others pass,
             new = {f'label_source_{a}': 'human+ai' for a in ('better', 'safer', 'is_safe')} | new
         if 'harm_category' in new: new = dict(label_source='human+ai', category=new['harm_category']) | new
         if str(new.get('category'))[:1] == '{': new = {'label_source': 'human'} | new   # BeaverTails
-        new |= _from_turns(new, kind)
+        new |= _from_turns(new, kind, notes)
         if asks == 'better_response_id': new[f'{axis}_response_id'] = new.pop(asks)
-        elif asks and (kind == 'preference' or 'prompt' not in new): new |= _from_chosen(new, axis)
-        return {c: _cast(c, new[c], f, new.get('system')) for c, f in SCHEMA[kind].items() if c in new}
+        elif asks and (kind == 'preference' or 'prompt' not in new): new |= _from_chosen(new, axis, notes)
+        system = _system(new)
+        return {c: _cast(c, new[c], f, system) for c, f in SCHEMA[kind].items() if c in new}
     except (ValueError, TypeError, RecursionError) as e:
         return {'_broken': e.args if len(e.args) == 2 else ('broken dialogue', str(e))}
 
@@ -300,11 +293,15 @@ def _table(source, kind, policy, split, chosen_is=None):
     if chosen_is not in ('safer', 'better') and (asks or chosen_is):
         raise ValueError(f"{name}: say what {asks} means: chosen_is='safer' or 'better' (more helpful)")
     if asks: log.warning('%s: %s is taken to mean %r', name, asks, chosen_is)
-    rows, report = validate([_native(row, kind, chosen_is) for row in raw], kind, policy)
+    notes = Counter()
+    rows, report = validate([_native(row, kind, chosen_is, notes) for row in raw], kind, policy)
     if not rows: raise ValueError(
         f'{name}: {report.line()}; columns seen: {[*seen[0]][:9] if seen else None}; known layouts: '
         'PKU-SafeRLHF and its QA, BeaverTails, HH-RLHF, UltraFeedback, TRL, Alpaca, ShareGPT, messages')
+    if chosen_is and not asks: raise ValueError(
+        f'{name}: chosen_is={chosen_is!r} does nothing, these rows say what was compared: leave it out')
     if report.counts: log.warning('%s: %s', name, report)
+    for note, count in (+notes).items(): log.warning('%s: %s (%d rows)', name, note, count)
     missing = dict(better_response_id=-1, safer_response_id=-1, source=Path(name).name)
     columns = {c: [missing.get(c) if row.get(c) is None else row[c] for row in rows] for c in SCHEMA[kind]}
     for i, texts in enumerate(zip(*(columns[column] for column in _TEXTS[kind]), strict=True)):
@@ -317,7 +314,7 @@ def load_preferences(
     policy:str='drop', split:str='train', # bad rows: 'drop' (reported to the log) or 'raise' (ValueError)
     chosen_is:str|None=None, # what "chosen" means, if rows have it: 'safer', or 'better' (more helpful)
 ) -> Dataset:                # columns SCHEMA['preference']
-    "Pairs of answers for Eqs. 2 and 6 (E2, E3), validated. ValueError without chosen_is, or without any row."
+    "Pairs of answers for Eqs. 2 and 6 (E2, E3), validated. ValueError unless chosen_is fits; for no rows."
     return _table(source, 'preference', policy, split, chosen_is)
 
 def load_labels(source, policy:str='drop', split:str='train') -> Dataset: # as above -> SCHEMA['label']

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PAPER_TEMPLATE', 'unpacked', 'as_messages', 'as_turns', 'format_prompt', 'template_name', 'encode_prompt',
            'answer_text', 'encode_response', 'end_of_turn', 'key_hash', 'prompt_id', 'pad', 'pair_batch',
-           'prompt_batch', 'plain', 'stored_prompt', 'chat_messages', 'text_fault', 'split_answer', 'split_pair']
+           'prompt_batch', 'stored_prompt', 'chat_messages', 'split_answer', 'split_pair']
 
 # %% ../nbs/method/01_text.ipynb #de8d43f4
 import ast
@@ -117,7 +117,15 @@ def template_name(tokenizer) -> str: # what a run and a model card say
     return 'paper' if template == PAPER_TEMPLATE else f'own, sha256 {_hash(template)[:12]}'
 
 # %% ../nbs/method/01_text.ipynb #4052f5b6
-_PLAIN = WeakKeyDictionary() # tokenizer -> the tokens of its template, and a copy that reads them as text
+_PLAIN = WeakKeyDictionary() # tokenizer -> the tokens of its template, and copies that read them as text:
+# for the beginning of a text, for a piece behind a token, for the rest of a word
+
+def _bare(state, schemes): # of a tokenizer: no space is put before a text by one of these schemes
+    if isinstance(state, list): return [_bare(x, schemes) for x in state]
+    if not isinstance(state, dict): return state
+    off = dict(prepend='', add_prefix_space=False) if 'always' in schemes else {}
+    if state.get('prepend_scheme') in schemes: off['prepend_scheme'] = 'never'
+    return {k: off.get(k, _bare(v, schemes)) for k, v in state.items()}
 
 def _plain(tokenizer):
     template = str(tokenizer.chat_template)
@@ -127,7 +135,10 @@ def _plain(tokenizer):
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     state['added_tokens'] = [t for t in state['added_tokens'] if t['content'] not in special]
     state |= dict(post_processor=None, truncation=None, padding=None)
-    _PLAIN[tokenizer] = special, Tokenizer.from_str(json.dumps(state)), template
+    ahead = {k: state[k] for k in ('normalizer', 'pre_tokenizer')}
+    copies = [Tokenizer.from_str(json.dumps(state | _bare(ahead, schemes)))
+              for schemes in ((), ('first',), ('first', 'always'))]
+    _PLAIN[tokenizer] = special, copies, template
     return _PLAIN[tokenizer][:2]
 
 def _split(text, words): # at the words, which are kept
@@ -148,16 +159,18 @@ _MARK = '\U000f5afe'       # of a private area of Unicode
 def _encode(text, tokenizer):
     "Ids of a text whose marked words are plain text."
     if _MARK not in text: return list(tokenizer(text, add_special_tokens=False).input_ids)
-    (special, plain), ids = _plain(tokenizer), []
+    (special, (start, behind, inside)), ids = _plain(tokenizer), []
     words = {tokenizer.convert_tokens_to_ids(w) for w in special}
     pieces = _split(text, special)
     for before, piece, after in zip([None, *pieces[:-1]], pieces, [*pieces[1:], None], strict=True):
         if piece in special: ids.append(tokenizer.convert_tokens_to_ids(piece)); continue
         if before and special[before].rstrip: piece = piece.lstrip()
         if after and special[after].lstrip: piece = piece.rstrip()
-        new = plain.encode(piece.replace(_MARK, ''), add_special_tokens=False).ids
+        read = start if before is None else behind       # 'first': a space goes before the whole text alone
+        new = read.encode(piece.replace(_MARK, ''), add_special_tokens=False).ids
         if {*new} & words:                               # a vocabulary that holds the word itself
-            new = [i for p in piece.split(_MARK) for i in plain.encode(p, add_special_tokens=False).ids]
+            new = [i for k, p in enumerate(piece.split(_MARK))
+                   for i in (inside if k else read).encode(p, add_special_tokens=False).ids]
         ids += new
     return ids
 
@@ -276,20 +289,15 @@ def prompt_batch(
                 prompt_ids=torch.tensor([prompt_id(p) for p in prompts]))
 
 # %% ../nbs/method/01_text.ipynb #9c205c1c
-def plain(x): # a value of a table, nested or not -> the same in Python's own types
-    "What numpy's and pandas' values stand for; NaN and other missing ones are None."
-    if hasattr(x, 'tolist'): x = x.tolist()
-    if isinstance(x, dict): return {key: plain(value) for key, value in x.items()}
-    if isinstance(x, (list, tuple)): return [*map(plain, x)]
-    return None if type(x).__name__ == 'NAType' or x != x else x
-
 def stored_prompt(value, system=None): # text, turns or messages (ShareGPT's too) -> text; else as it is
     "The text that stands in a table for a prompt. ValueError as of `as_messages`."
     messages = chat_messages(value) or isinstance(value, list) and value
     human = isinstance(value, str) and value.lstrip().startswith('Human:')
     if isinstance(system, str) and system.strip() and (messages or isinstance(value, str) and value.strip()):
-        rest = [m for m in as_messages(messages or value) if m['role'] != 'system']
-        messages = [dict(role='system', content=system), *rest]     # a column of its own
+        first, *rest = as_messages(messages or value)                # a column of its own
+        if first['role'] == 'system' and first['content'].strip() != system.strip():
+            raise ValueError('two system texts', f"{system[:30]!r}, {first['content'][:30]!r}")
+        messages = [dict(role='system', content=system), *[first] * (first['role'] != 'system'), *rest]
     if not messages: return value.replace('\r\n', '\n') if human else value
     messages = as_messages(messages)
     one = len(messages) == 1 and not messages[0]['content'].lstrip().startswith(('Human:', '['))
@@ -308,18 +316,6 @@ def chat_messages(value): # one message or several, also as text -> a list of di
     found = [m | dict(role={'human': 'user', 'gpt': 'assistant'}.get(m['role'], m['role'])) for m in found]
     known = all(m['role'] in ('system', 'user', 'assistant') and 'content' in m for m in found)
     return found if known else None
-
-_TEXT_FAULTS = { # -> whether a text has it, looked at from top to bottom
-    'missing field': lambda text: text is None,
-    'wrong type': lambda text: not isinstance(text, str),
-    'empty text': lambda text: not text.strip(),
-    'over-long text': lambda text: len(text) > 20_000,
-    'broken text': lambda text: re.search('[\ud800-\udfff\ufffd]', text), # no valid Unicode
-    'control characters': lambda text: re.search('[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffe\uffff]', text)}
-
-def text_fault(text): # of any type -> the name of a fault, or None
-    "What makes a text of a data set unfit to be learnt."
-    return next((fault for fault, found in _TEXT_FAULTS.items() if found(text)), None)
 
 # %% ../nbs/method/01_text.ipynb #27ce69a7
 def split_answer(

@@ -561,7 +561,7 @@ def test_splits_streams_and_damaged_files(tmp_path):
     assert len(load_preferences(table.to_iterable_dataset())) == 1
     with pytest.raises(ValueError, match=r"no split 'train': pass split= of \['test'\]"): load_preferences(datasets.DatasetDict(test=table))
     for name in ('a.parquet', 'a.jsonl.gz', 'a.csv.xz'):
-        (tmp_path/name).write_bytes(b'version https://git-lfs.github.com/spec/v1')
+        (tmp_path/name).write_bytes(b'no such format')
         with pytest.raises(ValueError, match='is damaged'): load_preferences(tmp_path/name)
     with pytest.raises(FileNotFoundError, match='none.jsonl'): load_preferences(tmp_path/'none.jsonl')
 

@@ -184,6 +184,26 @@ def test_a_special_token_in_the_vocabulary_stays_text():
     assert ends(encode_prompt(['a', 'b </s>', 'c'], t, 99)) == 1
 
 
+def test_the_rest_of_a_word_gets_no_space():
+    t = unigram()
+    assert t.convert_ids_to_tokens(encode_response('hello </s>', t, 99))[-4:-1] == ['▁<', '/s', '>']
+
+
+@pytest.mark.parametrize('scheme', ['first', 'always', 'never'])
+def test_a_special_word_in_a_text_changes_no_other_token(scheme):
+    "Where a space goes before the whole text alone ('first'), pieces behind a token of the template get none."
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    t = Tokenizer(models.BPE()); t.pre_tokenizer, t.decoder = pre_tokenizers.Metaspace(prepend_scheme=scheme), decoders.Metaspace()
+    t.train_from_iterator([' '.join(map(chr, range(33, 127))), 'BEGINNING OF CONVERSATION: USER: hello ASSISTANT: yes'] * 9,
+                          trainers.BpeTrainer(vocab_size=300, special_tokens=['<s>', '</s>'], show_progress=False))
+    t = PreTrainedTokenizerFast(tokenizer_object=t, bos_token='<s>', eos_token='</s>', pad_token='</s>')
+    for prompt in ('hello {}', ['hello', 'yes {}', 'hello']):
+        fill = lambda word, prompt=prompt: [x.format(word) for x in prompt] if isinstance(prompt, list) else prompt.format(word)
+        ids, want = (t.convert_ids_to_tokens(encode_prompt(fill(word), t, 999)) for word in ('</s>', '@@'))
+        at = [i for i, token in enumerate(want) if '@' in token]          # no word of the template, and in the same place
+        assert at[0] > 4 and ids[:at[0]] == want[:at[0]] and ids[at[-1] + 1 - len(want):] == want[at[-1] + 1:]
+
+
 def test_a_normalizer_makes_no_special_token():
     from tokenizers import normalizers
     t = make(CHATML); t.backend_tokenizer.normalizer = normalizers.NFKC()
