@@ -56,10 +56,11 @@ class TorchEngine:
         optim:Optim|None=None,# None: frozen
         steps:int=1,          # optimizer steps of the whole run, for the schedule
         precision:str='fp32', # 'fp32' or 'bf16'
+        lean:bool=False,      # update in the last backward pass, so that no gradient waits for `step`
     ):
         if precision not in ('fp32', 'bf16'):
             raise ValueError(f"precision is 'fp32' or 'bf16', not {precision!r}")
-        self.device, self.precision, self.optim = device(), precision, optim
+        self.device, self.precision, self.optim, self.lean = device(), precision, optim, lean
         self.model = model.to(self.device).eval()            # dropout is off everywhere
         self.params = [p.requires_grad_(optim is not None) for p in model.parameters()]
         exact = [p.detach() for p in self.params]            # the weights before they are rounded
@@ -69,7 +70,7 @@ class TorchEngine:
                         for p, w in zip(self.params, exact, strict=True)]
         for p, m in zip(self.params, self.masters, strict=True):
             if m is not p: p.register_post_accumulate_grad_hook(partial(self._widen, m))
-        self.optimizer = adamw(self.masters, optim)
+        self.optimizer, self._moved = adamw(self.masters, optim), None # the norm of an update that is made
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, schedule(optim, steps))
 
     @staticmethod
@@ -85,24 +86,30 @@ class TorchEngine:
             if not loss.is_cuda: finite('loss', loss)
             loss.backward()
             if last and not loss.is_cuda: finite('gradient', self.norm())  # a sum of squares may overflow
+            if last and self.lean: self._moved = self._update(self.norm())
         except FloatingPointError: # the next step starts without what this one has added up
             self.clear()
             raise
 
     def norm(self):
         "() of the gradient of all weights."
+        if self._moved is not None: return self._moved
         return torch.nn.utils.get_total_norm([m.grad for m in self.masters if m.grad is not None])
 
     @torch.no_grad()
-    def step(self, norm=None):
-        "As in `Engine`."
-        if norm is None: norm = self.norm()
+    def _update(self, norm):
         torch.nn.utils.clip_grads_with_norm_(self.masters, self.optim.clip, norm)
         self.optimizer.found_inf = (~norm.isfinite()).float()   # then the kernel leaves the weights alone
         self.optimizer.step()
         self.scheduler.step()
         self.clear()
         if self.precision == 'bf16': torch._foreach_copy_(self.params, self.masters)
+        return norm
+
+    def step(self, norm=None):
+        "As in `Engine`."
+        if self._moved is None: return self._update(self.norm() if norm is None else norm)
+        norm, self._moved = self._moved, None
         return norm
 
     def clear(self):
@@ -160,6 +167,7 @@ def load(
 )->Engine:
     "Make a model and wrap it in an engine."
     def prepared(): return prepare(make(), compile, recompute and optim is not None)
-    if engine == 'torch': return TorchEngine(prepared(), optim, steps, precision)
+    if engine == 'torch':
+        return TorchEngine(prepared(), optim, steps, precision, lean=recompute and device().type == 'cuda')
     if engine == 'deepspeed': return DeepSpeedEngine(prepared, optim, steps, precision, zero, offload)
     raise ValueError(f"engine is 'torch' or 'deepspeed', not {engine!r}")

@@ -46,6 +46,7 @@ def _pinned(elements, size): # bytes of page-locked memory: each `_PORTION` is r
 def _states(
     n, trained=True, gpus=1, zero=None, # weights; False: frozen; W; ZeRO stage, None: `TorchEngine`
     offload='', small=0, passes=2, # of the role; weights that stage 3 leaves whole; backward passes
+    lean=False,                   # as in `TorchEngine`
 ): # -> always, backward, step: part -> bytes on a GPU; host: part -> bytes; held: of gradients, in between
     if offload not in ('', 'optimizer', 'weights', 'all'):
         raise ValueError(f"offload is 'optimizer', 'weights' or 'all', not {offload!r}")
@@ -68,7 +69,7 @@ def _states(
         backward, step = dict(buckets=min(bucket, 2 * n)), 6 * min(own, _PORTION)
         moved = dict(optimizer=wide, gradients=_pinned(own, 4) + _pinned(own, 2))
     if away: host |= moved
-    held = 0 if away or stage == 3 else 4 * n if stage is None else 2 * own
+    held = 0 if away or lean or stage == 3 else 4 * n if stage is None else 2 * own
     return dict(always=always, backward=backward, step=dict(gradients=0 if away else step), host=host,
                 held=held)
 
@@ -153,9 +154,11 @@ def _predict(
     rows, micro, micros = _rows(config, gpus)
     always, moments = _acting(shape, config, n, rows, stage, dense) if policy else ([], {})
     always = _lines('all', dict(workspace=_WORKSPACE)) + always
-    states = {role: _states(n[role], trained, gpus, stage, offload.get(role, ''), count(shape, head, _SMALL),
-                            micros * (2 if role == 'actor' and config.ptx_coef else 1))
-              for role, (head, trained) in roles.items()}
+    states, lean = {}, recompute and torch_alone
+    for role, (head, trained) in roles.items():
+        passes = micros * (2 if role == 'actor' and config.ptx_coef else 1)
+        states[role] = _states(n[role], trained, gpus, stage, offload.get(role, ''),
+                               count(shape, head, _SMALL), passes, lean)
     order = [role for role, (_, trained) in roles.items() if trained]
     def waiting(others): # their gradients: models step together
         return [x for r in others for x in _lines(r, {'gradients that wait': states[r]['held']})]

@@ -291,3 +291,17 @@ def test_a_refused_step_leaves_no_gradient_behind(): # else the next one would b
     engine.backward(loss(), last=False)
     with pytest.raises(FloatingPointError): engine.backward(loss() * float('nan'))
     assert all(m.grad is None for m in engine.masters)
+
+
+@pytest.mark.parametrize('precision', ('fp32', 'bf16'))
+def test_an_engine_without_waiting_gradients_takes_the_same_steps(precision): # what `recompute` asks for on a GPU
+    found, ids = [], torch.tensor([[5, 9, 3, 4], [7, 8, 2, 2]])
+    for lean in (False, True):
+        e = TorchEngine(tiny_model(), Optim(1e-2, warmup=0.), precision=precision, lean=lean)
+        norms = []
+        for _ in range(3):
+            for last in (False, True): e.backward(-token_logps(e, ids, torch.ones_like(ids), 3).mean(), last)
+            assert lean == all(m.grad is None for m in e.masters)
+            norms.append(e.step())
+        found.append([*norms, *e.masters])
+    assert all(map(torch.equal, *found))
