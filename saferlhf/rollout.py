@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from .text import PAPER_TEMPLATE, encode_prompt, encode_response, format_prompt, pad, prompt_batch
 from .engine import Engine
-from .hardware.packing import host, with_host
+from .hardware.packing import host, module_of, with_host
 from .hardware.sampler import Rollout, Sampler
 from .models import ScoreModel, token_logps
 
@@ -70,7 +70,7 @@ def by_length(
         else: out.append([i])
     return out
 
-def _device(model): return next(getattr(model, 'model', model).parameters()).device   # of an engine's, too
+def _device(model): return next(module_of(model).parameters()).device
 
 @torch.no_grad()
 def score_texts(
