@@ -31,7 +31,7 @@ class Generator(Protocol):
         "Sample until every row has ended."
 
 class Scorer(Protocol):
-    "Scores token ids: a function around a reward or cost model; with a method `read` it scores texts."
+    "Scores token ids, all that were sampled: a function; with a method `read`, as `TextScorer`, texts."
     def __call__(self, ids:Tensor, mask:Tensor)->Tensor: # (B, L), (B, L) -> (B,)
         "One number for each row."
 
@@ -158,8 +158,12 @@ def same_tokenizer(a, b) -> bool: # two tokenizers
     return a is b or what(a) == what(b)
 
 def score_rollout(scorer, r:Rollout)->Tensor: # `TextScorer` or `Scorer`; B answers -> (B,)
-    "Scores as texts where the scorer reads texts, of the sampled ids otherwise."
-    return scorer.read(r) if hasattr(scorer, 'read') else scorer(*r.scored())
+    "Scores as texts where the scorer reads texts, of the sampled ids otherwise. ValueError for no tensor."
+    if hasattr(scorer, 'read'): return scorer.read(r)
+    scores = scorer(*r.scored())
+    if torch.is_tensor(scores): return scores
+    raise ValueError(f'a scorer gives (B,) numbers, not a {type(scores).__name__}: wrap a score model in '
+                     '`TextScorer`, which leaves out tokens that nobody sees')
 
 def _take_apart(ids, tokenizer): # (L,) a prompt of one turn and its answer -> two texts
     hole = '\U000f5aff'

@@ -15,6 +15,7 @@ import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+import pandas as pd
 import torch
 from ..record.execute import cores, execute, warm_kernel
 from ..record.resume import Interrupted, exit_on_sigterm
@@ -32,7 +33,11 @@ def papers_home()->Path: # a folder of notebooks
     return home.parent / ('paper' if home.name == 'templates' else '_paper')
 
 def draw(profile:str, seed:int=0, km=None): # of published results; km from `warm_kernel`
-    "Run the paper notebooks on the published results."
+    "Run the paper notebooks on the published results. FileNotFoundError when there are none of this seed."
+    tables = [pd.read_csv(f, dtype=str) for f in (results_home() / profile).glob('*.csv') if f.stat().st_size]
+    if not any(str(seed) in set(t.get('seed', ())) for t in tables):
+        raise FileNotFoundError(f'no results of {profile}, seed {seed}, to draw: '
+                                f'saferlhf reproduce --profile {profile} --seed {seed}')
     for path in sorted(papers_home().glob('*.ipynb')):
         execute(path, runs_home() / 'notebooks' / f'{profile}-{seed}-paper-{path.name}',
                 dict(profile=profile, seed=seed), progress=False, km=km)
