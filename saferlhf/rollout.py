@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from .text import PAPER_TEMPLATE, encode_prompt, encode_response, format_prompt, pad, prompt_batch
 from .engine import Engine
-from .hardware.packing import host, with_host
+from .hardware.packing import host, module_of, with_host
 from .hardware.sampler import Rollout, Sampler
 from .models import ScoreModel, token_logps
 
@@ -31,7 +31,7 @@ class Generator(Protocol):
         "Sample until every row has ended."
 
 class Scorer(Protocol):
-    "Scores token ids: a function around a reward or cost model; with a method `read` it scores texts."
+    "Scores token ids, all that were sampled: a function; with a method `read`, as `TextScorer`, texts."
     def __call__(self, ids:Tensor, mask:Tensor)->Tensor: # (B, L), (B, L) -> (B,)
         "One number for each row."
 
@@ -70,7 +70,7 @@ def by_length(
         else: out.append([i])
     return out
 
-def _device(model): return next(getattr(model, 'model', model).parameters()).device   # of an engine's, too
+def _device(model): return next(module_of(model).parameters()).device
 
 @torch.no_grad()
 def score_texts(
@@ -158,8 +158,12 @@ def same_tokenizer(a, b) -> bool: # two tokenizers
     return a is b or what(a) == what(b)
 
 def score_rollout(scorer, r:Rollout)->Tensor: # `TextScorer` or `Scorer`; B answers -> (B,)
-    "Scores as texts where the scorer reads texts, of the sampled ids otherwise."
-    return scorer.read(r) if hasattr(scorer, 'read') else scorer(*r.scored())
+    "Scores as texts where the scorer reads texts, of the sampled ids otherwise. ValueError for no tensor."
+    if hasattr(scorer, 'read'): return scorer.read(r)
+    scores = scorer(*r.scored())
+    if torch.is_tensor(scores): return scores
+    raise ValueError(f'a scorer gives (B,) numbers, not a {type(scores).__name__}: wrap a score model in '
+                     '`TextScorer`, which leaves out tokens that nobody sees')
 
 def _take_apart(ids, tokenizer): # (L,) a prompt of one turn and its answer -> two texts
     hole = '\U000f5aff'

@@ -91,13 +91,15 @@ def _figures(a):
 def _status(a):
     "List finished and unfinished runs."
     from saferlhf.record.run import Run, runs_home
-    for path in sorted(runs_home().glob('*/*/manifest.json')):
+    paths = sorted(runs_home().glob('*/*/manifest.json'))
+    if not paths: print(f'no runs in {runs_home()}: start with `saferlhf reproduce`, or set SAFERLHF_RUNS')
+    for path in paths:
         try:
             run = Run.open(path.parent)
             done = f'done {run.manifest["seconds"]}' if run.done else 'unfinished: run the same command again'
             state = f'seed {run.seed} {done}'
-        except (LookupError, ValueError, RuntimeError, OSError):
-            state = 'made by an earlier version: delete it, or use that version'
+        except KeyError as e: state = f'damaged: manifest.json lacks {e}; delete this folder and run it again'
+        except (ValueError, RuntimeError, OSError) as e: state = f'not read: {e}'
         print(f'{"/".join(path.parts[-3:-1]):40} {state}')
 
 def _report(a):
@@ -194,7 +196,8 @@ def _line(error): # -> what a person reads; the rest in a file that it names
     return f'{said} [all of it: {f.name}]'
 
 def _run_command(argv):
-    a = _parser().parse_args(argv)
+    a, unknown = _parser().parse_known_args(argv)
+    if unknown: a.refuse(f'unrecognized arguments: {" ".join(unknown)}')         # with this command's usage
     before = os.environ.get('SAFERLHF_SPREAD', '')
     try:
         if 'profile' in a: a.profile = _profile(a)

@@ -59,6 +59,9 @@ def export(
     source, out = Path(source), Path(out)
     folder = source/'model' if (source/'model/config.json').exists() else source
     if out.exists() and (not out.is_dir() or any(out.iterdir())): raise ValueError(f'{out} is there already')
+    if not (folder/'config.json').is_file():
+        raise FileNotFoundError(f'{source} holds no model (config.json): name the folder of a finished run '
+                                'that trains one, see `saferlhf status`, or of a model')
     config = read_config(folder)
     kind = getattr(config, 'score_type', None) or (getattr(config, 'saferlhf', None) or {}).get('kind')
     if kind is None:

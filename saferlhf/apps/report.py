@@ -99,7 +99,7 @@ _ORDER = 'overview hypotheses table1 rounds lagrange ablations annotation beyond
 
 def _executed(profile, seed, papers): # name -> executed paper notebook
     files = list((results_home() / profile).glob('*.csv'))
-    if not files: raise FileNotFoundError(f'no results of {profile}: make reproduce PROFILE={profile}')
+    if not files: raise FileNotFoundError(f'no results of {profile}: saferlhf reproduce --profile {profile}')
     out, changed = {}, max(f.stat().st_mtime for f in files)
     place = lambda p: (_ORDER.index(p.stem) if p.stem in _ORDER else len(_ORDER), p.stem)
     with warm_kernel() as km:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['say_once', 'Layout', 'with_host', 'host', 'positions', 'layout', 'attend', 'packed_attention', 'text_config',
-           'check_length', 'check_ids', 'packs', 'packed_forward']
+           'check_length', 'check_ids', 'module_of', 'packs', 'packed_forward']
 
 # %% ../../nbs/hardware/02_packing.ipynb #acf5edc0
 import inspect
@@ -90,6 +90,7 @@ AttentionMaskInterface.register('packed', sdpa_mask)
 # %% ../../nbs/hardware/02_packing.ipynb #2dd3c292
 _POSITIONS = 'max_position_embeddings', 'n_positions', 'max_seq_len', 'context_length', 'n_ctx'
 _WINDOWS = dict(sliding_window='sliding_attention', attention_chunk_size='chunked_attention') # its layers
+_KEPT = dict(keep_window_size=None, index_topk='indexed_attention')        # the same; None: all of them
 
 def text_config(model): # a model of transformers, or its configuration -> that of its text model
     "Where sizes and limits stand."
@@ -115,6 +116,8 @@ def check_length(
     limits += [('original length (its rotary positions change with the batch)', _rope_limit(c))]
     limits += [('attention window', getattr(c, k, None)) for k, kind in _WINDOWS.items()
                if whole and (kind in kinds if kinds else all_layers)]
+    limits += [('choice of tokens (it depends on padding)', getattr(c, k, None)) for k, kind in _KEPT.items()
+               if kind in (kinds or ()) or not kind]
     for what, limit in limits:
         if isinstance(limit, int) and 0 < limit < tokens:
             raise ValueError(f'sequences of {tokens} tokens are longer than the {what} of this model, '
@@ -136,11 +139,12 @@ _PACKED = ('llama', 'mistral', 'qwen2', 'qwen3', 'gemma', 'gemma3_text', 'olmo2'
 _SPECIAL = 'attn_logit_softcapping', 'attn_temperature_tuning', 'use_bidirectional_attention'
 say_once = cache(print)
 
-def _module(model): # or an engine around one -> the model itself
+def module_of(model): # a model of transformers, a score model, or an engine around one
+    "The model itself."
     return model if isinstance(model, torch.nn.Module) else getattr(model, 'model', model)
 
 def _packed(model, ids, lay, **kw): # -> (1, N or places to keep, ...)
-    _module(model).config._attn_implementation = 'packed'
+    module_of(model).config._attn_implementation = 'packed'
     unused = torch.empty(1, 1, 1, 1, device=ids.device)   # a mask of four dimensions: none is built
     return model(input_ids=ids.flatten()[lay.index][None], position_ids=lay.position[None],
                  attention_mask=unused, use_cache=False, lay=lay, **kw)
@@ -155,7 +159,7 @@ def _padded(model, ids, lay, logits_to_keep=slice(None)): # as `_packed`
     return SimpleNamespace(**kept)
 
 def _plainly(model, ids, **kw): # by the model's own attention; with those arguments that it knows
-    m = _module(model)
+    m = module_of(model)
     m.config._attn_implementation = 'eager'
     known = inspect.signature(m.forward).parameters
     return model(input_ids=ids, **{k: x for k, x in (kw | dict(use_cache=False)).items() if k in known})
@@ -164,7 +168,7 @@ def _plainly(model, ids, **kw): # by the model's own attention; with those argum
 @torch.no_grad()
 def _agrees(model, way): # `_packed` or `_padded` -> whether rows together are what they are alone
     mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 0, 0]], device=model.device)
-    size, lay = text_config(_module(model)).vocab_size, layout(mask)
+    size, lay = text_config(module_of(model)).vocab_size, layout(mask)
     ids = (7 * torch.arange(12, device=model.device).view(3, 4) + 3) % size
     other = ids.clone(); other[1, 3] = (ids[1, 3] + 1) % size
     alone = [_plainly(model, row[None, :n]) for row, n in zip(ids, (3, 4, 2), strict=True)]
@@ -183,7 +187,7 @@ def _near(a, b, wide, narrow): # tolerances in 32 and in 16 bits, as a share of 
 
 def packs(model)->bool: # a model of transformers, or an engine around one
     "Whether it goes packed (else padded). Asked once of a model. ValueError if it is right in neither way."
-    m = _module(model)
+    m = module_of(model)
     c = text_config(m)
     if getattr(c, 'model_type', '') in _PACKED and not any(getattr(c, k, None) for k in _SPECIAL): return True
     if not hasattr(m, '_packs'):
@@ -201,6 +205,6 @@ def packed_forward(
     **kw,        # of the model's forward, e.g. logits_to_keep (places in the packed row)
 ):               # what the model returns, for one row of N tokens
     "One forward pass over the tokens alone, or padded where that would be wrong. ValueError as in `packs`."
-    whole, config = packs(model), _module(model).config
+    whole, config = packs(model), module_of(model).config
     check_length(config, lay.longest, whole)
     return (_packed if whole else _padded)(model, ids, lay, **kw)

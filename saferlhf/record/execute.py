@@ -19,7 +19,7 @@ from pathlib import Path
 import pandas as pd
 from .config import advice, nearest
 from .files import atomic_write, inside, lock, read_json, turn
-from .resume import Interrupted, stopping
+from .resume import Interrupted, exit_on_sigterm, stopping
 from .run import command_for, results_home, templates_home
 
 # %% ../../nbs/record/06_execute.ipynb #a56421c8
@@ -97,18 +97,23 @@ def own_kernel(folder:str|Path): # of its sockets; -> a manager as jupyter_clien
 
 @contextmanager
 def warm_kernel():
-    "A kernel to pass to several calls of `execute`; it ends with the block."
+    "A kernel to pass to several calls of `execute`; it ends with the block, which SIGTERM leaves, too."
     os.environ.setdefault('OMP_NUM_THREADS', str(cores()))
     home = tempfile.mkdtemp()                                  # kernels side by side must not meet
     km = own_kernel(home)
     from jupyter_core.utils import run_sync
     client, clients = km.client, []
     km.client = lambda: clients.append(client()) or clients[-1]       # papermill does not close its own
-    run_sync(km.start_kernel)(env=os.environ | dict(IPYTHONDIR=home)) # no one's startup files and history
-    try: yield km
-    finally:
-        for kc in clients: kc.stop_channels()
-        run_sync(km.shutdown_kernel)(now=True); shutil.rmtree(home, ignore_errors=True)
+    with exit_on_sigterm('run the same command again'):
+        try:
+            with stopping() as asked:                                # half a kernel could not be ended
+                run_sync(km.start_kernel)(env=os.environ | dict(IPYTHONDIR=home)) # no one's startup files
+            if asked: raise Interrupted('stopped before the notebook began: run the same command again')
+            yield km
+        finally:
+            for kc in clients: kc.stop_channels()
+            if km.has_kernel: run_sync(km.shutdown_kernel)(now=True)
+            shutil.rmtree(home, ignore_errors=True)
 
 def _freshen(km, env):
     "Make a kernel as good as new; one that died is started again."
@@ -140,9 +145,11 @@ def _pass_through(path, out, parameters, progress, kernel): # -> the signals tha
     "Run a notebook; a signal goes on to the kernel. What failed is told in one line, its trace in a note."
     import papermill
     from nbclient.exceptions import DeadKernelError
+    def stop(cell, cell_index): # a kernel that is between two cells takes no notice of a signal
+        if asked: raise Interrupted('stopped between two cells: run the same command again, it goes on')
     try:
         with stopping(lambda: os.kill(kernel.provisioner.pid, signal.SIGINT)) as asked:
-            papermill.execute_notebook(path, out, parameters, kernel_name='python3',
+            papermill.execute_notebook(path, out, parameters, kernel_name='python3', on_cell_execute=stop,
                                        progress_bar=progress, km=kernel)
         return asked
     except papermill.PapermillExecutionError as e:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from .paper import COST_SD, of
 from ..ppo import PPOConfig
 from ..world import WorldConfig
-from ..record.config import resolve
+from ..record.config import nearest, resolve
 from .profiles import PROFILES, REASONS, ROUNDS
 from .collection import CollectConfig
 from .judging import EvalConfig
@@ -141,10 +141,10 @@ def _every(profile): # name -> Stage
     stages = [*graph(profile), *of_arms, *_arm_models(profile), *_comparisons(profile), *_BESIDE]
     return {s.name: s for s in reversed(stages)}
 
-def find(name:str, profile:str)->Stage: # of a stage; of the graph; -> ValueError lists the stages
+def find(name:str, profile:str)->Stage: # of a stage; of the graph; -> ValueError names the nearest
     "A stage by its name."
     stages = _every(profile)
-    if name not in stages: raise ValueError(f'no stage {name!r}; there are {[*stages][::-1]}')
+    if name not in stages: raise ValueError(f'no stage {name!r}{nearest(name, [*stages][::-1])}')
     return stages[name]
 
 def reads(

@@ -8,13 +8,17 @@ __all__ = ['papers_home', 'draw', 'reproduce', 'campaign']
 # %% ../../nbs/reproduction/15_pipeline.ipynb #7477e8f3
 import multiprocessing
 import os
+import signal
 import sys
+import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+import pandas as pd
 import torch
 from ..record.execute import cores, execute, warm_kernel
+from ..record.resume import Interrupted, exit_on_sigterm
 from ..record.run import results_home, runs_home, templates_home
 from .figures import POLICIES
 from .graph import find, graph, reads, with_parents
@@ -29,7 +33,11 @@ def papers_home()->Path: # a folder of notebooks
     return home.parent / ('paper' if home.name == 'templates' else '_paper')
 
 def draw(profile:str, seed:int=0, km=None): # of published results; km from `warm_kernel`
-    "Run the paper notebooks on the published results."
+    "Run the paper notebooks on the published results. FileNotFoundError when there are none of this seed."
+    tables = [pd.read_csv(f, dtype=str) for f in (results_home() / profile).glob('*.csv') if f.stat().st_size]
+    if not any(str(seed) in set(t.get('seed', ())) for t in tables):
+        raise FileNotFoundError(f'no results of {profile}, seed {seed}, to draw: '
+                                f'saferlhf reproduce --profile {profile} --seed {seed}')
     for path in sorted(papers_home().glob('*.ipynb')):
         execute(path, runs_home() / 'notebooks' / f'{profile}-{seed}-paper-{path.name}',
                 dict(profile=profile, seed=seed), progress=False, km=km)
@@ -77,16 +85,31 @@ def _gpus(jobs): # worker -> a name for $CUDA_VISIBLE_DEVICES, in turn; '' witho
 def _open(threads, gpus): # in a worker, once
     os.environ['OMP_NUM_THREADS'] = str(threads)
     if gpu := gpus.get(): os.environ['CUDA_VISIBLE_DEVICES'] = gpu
-    stack = ExitStack(); _worker['km'] = stack.enter_context(warm_kernel())
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    stack = _worker['stack'] = ExitStack(); _worker['km'] = stack.enter_context(warm_kernel())
     multiprocessing.util.Finalize(None, stack.close, exitpriority=10)
 
-def _work(name, seed, profile): return run_stage(find(name, profile), profile, seed, km=_worker['km'])[1]
+def _end_with_parent():
+    multiprocessing.parent_process().join(); os.kill(os.getpid(), signal.SIGTERM)
+
+def _work(name, seed, profile):
+    try: return run_stage(find(name, profile), profile, seed, km=_worker['km'])[1]
+    except Interrupted as e:                              # a pool would hand the worker its next stage
+        print(f'{name}@{seed}: {e}', flush=True); _worker['stack'].close(); os._exit(1)
 
 def _workers(jobs): # a pool
     context = multiprocessing.get_context('spawn')
     gpus, threads = context.SimpleQueue(), max(1, cores() // jobs)
     for gpu in _gpus(jobs): gpus.put(gpu)
     return ProcessPoolExecutor(jobs, context, _open, (threads, gpus))
+
+@contextmanager
+def _ending(): # of the workers, when this process is to stop
+    try: yield
+    except BaseException:
+        for worker in multiprocessing.active_children(): worker.terminate()
+        raise
+
 
 # %% ../../nbs/reproduction/15_pipeline.ipynb #986db207
 def _side_by_side(stages, profile, jobs, minutes): # (Stage, seed) each, parents before children
@@ -95,7 +118,7 @@ def _side_by_side(stages, profile, jobs, minutes): # (Stage, seed) each, parents
     shared = lambda name, seed: (name, seed if (own := find(name, profile).seed) is None else own)
     waiting = {(s.name, seed): {shared(*parent) for parent in reads(s, seed).values()} for s, seed in stages}
     running, done, failed, start = {}, [], {}, time.time()
-    with _workers(jobs) as pool:
+    with exit_on_sigterm('run the same command again'), _workers(jobs) as pool, _ending():
         while True:
             late = minutes and time.time() - start > 60 * minutes
             ready = [] if late else [k for k, parents in waiting.items() if parents <= set(done)]

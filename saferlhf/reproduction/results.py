@@ -111,18 +111,26 @@ def publish_arms(profile:str): # of the common part
 # %% ../../nbs/reproduction/09_results.ipynb #416f968c
 def _rows(table, columns): return table[columns].apply(tuple, axis=1)
 
+def _table(path, columns): # a CSV file, the columns that it must have; ValueError names a damaged one
+    try: table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    except ValueError as e:
+        raise ValueError(f'{path} is damaged ({str(e).splitlines()[0]}): copy or publish it again') from None
+    if missing := [c for c in columns if c not in table]:
+        raise ValueError(f'{path} is no table of results, it lacks the columns {", ".join(missing)}')
+    return table
+
 def join(
     folder,      # of CSV files as in data/results/<profile>, made on another machine
     profile:str, # whose results take them in
 )->pd.DataFrame: # rows of remade.csv: table, of, seed, what, first, again
-    "Merge another machine's results; rows that exist stay. FileNotFoundError for a folder without any."
+    "Merge another machine's results; rows that exist stay. FileNotFoundError for a folder without any; ValueError for a damaged file."
     paths = [p for p in sorted(Path(folder).glob('*.csv')) if p.stem in _KEYS]
     if not paths: raise FileNotFoundError(f'{folder} has no results: name one like data/results/{profile}')
     home, compared = results_home() / profile, []
-    read = lambda path: pd.read_csv(path, dtype=str, keep_default_na=False)
     for path in paths:
-        keys, again, target = ['seed', *_KEYS[path.stem]], read(path), home / path.name
-        first = read(target) if target.exists() else again[:0]
+        keys, target = ['seed', *_KEYS[path.stem]], home / path.name
+        again = _table(path, [*keys, 'run_id'])
+        first = _table(target, keys) if target.exists() else again[:0]
         common = [c for c in again if c in first and c != 'run_id']      # older rows may lack some columns
         both, same = (_rows(again, names).isin(set(_rows(first, names))) for names in (keys, common))
         if path.stem in ('table1', 'policies'): compared += _compare(first, again, path.stem, keys)

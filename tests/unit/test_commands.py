@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -42,7 +41,8 @@ def test_a_command_has_its_page_and_refuses_other_options(name, capsys):
     given = ['x'] * len({'stage', 'folder', 'source', 'out'} & set(options))
     for wrong in ('--unheard-of', '--gpu-mem' if name == 'plan' else '--gpu-memory'):         # no abbreviations either
         with pytest.raises(SystemExit) as stopped: commands.main([name, *given, wrong, '1'])
-        assert stopped.value.code == 2 and f'unrecognized arguments: {wrong}' in capsys.readouterr().err
+        assert stopped.value.code == 2 and f'unrecognized arguments: {wrong}' in (said := capsys.readouterr().err)
+        assert f'usage: saferlhf {name} [-h]' in said
 
 
 def test_errors_end_in_one_line_and_a_status(monkeypatch, capsys):
@@ -68,7 +68,7 @@ def told(argv, capsys):
 
 
 RUN = ['run', 'sft', '--profile', 'smoke']
-WRONG = {('run', 'sfft', '--profile', 'smoke'): "no stage 'sfft'",
+WRONG = {('run', 'sfft', '--profile', 'smoke'): "no stage 'sfft': did you mean 'sft'?",
          (*RUN, '--set', 'rowss=1'): "did you mean 'rows'?",
          (*RUN, '--set', "rows='x'"): "rows is 'x', a str: it wants a int",
          (*RUN, '--set', 'rows={[]: 1}'): 'FIELD=VALUE with a literal',
@@ -145,20 +145,38 @@ def test_the_spread_of_ranks_reaches_the_stage_alone(monkeypatch):
     assert not os.environ['SAFERLHF_SPREAD']
 
 
-def test_status_lists_runs_of_earlier_versions_too(home, monkeypatch, capsys):
-    import saferlhf.record.run as records
-    for name in ('sft/new', 'sft/old'):
-        (home/'runs'/name).mkdir(parents=True); (home/'runs'/name/'manifest.json').write_text('{}')
-    new = SimpleNamespace(done=True, manifest=dict(seconds=3), seed=0)
-    def read(folder):
-        if folder.name == 'old': raise RuntimeError('made by another version')
-        return new
-    monkeypatch.setattr(records.Run, 'open', staticmethod(read))
+MANIFESTS = {'{"form': 'is damaged', '[]': 'is damaged (a list', '{"format": 2}': "manifest.json lacks 'seed'; delete this folder",
+             '{"stage": "sft"}': 'another version made it; make it again with `saferlhf run sft`'}
+
+
+def test_status_says_what_is_wrong_with_a_run(home, capsys):
+    assert commands.main(['status']) == 0 and f'no runs in {home/"runs"}: start with' in capsys.readouterr().out
+    for k, text in enumerate(MANIFESTS):
+        run = home/f'runs/sft/{k}'; run.mkdir(parents=True); (run/'manifest.json').write_text(text); (run/'config.json').write_text('{}')
+    good = home/'runs/sft/9'; good.mkdir(); (good/'DONE').touch(); (good/'config.json').write_text('{}')
+    (good/'manifest.json').write_text('{"format": 2, "seed": 0, "seconds": 3}')
     assert commands.main(['status']) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ['sft/new', 'seed', '0', 'done', '3'] and 'made by an earlier version: delete it' in lines[1]
-    monkeypatch.undo(); monkeypatch.setenv('SAFERLHF_RUNS', str(home/'runs'))
-    assert commands.main(['status']) == 0 and capsys.readouterr().out.count('earlier version') == 2   # as they are
+    *lines, last = capsys.readouterr().out.splitlines()
+    for line, said in zip(lines, MANIFESTS.values(), strict=True): assert said in line
+    assert last.split() == ['sft/9', 'seed', '0', 'done', '3']
+
+
+@pytest.mark.parametrize('argv', [['figures', '--profile', 'paper'], ['figures', '--profile', 'cpu', '--seed', '77'], ['report', '--profile', 'paper']])
+def test_without_results_the_command_that_makes_them_is_named(argv, capsys, monkeypatch):
+    monkeypatch.setattr(pipeline, 'execute', lambda *a, **k: pytest.fail('a notebook was started'))
+    assert f'saferlhf reproduce --profile {argv[2]}' in told(argv, capsys)
+
+
+@pytest.mark.parametrize('content, said', [(b'', 'is damaged'), (b'\xff\xfe"', 'is damaged'), (b'a,b\n1,2\n', 'it lacks the columns seed, round')])
+def test_damaged_results_are_not_joined(home, capsys, content, said):
+    (home/'again').mkdir(); (home/'again/rounds.csv').write_bytes(content)
+    line = told(['join', str(home/'again'), '--profile', 'cpu'], capsys)
+    assert str(home/'again/rounds.csv') in line and said in line
+
+
+def test_nothing_to_export_is_told_without_asking_a_hub(home, capsys):
+    (home/'empty').mkdir()
+    for source in ('empty', 'nowhere'): assert 'holds no model (config.json)' in told(['export', str(home/source), str(home/'out')], capsys)
 
 
 def test_a_page_of_the_report_folds_code_and_hides_parameters_and_warnings(home):

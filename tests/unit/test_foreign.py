@@ -1,14 +1,17 @@
 "Models from outside: every family in every stage; whole checkpoints or none; limits; score models of transformers."
 import json
+import re
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from saferlhf.apps.commands import main
 from saferlhf.apps.export import export
 from saferlhf.engine import Optim, TorchEngine
-from saferlhf.hardware.packing import check_length, packs
+from saferlhf.hardware.packing import check_length, layout, packed_forward, packs
 from saferlhf.models import (ScoreModel, gather_logps, load_lm, load_tokenizer, save_tokenizer, tiny_model,
                              token_logps, train_tokenizer)
 from saferlhf.objectives import Multiplier, ppo_lag
@@ -92,7 +95,8 @@ LIMITS = {'positions': ('llama', dict(max_position_embeddings=50)), 'learned': (
           'dynamic': ('llama', dict(rope_parameters=dict(rope_type='dynamic') | LONG)),
           'longrope': ('phi3', dict(original_max_position_embeddings=50, rope_parameters=LONG | dict(
               rope_type='longrope', short_factor=[1.] * 4, long_factor=[2.] * 4))),
-          'text_config': ('gemma3', dict(text_config=dict(num_hidden_layers=6, sliding_window=50)))}
+          'text_config': ('gemma3', dict(text_config=dict(num_hidden_layers=6, sliding_window=50))),
+          'tokens that are kept': ('doge', dict(keep_window_size=50)), 'an index': ('deepseek_v32', dict(index_topk=50))}
 
 
 @pytest.mark.parametrize('name', LIMITS)
@@ -101,6 +105,36 @@ def test_limits(name):
     config = config_of(family, **sizes)
     check_length(config, 50)
     with pytest.raises(ValueError, match='lower max_prompt_tokens'): check_length(config, 51)
+
+
+@torch.no_grad()
+def test_what_is_chosen_by_padding_too_is_limited_in_both_ways():
+    model, (ids, mask) = made('doge', head_dim=8, keep_window_size=6), pad([list(range(2, 9)), [5, 9]], 0)
+    with pytest.raises(ValueError, match='choice of tokens'): packed_forward(model, ids, layout(mask))
+    assert packed_forward(model, ids[:, :6], layout(mask[:, :6])).logits.shape == (1, 8, V)
+    with pytest.raises(ValueError, match='choice of tokens'): check_length(config_of('deepseek_v32', index_topk=50), 51, whole=False)
+
+
+# fields of transformers' causal models that limit what a token sees, or choose it: who sees to it
+SEEN_TO = dict(
+    limit='sliding_window attention_chunk_size keep_window_size index_topk local_attention',    # `check_length`
+    probe='window_size sliding_window_size attention_window_size '      # gpt_neo, inkling, recurrent_gemma: padded, in a mask of their own
+          'index_topk_blocks index_block_size index_local_blocks',      # minimax_m3: padded where layers choose blocks
+    pieces='chunk_size_feed_forward chunk_size mamba_chunk_size block_size max_inference_chunksize compress_rates',  # of a computation
+    bytes='local_attention_window_len',                                 # blt
+    reformer='local_attn_chunk_length lsh_attn_chunk_length chunk_size_lm_head')
+
+
+def test_every_window_of_transformers_is_seen_to():
+    found = {}
+    for family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        config = CONFIG_MAPPING[family]
+        for name in getattr((config.sub_configs or {}).get('text_config', config), '__dataclass_fields__', ()):
+            if re.search('window|chunk|keep_|block_size|index_topk|index_\\w*block|local_attention|attn_chunk|compress_rates', name):
+                found.setdefault(name, family)
+    other = ('use_sliding_window max_window_layers sliding_window_pattern prefix_dense_sliding_window_pattern chunkwise_kernel '
+             'local_attention_probs_dropout_prob lsh_num_chunks_before lsh_num_chunks_after local_num_chunks_before local_num_chunks_after').split()
+    assert set(found) - set(' '.join(SEEN_TO.values()).split()) - {*other} == set(), found
 
 
 def test_a_window_that_no_layer_uses_is_no_limit():

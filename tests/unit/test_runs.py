@@ -1,6 +1,7 @@
 "Runs: what the folder's hash covers, what is refused, and what papermill would let pass."
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -8,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 import pandas as pd
+import psutil
 import pytest
 import saferlhf.record.code as code
 import saferlhf.record.run as records
@@ -17,6 +19,7 @@ from saferlhf.record.execute import _check_parameters, execute, parameters, publ
 from saferlhf.hardware.ranks import Spread
 from saferlhf.record.files import lock, newest, save_checkpoint
 from saferlhf.record.launch import launch
+from saferlhf.record.resume import Interrupted
 from saferlhf.record.run import Record, Run, results_home, templates_home
 
 
@@ -361,6 +364,75 @@ def test_a_notebook_is_executed_by_one_process(tmp_path, monkeypatch):
     monkeypatch.setattr('saferlhf.record.execute.warm_kernel', lambda: pytest.fail('a kernel was started'))
     with lock(tmp_path, 'a.ipynb'), pytest.raises(RuntimeError, match='another run holds .*a.ipynb'):
         execute(notebook(tmp_path/'t.ipynb', 'seed = 0'), tmp_path/'a.ipynb', {})
+
+
+def test_a_signal_between_two_cells_stops_the_notebook(tmp_path, monkeypatch):
+    "A kernel that is between two cells takes no notice of a signal: here it never gets it."
+    monkeypatch.setenv('SAFERLHF_HOME', str(tmp_path)); monkeypatch.setattr(os, 'kill', lambda *a: None)
+    t = notebook(tmp_path/'t.ipynb', 'seed = 0', 'import os, signal, time; os.kill(os.getppid(), signal.SIGTERM); time.sleep(.5)', '1 / 0')
+    with pytest.raises(Interrupted, match='stopped between two cells: run the same command again'):
+        execute(t, tmp_path/'o.ipynb', {}, progress=False)
+
+
+def ended(pid):
+    try: return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess: return True
+
+
+def within(seconds, what):
+    end = time.monotonic() + seconds
+    while not (found := what()): assert time.monotonic() < end, f'not within {seconds} s'; time.sleep(.01)
+    return found
+
+
+def killed(folder, code, pids, number=signal.SIGTERM, group=True): # pids: of a process -> those that must end with it
+    "Start code, wait for what it starts, send a signal; the exit status and what was printed."
+    (folder/'tmp').mkdir()
+    env = os.environ | dict(TMPDIR=str(folder/'tmp'), SAFERLHF_HOME=str(folder), PYTHONPATH=f'{Path(__file__).parents[2]}:{folder}')
+    p = subprocess.Popen([sys.executable, '-c', code], env=env, cwd=folder, start_new_session=True, text=True,
+                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    started = within(120, lambda: pids(p.pid))
+    (os.killpg if group else os.kill)(p.pid, number)
+    said = p.communicate(timeout=60)[0]
+    try: within(30, lambda: all(map(ended, started)))
+    finally: [os.kill(k, signal.SIGKILL) for k in started if not ended(k)]
+    return p.returncode, said
+
+
+SLOW = "import os, time; open('pids', 'w').write(f'{os.getpid()} {os.getppid()} ;'); time.sleep(40)"
+
+
+def written(folder): return lambda pid: [int(x) for x in s.split()[:-1]] if (f := folder/'pids').exists() and ';' in (s := f.read_text()) else []
+
+
+@pytest.mark.parametrize('moment', ['at its start', 'in a cell'])
+def test_no_kernel_stays_behind(tmp_path, moment):
+    notebook(tmp_path/'t.ipynb', 'seed = 0', SLOW)
+    code = "from saferlhf.record.execute import execute; execute('t.ipynb', 'o.ipynb', {}, progress=False)"
+    kernels = lambda pid: [c.pid for c in psutil.Process(pid).children() if 'ipykernel_launcher' in c.cmdline()]
+    status, said = killed(tmp_path, code, kernels if moment == 'at its start' else written(tmp_path))
+    assert status == 1 and 'run the same command again' in said.splitlines()[-1] and len(said.splitlines()) == 1, said
+    assert not list((tmp_path/'tmp').glob('tmp*'))
+
+
+@pytest.mark.parametrize('name', ['SIGTERM', 'SIGKILL'])
+def test_workers_end_with_the_command(tmp_path, name):
+    "The process that waits for them gets the signal alone."
+    notebook(tmp_path/'t.ipynb', 'seed = 0', SLOW)
+    (tmp_path/'slow.py').write_text("""from saferlhf.record.execute import execute
+from saferlhf.reproduction import pipeline
+_work = pipeline._work
+def work(*a):
+    pipeline.run_stage = lambda *a, km: execute('t.ipynb', 'o.ipynb', {}, km=km, progress=False)
+    return _work(*a)""")
+    code = """if True:
+    import slow; from saferlhf.reproduction import graph, pipeline
+    pipeline._work = slow.work; pipeline.reads = lambda *a: {}
+    pipeline._side_by_side([(graph.find('sft', 'smoke'), 0)], 'smoke', 1, 0)"""
+    status, said = killed(tmp_path, code, written(tmp_path), getattr(signal, name), group=False)
+    assert status == (1 if name == 'SIGTERM' else -9) and 'Parent appears to have exited' not in said, said
+    assert 'run the same command again' in said
+    if name == 'SIGTERM': assert not list((tmp_path/'tmp').glob('tmp*'))
 
 
 def test_seeds_publish_side_by_side(tmp_path):

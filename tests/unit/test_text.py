@@ -154,6 +154,13 @@ def test_ppo_scores_what_people_read():
     assert '\ufffd' not in text and abs(read(r)[0] - score_texts(scorer, t, ['q'], [text], 96, 48)[0]) < 1e-5
 
 
+def test_a_score_model_is_no_scorer_but_a_function_is():
+    t = make(); scorer = ScoreModel(tiny_model('llama', len(t)).base_model)
+    r = rollout(t, [[t.pad_token_id, t.eos_token_id]], ['q'])
+    with pytest.raises(ValueError, match='wrap a score model in `TextScorer`'): score_rollout(scorer, r)
+    assert score_rollout(lambda ids, mask: mask.sum(1).float(), r) == r.attention_mask.sum()
+
+
 def test_a_score_model_with_another_tokenizer_reads_the_text(caplog):
     a, b = make(), train_tokenizer(['zebra quiz jumps over lazy dogs'] * 20, 270)
     scorer, asked = ScoreModel(tiny_model('llama', 270).base_model), ['q ASSISTANT: r', [USER, ANSWER, MORE], 'Name']
