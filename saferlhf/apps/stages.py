@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['opened', 'model_folder', 'sft', 'reward', 'cost']
 
-# %% ../../nbs/apps/08_stages.ipynb #422a51d4
+# %% ../../nbs/apps/08_stages.ipynb #e981b810
 import hashlib
 import io
 import re
@@ -13,7 +13,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 import numpy as np
 from .heldout import report_lines, score_report, tune_report
-from .own_data import (as_lines, cut_line, read_answers, read_comparisons, read_harm, signs,
+from .own_data import (as_lines, cut_line, answer_rows, reward_rows, cost_rows, signs,
                                     source_hash, source_name, token_counts)
 from .settings import ScoreSettings, TuneSettings, settable, settings_of
 from ..engine import load
@@ -30,7 +30,7 @@ from ..reproduction.training import fine_tune, on_ranks, train_pairs
 from ..rollout import Sampler, perplexities, respond, score_texts
 from ..text import encode_response
 
-# %% ../../nbs/apps/08_stages.ipynb #e7dd3a47
+# %% ../../nbs/apps/08_stages.ipynb #9f175613
 def _from_hub(name): # OWNER/NAME -> a folder in the cache
     from huggingface_hub import snapshot_download
     wanted = ['*.json', '*.safetensors', '*.jinja', 'tokenizer.model', 'README.md']
@@ -52,11 +52,11 @@ def _label(folder): # of a model -> what its runs are called
     hub = re.search(r'models--.+--([^/]+)/snapshots', folder.resolve().as_posix())
     return re.sub(r'[^\w.-]+', '-', hub[1] if hub else folder.resolve().name).strip('-.') or 'model'
 
-# %% ../../nbs/apps/08_stages.ipynb #71600352
+# %% ../../nbs/apps/08_stages.ipynb #96ebd1ab
 def _outside(folder): # of a model that no run made -> its run
     sha, label, folder = model_hash(folder), _label(folder), folder.resolve()
     with redirect_stdout(io.StringIO()):
-        run = Run.start('base_lm', dict(weights=label), name=label, data={'base': sha})
+        run = Run.start('base_lm', {}, name=label, data={'base': sha})
     try:
         link = run.folder/'model'
         if link.is_symlink() and link.resolve() != folder: link.unlink()          # it was moved
@@ -88,7 +88,7 @@ def model_folder(
     gone = f': {record.manifest["outside"]} is gone' if 'outside' in record.manifest else ''
     raise FileNotFoundError(f'{record.folder} holds no model{gone}')
 
-# %% ../../nbs/apps/08_stages.ipynb #9fa4c42f
+# %% ../../nbs/apps/08_stages.ipynb #cea07910
 def _sizes(command, n, counts, folder): # rows; as from `token_counts`; of the model -> field -> value
     room = getattr(read_config(folder), 'max_position_embeddings', None) or 10 ** 6
     prompt, answer = (-(-int(np.percentile(x, 95)) // 16) * 16 for x in counts)
@@ -108,7 +108,7 @@ def _configure(command, read, tokenizer, folder, settings): # -> its configurati
     print(*read.said, cut_line(counts, config), sep='\n')
     return config
 
-# %% ../../nbs/apps/08_stages.ipynb #ebc84fae
+# %% ../../nbs/apps/08_stages.ipynb #aa38821a
 _MOST_TESTED = 2000                                              # held-out rows that are scored
 
 def _start(command, start, data, read, config, settings): # -> the run, its rows written
@@ -139,7 +139,7 @@ def _rows(run, name): # of data/; [] where it has none
     path = run.path(f'data/{name}.jsonl')
     return read_lines(path) if path.exists() else []
 
-# %% ../../nbs/apps/08_stages.ipynb #2ba4077a
+# %% ../../nbs/apps/08_stages.ipynb #ad8ba0db
 def _train_sft(run): # on every rank
     config, base, tokenizer, spread = _of(run, TuneSettings)
     fine_tune(run, base, _rows(run, 'train'), tokenizer, config, spread)
@@ -159,7 +159,7 @@ def _tune(run): # train, measure, finish
                    **tune_report(before, after, [r['prompt'] for r in test]))
     write_card(run, base, summary); run.finish(summary)
 
-# %% ../../nbs/apps/08_stages.ipynb #d2f0284b
+# %% ../../nbs/apps/08_stages.ipynb #35d5764e
 def _tune_lines(summary): # what a run of fine-tuning says at its end
     (before, _, _), (after, _, _) = summary['loss_before'], summary['loss_after']
     change, low, high = summary['loss_change']
@@ -174,7 +174,7 @@ def sft(
     "Fine-tune a language model on answers. ValueError, OSError and RuntimeError say what is wrong."
     start, settings = opened(model), settings or {}
     told = settings_of('sft', {}, settings)
-    read = read_answers(data, told.seed, told.test_share, settings.get('rows', 1_000_000))
+    read = answer_rows(data, told.seed, told.test_share, settings.get('rows', 1_000_000))
     config = _configure('sft', read, load_tokenizer(model_folder(start)), model_folder(start), settings)
     run = _start('sft', start, data, read, config, settings)
     try:
@@ -183,7 +183,7 @@ def sft(
     print(*_tune_lines(run.summary), f'done: {run.folder}', sep='\n')
     return Record(run.folder)
 
-# %% ../../nbs/apps/08_stages.ipynb #65f81f24
+# %% ../../nbs/apps/08_stages.ipynb #ef419686
 def _train_pairs(run): # on every rank
     config, base, tokenizer, spread = _of(run, ScoreSettings)
     train_pairs(run, base, _rows(run, 'train'), tokenizer, config, spread)
@@ -201,7 +201,7 @@ def _zero_at(cost, harmful): # (N,) scores; (N,) bool -> where half are harmful;
     slope, at = float(fit.coef_[0, 0]), float(-fit.intercept_[0] / fit.coef_[0, 0])
     return at if slope > 0 and cost.min() < at < cost.max() else None
 
-# %% ../../nbs/apps/08_stages.ipynb #157fad88
+# %% ../../nbs/apps/08_stages.ipynb #87aa6358
 def _place_zero(run, model, score): # of labels in data/placed.jsonl -> zero, shift
     labels = signs(_rows(run, 'placed'))
     if not labels: return ('labels' if signs(_rows(run, 'train')) else 'none'), 0.
@@ -229,15 +229,16 @@ def _score(run): # train, scale, measure, finish
     train, test = (_rows(run, k) for k in ('train', 'test'))
     if zero == 'none': test = [r | dict(high_sign=0, low_sign=0) for r in test if r.get('paired', 1.)]
     report, scored = score_report(config.kind, train + _rows(run, 'placed'), test, score)
+    if shift: report['shift'] = shift
     summary = dict(kind=config.kind, zero=zero, n_train=_count(train), n_test=_count(test), **report,
-                   shift=shift, initial_mean=float(before.mean()), initial_sd=float(before.std()),
+                   initial_mean=float(before.mean()), initial_sd=float(before.std()),
                    initial_positive=float((scaled + shift > 0).mean()))
     for name, rows in (('calibration', answers), ('test_scores', scored)):
         atomic_write(run.path(f'{name}.jsonl'), as_lines(rows))
     engine.save(run.path('model'))
     write_card(run, base, summary); run.finish(summary)
 
-# %% ../../nbs/apps/08_stages.ipynb #0170e3f0
+# %% ../../nbs/apps/08_stages.ipynb #681c1e19
 def _score_stage(command, start, data, read, settings): # -> Record
     folder = model_folder(start)
     config = _configure(command, read, load_tokenizer(folder), folder, settings)
@@ -255,7 +256,7 @@ def reward(
     "A reward model of rankings by helpfulness. Errors as of `sft`."
     start, settings = opened(model), settings or {}
     told = settings_of('reward', {}, settings)
-    read = read_comparisons(data, told.seed, told.test_share, told.chosen_is, told.pairs)
+    read = reward_rows(data, told.seed, told.test_share, told.chosen_is, told.pairs)
     return _score_stage('reward', start, data, read, settings)
 
 def cost(
@@ -265,5 +266,5 @@ def cost(
     "A cost model of what rows say about harm. Errors as of `sft`."
     start, settings = opened(model), settings or {}
     told = settings_of('cost', {}, settings)
-    read = read_harm(data, told.seed, told.test_share, told.chosen_is, told.labels, told.zero, told.pairs)
+    read = cost_rows(data, told.seed, told.test_share, told.chosen_is, told.labels, told.zero, told.pairs)
     return _score_stage('cost', start, data, read, settings)
