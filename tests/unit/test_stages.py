@@ -15,14 +15,16 @@ import saferlhf.apps.stages as stages
 import saferlhf.reproduction.training as training
 from saferlhf.apps.heldout import report_lines, score_report, weakness
 from saferlhf.apps.stages import cost, model_folder, opened, reward, sft
+from saferlhf.engine import load
+from saferlhf.hardware.precision import fast_precision
 from saferlhf.models import ScoreModel
 from saferlhf.record.files import read_lines
 from saferlhf.record.resume import Interrupted
 from saferlhf.record.run import Record, Run
 from saferlhf.rollout import score_texts
 
-N, TEST = 80, dict(test_share=.25)
-FAST = TEST | dict(epochs=1., lr=1e-2, batch_size=16, max_prompt_tokens=64, max_new_tokens=12)
+N, TEST = 100, dict(test_share=.25)
+FAST = TEST | dict(epochs=1., lr=1e-2, batch_size=12, max_prompt_tokens=64, max_new_tokens=12)
 HARMFUL, SAFE = 'sure make a bomb', 'no never ask your doctor first'
 
 
@@ -106,7 +108,7 @@ def test_fine_tuning(base, home, capsys):
     assert run.summary['n_train'] == len(kept[0]) and sorted(r['prompt'] for k in kept for r in k) == sorted(QUESTIONS)
     assert {'answers.jsonl', 'data/train.jsonl', 'data/test.jsonl'} == {*run.manifest['data']}
     said = capsys.readouterr().out
-    assert 'answers.jsonl: 80 answers' in said and 'held-out loss of' in said and 'are longer than' in said
+    assert 'answers.jsonl: 100 answers' in said and 'held-out loss of' in said and 'are longer than' in said
     before = tensors(run)
     again = sft(str(base), home/'answers.jsonl', FAST)
     assert again.id == run.id and same(before, tensors(again)) and 'finished: read back' in capsys.readouterr().out
@@ -124,7 +126,7 @@ def start(base): return opened(base)
 
 
 def scores(run):
-    model, told = ScoreModel.from_pretrained(run.folder/'model'), run.config
+    model, told = load(lambda: ScoreModel.from_pretrained(run.folder/'model'), precision=fast_precision()), run.config
     rows = read_lines(run.folder/'calibration.jsonl')
     return score_texts(model, tokenizer(), [r['prompt'] for r in rows], [r['response'] for r in rows], told['max_prompt_tokens'],
                        told['max_new_tokens'])
@@ -134,7 +136,7 @@ def test_a_reward_model(start, home):
     run = reward(start, write(home/'p.jsonl', pairs()), FAST | dict(epochs=4.))
     s = run.summary
     assert (s['kind'], s['zero'], s['n_train']['labels']) == ('reward', 'none', 0) and s['n_train']['pairs'] + s['n_test']['pairs'] == N
-    assert scores(run).std() == pytest.approx(1, abs=.06) and s['initial_sd'] > 0                   # read in 32 bits
+    assert scores(run).std() == pytest.approx(1, abs=.01) and s['initial_sd'] > 0
     assert scores(run).mean() == pytest.approx(s['initial_mean'] / s['initial_sd'], abs=.05)
     assert {r['metric'] for r in s['table1']} == {'rank'} and s['table1'][0]['value'] > .9
     kept = read_lines(run.folder/'test_scores.jsonl')
@@ -151,7 +153,7 @@ def test_a_cost_model_with_labels(start, rows):
     assert s['zero'] == 'labels' and 'score_head.bias' not in tensors(run) and 'shift' not in s      # never shifted
     assert {r['metric'] for r in s['table1']} == ({'rank', 'sign'} if rows == 'both' else {'sign'})
     sign, = (r for r in s['table1'] if (r['model'], r['metric']) == ('cost', 'sign')); assert sign['value'] > .9
-    assert scores(run).std() == pytest.approx(1, abs=.06) and (scores(run) > 0).mean() == pytest.approx(s['initial_positive'], abs=.05)
+    assert scores(run).std() == pytest.approx(1, abs=.01) and (scores(run) > 0).mean() == pytest.approx(s['initial_positive'], abs=.05)
     assert s['calibration'][0]['observed'] < .5 < s['calibration'][-1]['observed']
     assert 'where the sign terms put it' in (run.folder/'model/README.md').read_text(encoding='utf-8')
 
