@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['opened', 'model_folder', 'sft', 'reward', 'cost']
 
-# %% ../../nbs/apps/08_stages.ipynb #e981b810
+# %% ../../nbs/apps/08_stages.ipynb #2d3fb9f9
 import hashlib
 import io
 import re
@@ -30,7 +30,7 @@ from ..reproduction.training import fine_tune, on_ranks, train_pairs
 from ..rollout import Sampler, perplexities, respond, score_texts
 from ..text import encode_response
 
-# %% ../../nbs/apps/08_stages.ipynb #9f175613
+# %% ../../nbs/apps/08_stages.ipynb #e2598869
 def _from_hub(name): # OWNER/NAME -> a folder in the cache
     from huggingface_hub import snapshot_download
     wanted = ['*.json', '*.safetensors', '*.jinja', 'tokenizer.model', 'README.md']
@@ -52,7 +52,7 @@ def _label(folder): # of a model -> what its runs are called
     hub = re.search(r'models--.+--([^/]+)/snapshots', folder.resolve().as_posix())
     return re.sub(r'[^\w.-]+', '-', hub[1] if hub else folder.resolve().name).strip('-.') or 'model'
 
-# %% ../../nbs/apps/08_stages.ipynb #96ebd1ab
+# %% ../../nbs/apps/08_stages.ipynb #e7a5d205
 def _outside(folder): # of a model that no run made -> its run
     sha, label, folder = model_hash(folder), _label(folder), folder.resolve()
     with redirect_stdout(io.StringIO()):
@@ -88,7 +88,7 @@ def model_folder(
     gone = f': {record.manifest["outside"]} is gone' if 'outside' in record.manifest else ''
     raise FileNotFoundError(f'{record.folder} holds no model{gone}')
 
-# %% ../../nbs/apps/08_stages.ipynb #cea07910
+# %% ../../nbs/apps/08_stages.ipynb #18f1e641
 def _sizes(command, n, counts, folder): # rows; as from `token_counts`; of the model -> field -> value
     room = getattr(read_config(folder), 'max_position_embeddings', None) or 10 ** 6
     prompt, answer = (-(-int(np.percentile(x, 95)) // 16) * 16 for x in counts)
@@ -99,6 +99,8 @@ def _sizes(command, n, counts, folder): # rows; as from `token_counts`; of the m
     return {most: n, 'epochs': 2., 'batch_size': batch, 'lr': rate, 'max_prompt_tokens': prompt,
             'max_new_tokens': answer}
 
+_MOST_TESTED = 2000                                              # held-out rows that are scored
+
 def _configure(command, read, tokenizer, folder, settings): # -> its configuration; says what is cut
     counts = token_counts(read.train + read.test, tokenizer)
     decided = {} if command == 'sft' else dict(kind=command)
@@ -106,11 +108,10 @@ def _configure(command, read, tokenizer, folder, settings): # -> its configurati
     for k in ('epochs', 'batch_size', 'lr', 'max_prompt_tokens', 'max_new_tokens'):
         if not getattr(config, k) > 0: raise ValueError(f'{k}={getattr(config, k)}: it is a number above 0')
     print(*read.said, cut_line(counts, config), sep='\n')
+    if len(read.test) > _MOST_TESTED: print(f'{_MOST_TESTED} of the held-out rows are kept and scored')
     return config
 
-# %% ../../nbs/apps/08_stages.ipynb #aa38821a
-_MOST_TESTED = 2000                                              # held-out rows that are scored
-
+# %% ../../nbs/apps/08_stages.ipynb #150724c1
 def _start(command, start, data, read, config, settings): # -> the run, its rows written
     rows = {'train': read.train, 'test': shuffled(read.test)[:_MOST_TESTED], 'placed': read.placed}
     files = {f'data/{name}.jsonl': as_lines(part) for name, part in rows.items() if part}
@@ -139,7 +140,7 @@ def _rows(run, name): # of data/; [] where it has none
     path = run.path(f'data/{name}.jsonl')
     return read_lines(path) if path.exists() else []
 
-# %% ../../nbs/apps/08_stages.ipynb #ad8ba0db
+# %% ../../nbs/apps/08_stages.ipynb #ea3ce124
 def _train_sft(run): # on every rank
     config, base, tokenizer, spread = _of(run, TuneSettings)
     fine_tune(run, base, _rows(run, 'train'), tokenizer, config, spread)
@@ -159,7 +160,7 @@ def _tune(run): # train, measure, finish
                    **tune_report(before, after, [r['prompt'] for r in test]))
     write_card(run, base, summary); run.finish(summary)
 
-# %% ../../nbs/apps/08_stages.ipynb #35d5764e
+# %% ../../nbs/apps/08_stages.ipynb #346e7b14
 def _tune_lines(summary): # what a run of fine-tuning says at its end
     (before, _, _), (after, _, _) = summary['loss_before'], summary['loss_after']
     change, low, high = summary['loss_change']
@@ -183,7 +184,7 @@ def sft(
     print(*_tune_lines(run.summary), f'done: {run.folder}', sep='\n')
     return Record(run.folder)
 
-# %% ../../nbs/apps/08_stages.ipynb #ef419686
+# %% ../../nbs/apps/08_stages.ipynb #648958c6
 def _train_pairs(run): # on every rank
     config, base, tokenizer, spread = _of(run, ScoreSettings)
     train_pairs(run, base, _rows(run, 'train'), tokenizer, config, spread)
@@ -201,7 +202,7 @@ def _zero_at(cost, harmful): # (N,) scores; (N,) bool -> where half are harmful;
     slope, at = float(fit.coef_[0, 0]), float(-fit.intercept_[0] / fit.coef_[0, 0])
     return at if slope > 0 and cost.min() < at < cost.max() else None
 
-# %% ../../nbs/apps/08_stages.ipynb #87aa6358
+# %% ../../nbs/apps/08_stages.ipynb #6729c8c2
 def _place_zero(run, model, score): # of labels in data/placed.jsonl -> zero, shift
     labels = signs(_rows(run, 'placed'))
     if not labels: return ('labels' if signs(_rows(run, 'train')) else 'none'), 0.
@@ -238,7 +239,7 @@ def _score(run): # train, scale, measure, finish
     engine.save(run.path('model'))
     write_card(run, base, summary); run.finish(summary)
 
-# %% ../../nbs/apps/08_stages.ipynb #681c1e19
+# %% ../../nbs/apps/08_stages.ipynb #72c8784b
 def _score_stage(command, start, data, read, settings): # -> Record
     folder = model_folder(start)
     config = _configure(command, read, load_tokenizer(folder), folder, settings)

@@ -73,7 +73,8 @@ def test_rankings_by_helpfulness(tmp_path):
 
 def test_what_chosen_means_has_to_be_said(tmp_path):
     path = written(tmp_path, chosen())
-    for call in (reward_rows, cost_rows): one_line("rows.jsonl, chosen_is='': say what chosen means, 'better'.*'overall'", call, path, 0, .1)
+    for call in (reward_rows, cost_rows):
+        one_line("rows.jsonl, chosen_is='': say what chosen means, 'better'.*'overall'", call, path, 0, .1)
     for meaning in ('better', 'overall'):
         read = reward_rows(path, 0, .1, meaning)
         assert {r['high'] for r in read.train} == {ANSWERS['response_0']} and ('overall' in read.said[0]) == (meaning == 'overall')
@@ -113,9 +114,9 @@ def test_rankings_alone_have_no_zero():
 
 
 def test_a_file_may_rank_some_rows_and_label_others():
-    rows = pairs(60, safer_response_id=0) + [r | dict(prompt=r['prompt'] + ' b') for r in pairs(
-        40, is_response_0_safe=False, is_response_1_safe=True)] + [r | dict(prompt=r['prompt'] + ' c') for r in pairs(3, better_response_id=1)]
-    read = cost_rows(rows, 0, .1)
+    other = lambda rows, end: [r | dict(prompt=r['prompt'] + end) for r in rows]
+    labelled, neither = pairs(40, is_response_0_safe=False, is_response_1_safe=True), pairs(3, better_response_id=1)
+    read = cost_rows(pairs(60, safer_response_id=0) + other(labelled, ' b') + other(neither, ' c'), 0, .1)
     every = read.train + read.test
     assert sum(r['paired'] for r in every) == 60 and len(signs(every)) == 80 and read.zero == 'labels'
     assert '60 rankings by harm, 80 single labels' in read.said[0] and '3 rows say nothing about harm' in read.said[0]
@@ -130,7 +131,8 @@ def test_labels_of_one_kind_put_no_zero():
 def test_a_part_of_the_labels_can_be_left_out():
     both = pairs(safer_response_id=0, is_response_0_safe=True, is_response_1_safe=False)
     sign, rank = cost_rows(both, 0, .1, labels='sign'), cost_rows(both, 0, .1, labels='rank')
-    assert not any(r['paired'] for r in sign.train) and sign.zero == 'labels' and len(signs(sign.train)) == len(signs(cost_rows(both, 0, .1).train))
+    assert not any(r['paired'] for r in sign.train) and sign.zero == 'labels'
+    assert signs(sign.train) == signs(cost_rows(both, 0, .1).train)
     assert not signs(rank.train + rank.test) and rank.zero == 'none'
     one_line("no rankings by harm: leave labels='rank' out", cost_rows, labels(), 0, .1, labels='rank')
     one_line("no row says", cost_rows, pairs(safer_response_id=0), 0, .1, labels='sign')
@@ -146,8 +148,9 @@ def test_a_zero_put_by_labels(tmp_path):
     read = cost_rows(ranked, 0, .1, zero=path)
     assert read.zero == 'offset' and not signs(read.train) and len(signs(read.placed)) + len(signs(read.test)) == N
     assert not prompts(read.placed) & prompts(read.test) and not prompts(read.train) & prompts(read.test)
-    one_line('49 safety labels, 25 of them safe: it needs 50 or more', cost_rows, ranked, 0, .1, zero=written(tmp_path, labels(49), 'few.jsonl'))
-    one_line('of both kinds', cost_rows, ranked, 0, .1, zero=written(tmp_path, labels(safe=lambda k: True), 'safe.jsonl'))
+    few, safe = written(tmp_path, labels(49), 'few.jsonl'), written(tmp_path, labels(safe=lambda k: True), 'safe.jsonl')
+    one_line('49 safety labels, 25 of them safe: it needs 50 or more', cost_rows, ranked, 0, .1, zero=few)
+    one_line('of both kinds', cost_rows, ranked, 0, .1, zero=safe)
     one_line("rows.*has safety labels of its own", cost_rows, labels(), 0, .1, zero=path)
     one_line('No such file', cost_rows, ranked, 0, .1, zero=str(tmp_path/'missing.jsonl'))
 

@@ -48,7 +48,11 @@ def write(path, rows):
 
 QUESTIONS = [f'{s} {k}' for k, s in enumerate(sentences(N, 1))]
 def answers(): return [dict(prompt=p, response=SAFE) for p in QUESTIONS]
-def labels(): return [dict(prompt=p, response=(SAFE, HARMFUL)[k % 2] + ' please' * (k % 3), is_safe=k % 2 == 0) for k, p in enumerate(QUESTIONS)]
+
+
+def labels():
+    text = lambda k: (SAFE, HARMFUL)[k % 2] + ' please' * (k % 3)
+    return [dict(prompt=p, response=text(k), is_safe=k % 2 == 0) for k, p in enumerate(QUESTIONS)]
 
 
 def pairs(**more):
@@ -141,13 +145,13 @@ def test_a_reward_model(start, home):
     assert {r['metric'] for r in s['table1']} == {'rank'} and s['table1'][0]['value'] > .9
     kept = read_lines(run.folder/'test_scores.jsonl')
     assert np.mean([r['high_score'] > r['low_score'] for r in kept]) == s['table1'][0]['value'] and len(kept) == s['n_test']['pairs']
-    card = (run.folder/'model/README.md').read_text(encoding='utf-8')
-    assert 'rule: TF-IDF, rank' in card and 'Prompt buckets' not in card and ModelCard.load(run.folder/'model/README.md').data.language is None
+    card = ModelCard.load(run.folder/'model/README.md')
+    assert 'rule: TF-IDF, rank' in card.text and 'Prompt buckets' not in card.text and card.data.language is None
 
 
 @pytest.mark.parametrize('rows', ['both', 'labels'])
 def test_a_cost_model_with_labels(start, rows):
-    flags = lambda r: r | dict(zip(('is_response_0_safe', 'is_response_1_safe'), (r['safer_response_id'] == 0, r['safer_response_id'] == 1), strict=True))
+    flags = lambda r: r | {f'is_response_{k}_safe': r['safer_response_id'] == k for k in (0, 1)}
     run = cost(start, [flags(r) for r in pairs()] if rows == 'both' else labels(), FAST | dict(epochs=6.))
     s = run.summary
     assert s['zero'] == 'labels' and 'score_head.bias' not in tensors(run) and 'shift' not in s      # never shifted
@@ -172,7 +176,8 @@ def test_a_cost_model_of_rankings_alone(start, home):
 def test_labels_that_contradict_the_rankings_put_no_zero(start, home, capsys):
     wrong = [r | dict(is_safe=not r['is_safe']) for r in labels()]
     run = cost(start, pairs(), FAST | dict(epochs=4., zero=str(write(home/'zero.jsonl', wrong))))
-    assert run.summary['zero'] == 'none' and 'score_head.bias' not in tensors(run) and {r['metric'] for r in run.summary['table1']} == {'rank'}
+    assert run.summary['zero'] == 'none' and 'score_head.bias' not in tensors(run)
+    assert {r['metric'] for r in run.summary['table1']} == {'rank'}
     assert 'do not tell harmful from harmless' in capsys.readouterr().out
 
 
@@ -215,12 +220,15 @@ def test_scores_that_collapse_say_so(start, monkeypatch):
 
 # the report
 
-def judged(noise, n=60, rows=None):
+def judged(noise, n=60):
     "A reward model whose ranking is right but for a share of the rows, and what the report says of it."
-    rows = rows or [dict(prompt=f'Question {k}?', high='cake ' * (1 + k % 2), low='sugar ' * (2 - k % 2), paired=1.) for k in range(n + 200)]
+    text = lambda word, k: f'{word} ' * (1 + k % 2)
+    rows = [dict(prompt=f'Question {k}?', high=text('cake', k), low=text('sugar', k + 1), paired=1.) for k in range(n + 20)]
+    train = [r | dict(high=r['low'], low=r['high']) for r in rows[n:n + 10]] + rows[n + 10:]         # words say nothing
     wrong = {r['prompt'] for r in rows[:round(noise * n)]}
-    score = lambda prompts, texts: np.array([(('cake' in a) != (p in wrong)) * 1. for p, a in zip(prompts, texts, strict=True)])
-    report, _ = score_report('reward', [r | dict(high=r['low'], low=r['high']) for r in rows[n:n + 10]] + rows[n + 10:n + 20], rows[:n], score)
+    right = lambda p, a: ('cake' in a) != (p in wrong)
+    score = lambda prompts, texts: np.array([float(right(*x)) for x in zip(prompts, texts, strict=True)])
+    report, _ = score_report('reward', train, rows[:n], score)
     return SimpleNamespace(summary=report, manifest=dict(stage='reward'), id='reward/x')
 
 
@@ -229,20 +237,23 @@ def test_a_model_is_strong_when_it_beats_the_best_rule_for_certain():
     assert weakness(strong) == '' and strong.summary['beats_rule'] == {'rank': True} and strong.summary['rows_needed'] == {'rank': 0}
     assert 'reward/x is weak: rank: does not beat' in weakness(weak) and '\n' not in weakness(weak)
     assert not few.summary['beats_rule']['rank'] and few.summary['rows_needed']['rank'] == 8          # 20 prompts at least
-    assert 'about 8 more test rows would tell' in weakness(few)
+    assert '12 held-out prompts are too few to tell: hold out 8 rows more' in weakness(few)
     assert 'beats the rule' in ' '.join(report_lines(strong.summary))
 
 
 def test_how_many_rows_would_tell():
     r = judged(.42, n=60).summary['against_rule']['rank']
-    assert r['value'] > 0 > r['low'] and r['more_test_rows'] == max(1, np.ceil(60 * ((r['high'] - r['low']) / 2 / r['value']) ** 2) - 60)
+    half = (r['high'] - r['low']) / 2
+    assert r['value'] > 0 > r['low'] and r['more_test_rows'] == max(1, np.ceil(60 * (half / r['value']) ** 2) - 60)
     worse = judged(.7)
     assert worse.summary['rows_needed'] == {'rank': None} and 'more or cleaner training rows' in weakness(worse)
 
 
 def test_which_metric_decides():
     a = dict(rule='majority', rule_value=.6, n=50, prompts=50, beats=True, more_test_rows=0, value=.2, low=.1, high=.3)
-    record = lambda zero, **against: SimpleNamespace(summary=dict(zero=zero, against_rule=against), manifest=dict(stage='cost'), id='cost/x')
-    assert weakness(record('labels', sign=a, rank=a | dict(beats=False))) == '' != weakness(record('labels', sign=a | dict(beats=False), rank=a))
+    def record(zero, **against):
+        return SimpleNamespace(summary=dict(zero=zero, against_rule=against), manifest=dict(stage='cost'), id='cost/x')
+    bad = a | dict(beats=False)
+    assert weakness(record('labels', sign=a, rank=bad)) == '' != weakness(record('labels', sign=bad, rank=a))
     assert weakness(record('none', rank=a)) == '' and 'no held-out row measures it' in weakness(record('none'))
     assert weakness(SimpleNamespace(summary={}, manifest=dict(stage='base_lm'), id='b')) == ''       # not measured
