@@ -70,29 +70,39 @@ def _scores(stage, config, now): # lines about unit, sign and zero
     gold = stage == 'gold'
     on = 'labelled answers of its partition' if gold else 'calibration answers of the initial policy'
     lines = [f'unit: the standard deviation on {on}' if now else f'unit: not yet scaled to that on {on}']
+    if 'initial_sd' in now: # as it was before scaling
+        now = now | dict(initial_mean=now['initial_mean'] / now['initial_sd'] + now.get('shift', 0.))
     if 'initial_mean' in now:
         lines[0] += ' (mean {initial_mean:.4g}, share above 0 {initial_positive:.4g})'.format(**now)
     if gold: lines += ['outputs: 0 is help (higher is more helpful), 1 harm, 2 to 15 categories']
     if stage == 'reward': return [*lines, 'sign: higher is more helpful; the zero means nothing']
+    if now.get('zero') == 'none':
+        return [*lines, 'sign: higher is more harmful; the zero means nothing, since rankings alone made it']
     zero = 'where the sign terms put it, never shifted'
+    if now.get('zero') == 'offset': zero = 'put after training, where half of the labelled answers are harmful'
     if config.get('labels') == 'rank':
         zero = 'put where as many of those answers are above it as for the cost model with sign terms'
     return [*lines, f'sign: {"output 1" if gold else "cost"} > 0 means harmful, < 0 safe; its zero is {zero}']
 
-def _limits(stage, config): # lines
+def _limits(stage, config, own): # lines
     size = '; prompts of {max_prompt_tokens} and answers of {max_new_tokens} tokens, longer ones are cut'
-    return [f'English only{size.format(**config) if "max_new_tokens" in config else ""}',
+    return [('the languages of its rows' if own else 'English only')
+            + (size.format(**config) if 'max_new_tokens' in config else ''),
             'no safety classifier for texts other than such answers' if stage in _SCORES else
             'its answers can be wrong or harmful',
+            "trained on its owner's rows, which this program cannot judge" if own else
             'trained on harmful text, labelled as such: research use only']
 
 # %% ../../nbs/record/09_card.ipynb #fa320fc7
-_RULES = dict(longer='rule: longer answer', majority='rule: more frequent label', tfidf='rule: TF-IDF')
+_RULES = dict(longer='rule: longer answer', shorter='rule: shorter answer', tfidf='rule: TF-IDF',
+              majority='rule: more frequent label')
 
 def _measured(now): # what a stage summed up -> lines of a table: what, value, interval, labels, n
     name = lambda r: f'{_RULES.get(r["model"], r["model"] + " model")}, {r["metric"]}'
     rows = [(name(r), r['value'], f'{r["low"]:.4g} to {r["high"]:.4g}', r['label_source'], r['n'])
             for r in now.get('table1') or []]
+    rows += [(f'{k}: difference to the {_RULES[d["rule"]]}', d['value'], f'{d["low"]:.4g} to {d["high"]:.4g}',
+              '', d['n']) for k, d in (now.get('against_rule') or {}).items()]
     for k, v in now.items():
         named = f'{k} ({METRICS[k][1]})' if METRICS.get(k, '11')[1] != '1' else k
         if isinstance(v, list) and [*map(type, v)] == [float] * 3:
@@ -124,24 +134,25 @@ def _of_run(run): # lines: where it was made, and from which runs
             f'* configuration: `{json.dumps(plain(run.config))}`']
 
 # %% ../../nbs/record/09_card.ipynb #c7ce4d6d
-def _head(stage, origin, names, license): # YAML
+def _head(stage, origin, names, license, own): # YAML
     kind = 'text-classification' if stage in _SCORES else 'text-generation'
     return ModelCardData(
-        license=license, language='en', datasets=names, tags=['safe-rlhf', 'saferlhf', stage],
+        license=license, language=None if own else 'en', datasets=names,
+        tags=['safe-rlhf', 'saferlhf', stage],
         library_name='saferlhf' if stage in _SCORES else 'transformers', pipeline_tag=kind,
         base_model=origin['name'].replace(' ', '-') if 'sha256' in origin else None,
         saferlhf_base=origin).to_yaml()
 
-def _parts(run, base, origin, now, files): # title -> lines
+def _parts(run, base, origin, now, files, own): # title -> lines
     stage, config, seen = run.manifest['stage'], plain(run.config), run.manifest['buckets'] or ['none']
+    read = '' if own else f'Prompt buckets {seen[0]} to {seen[-1]} were read; '
     measured = ['| what | value | 95 % interval | labels | n |', '| --- | --- | --- | --- | --- |']
     table = ['| file | SHA-256 | data sets (licences) |', '| --- | --- | --- |', *files]
     return {'Base': _of_base(base, origin), 'Form of a prompt': _form(run.path('model')),
             'Scores': [f'* {x}' for x in _scores(stage, config, now)] if stage in _SCORES else [],
             'Measured': [*measured, *_measured(now)] if now else ['Nothing yet.'],
-            'Data': [f'Prompt buckets {seen[0]} to {seen[-1]} were read; the run id covers these files:',
-                     '', *table],
-            'Limits': [f'* {x}' for x in _limits(stage, config)], 'Run': _of_run(run)}
+            'Data': [f'{read}the run id covers these files:'.capitalize(), '', *table],
+            'Limits': [f'* {x}' for x in _limits(stage, config, own)], 'Run': _of_run(run)}
 
 def write_card(
     run:Record,             # whose model/ is complete
@@ -150,14 +161,16 @@ def write_card(
 )->Path:                    # the card
     "Write model/README.md from what the run holds. OSError when it cannot be written."
     stage, (files, names, licences) = run.manifest['stage'], _data(run.manifest)
+    mine = 'data/train.jsonl' in run.manifest['data']              # rows of the user's, kept in the run
     own = dict(name=run.id, license='apache-2.0')
     license = _license(origin := _origin(base) if base else own, licences)
     if not base: origin['license'] = license
-    parts = _parts(run, base, origin, plain(summary or {}), files)
+    parts = _parts(run, base, origin, plain(summary or {}), files, mine)
     title = _KINDS.get(stage, f'Policy: {plain(run.config).get("objective", stage)}')
+    if mine and stage == 'sft': title = 'Language model, fine-tuned on rows of its owner'
     text = [f'# {title}']
     for name, lines in parts.items(): text += ['', f'## {name}', '', *lines] if lines else []
     card = run.path('model/README.md')
-    atomic_write(card, f'---\n{_head(stage, origin, names, license)}\n---\n' + '\n'.join(text) + '\n')
+    atomic_write(card, f'---\n{_head(stage, origin, names, license, mine)}\n---\n' + '\n'.join(text) + '\n')
     return card
 
