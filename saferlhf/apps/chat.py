@@ -60,8 +60,8 @@ class Speaker:
         rows = respond(self.sampler, self.tokenizer, prompts, self.limit, batch_size, first=first)
         texts = [r['response'] for r in rows]
         told = {k: judge(prompts, texts).tolist() for k, judge in self.judges.items()}
-        return [dict(response=r['response'], truncated=bool(r['truncated'])) | {k: x[i] for k, x in told.items()}
-                for i, r in enumerate(rows)]
+        return [dict(response=r['response'], truncated=bool(r['truncated']),
+                     **{k: x[i] for k, x in told.items()}) for i, r in enumerate(rows)]
 
 # %% ../../nbs/apps/13_chat.ipynb #21415da9
 def _judges(policies, told): # runs or folders; dict reward, cost: what was asked for -> the same, filled in
@@ -74,9 +74,10 @@ def _judges(policies, told): # runs or folders; dict reward, cost: what was aske
             if not gone: told[kind] = folder
     return told
 
-def _shown(row): # an answer, for people
+def _shown(row): # an answer, for people: without characters that steer a terminal
+    text = ''.join(c for c in row['response'] if c.isprintable() or c in '\n\t').strip()
     told = [f'{k} {row[k]:+.2f}' for k in ('reward', 'cost') if k in row] + ['cut'] * row['truncated']
-    return row['response'].strip() + (f'\n    [{", ".join(told)}]' if told else '')
+    return text + (f'\n    [{", ".join(told)}]' if told else '')
 
 # %% ../../nbs/apps/13_chat.ipynb #ca899cc8
 _HELP = '/new begins anew, /system TEXT sets a system text, /temperature T, /quit; Ctrl-C stops an answer'

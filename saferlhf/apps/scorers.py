@@ -31,8 +31,9 @@ class Score:
         fn,              # (prompts, answers) -> N numbers; of pairs: (prompts, first answers, second answers)
         kind:str,        # 'reward', 'cost', 'better' or 'safer'
         name:str='',     # for tables and errors; '': the function's
+        model=None,      # that it was made of, as of `model_at`
     ):
-        self.fn, self.kind, self.varied = fn, kind, False
+        self.fn, self.kind, self.model, self.varied = fn, kind, model, False
         self.name = name or getattr(fn, '__qualname__', type(fn).__name__)
         if kind not in _KINDS: raise ValueError(f'{self.name}: say what it is, {_MEANS}')
 
@@ -114,7 +115,7 @@ def scorer_of(
         return Score(grader, kind or 'better', grader.endpoint.name)
     if re.fullmatch(r'[A-Za-z_][\w.]*[.:][A-Za-z_]\w*', name) and not Path(name).exists():
         return Score(_imported(name), kind, name)
-    return Score(*model_score(what, kind, labels, (max_prompt_tokens, max_new_tokens)))
+    return Score(*model_score(what, kind, labels, (max_prompt_tokens, max_new_tokens)), what)
 
 # %% ../../nbs/apps/08_scorers.ipynb #7967d359
 class _RolloutScorer:
