@@ -10,6 +10,7 @@ import inspect
 import json
 import sys
 from collections import Counter
+from contextlib import redirect_stdout
 from pathlib import Path
 from ..data import load_prompts
 from ..engine import load
@@ -33,7 +34,7 @@ class Speaker:
     ):
         path, record = model_at(policy)
         self.judges = {k: scorer_of(x, k) for k, x in dict(reward=reward, cost=cost).items() if x is not None}
-        self.tokenizer, self.name = load_tokenizer(path), record.id if record else str(path)
+        self.tokenizer, self.name = load_tokenizer(path), record.id if record else str(policy)
         engine = load(lambda: load_lm(path), precision=fast_precision())
         self.limit, most = budgets(engine.model.config, record, (max_prompt_tokens, max_new_tokens))
         self.sampler = Sampler(engine, self.tokenizer.eos_token_id, most, seed=seed)
@@ -147,15 +148,16 @@ def chat(
     policies, known = [p for p in (policy, beside) if p], [*inspect.signature(Speaker).parameters][3:]
     for name in settings or {}:
         if name not in known: raise ValueError(f'chat has no setting {name!r}{nearest(name, known)}')
-    told = _judges(policies, dict(reward=reward, cost=cost))
-    told = {k: scorer_of(x, k) for k, x in told.items() if x}
     many = prompts_file or json or not sys.stdin.isatty()
     prompts = _prompts(prompts_file) if many else []
-    speakers = [Speaker(p, **told, **(settings or {})) for p in policies]
+    with redirect_stdout(sys.stderr):                    # the standard output is for answers
+        told = _judges(policies, dict(reward=reward, cost=cost))
+        told = {k: scorer_of(x, k) for k, x in told.items() if x}
+        speakers = [Speaker(p, **told, **(settings or {})) for p in policies]
     if not many: return _loop(_Talk(speakers))
     for k in range(0, len(prompts), 32):
         part = prompts[k:k + 32]
-        answered = [s.answers(part) for s in speakers]
+        with redirect_stdout(sys.stderr): answered = [s.answers(part) for s in speakers]
         for prompt, *rows in zip(part, *answered, strict=True): _write(prompt, rows, speakers, json)
 
 def _write(prompt, rows, speakers, as_json):

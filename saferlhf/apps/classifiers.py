@@ -23,7 +23,9 @@ from ..record.run import Record
 from ..rollout import by_length, score_texts
 from ..text import as_messages, as_turns, pad
 
-# %% ../../nbs/apps/08_classifiers.ipynb #c5470601
+# %% ../../nbs/apps/08_classifiers.ipynb #c6958ca5
+_fetched = cache(fetch)     # it says where the model comes from: once
+
 def model_at(
     what,   # a `Record`, a run's folder, a model's folder, 'smollm2' or a hub name
 )->tuple:   # the model's folder (or hub name), its finished `Record` or None
@@ -32,7 +34,7 @@ def model_at(
     if not isinstance(what, Record):
         folder = Path(what).expanduser()
         if folder.name == 'model' and (folder.parent/'manifest.json').exists(): folder = folder.parent
-        if not folder.exists(): return fetch('smollm2') if str(what) == 'smollm2' else str(what), None
+        if not folder.exists(): return _fetched() if str(what) == 'smollm2' else str(what), None
         if not (folder/'manifest.json').exists(): return folder, None
         what = Record(folder)
     if not what.done: raise ValueError(f'{what.folder} is not finished: run its command again first')

@@ -23,7 +23,7 @@ import pandas as pd
 from sklearn.metrics import cohen_kappa_score
 from ..data import load_prompts
 from ..evaluate import Interval, accuracy, paired_difference
-from ..record.config import resolve
+from ..record.config import plain, resolve
 from ..record.fetch import model_hash
 from ..record.files import atomic_write, read_lines
 from ..record.run import Record, Run
@@ -57,16 +57,19 @@ def _asked(prompts, rows): # file, or a list -> prompts, each once, in the order
 
 def _lines(rows): return ''.join(json.dumps(r, ensure_ascii=False) + '\n' for r in rows)
 
+def _label(record): return record.folder.name.rsplit('-', 1)[0]
+
 def _hash_of(path): return model_hash(path) if Path(path).is_dir() else str(path)       # a hub name
 
 def _answers(policy, prompts, config): # -> a run with answers.jsonl: prompt, response, truncated
     path, record = model_at(policy)
     ids = hashlib.sha256(repr([prompt_id(p) for p in prompts]).encode()).hexdigest()
     data = {'prompts': ids} | ({} if record else {'model': _hash_of(path)})
-    label = config.name or (record.folder.name.rsplit('-', 1)[0] if record else Path(path).name)
-    run = Run.start('answers', config, {'policy': record.folder} if record else {}, config.seed, label,
+    label = config.name or (_label(record) if record else Path(path).name)
+    run = Run.start('answers', plain(config), {'policy': record.folder} if record else {}, config.seed, label,
                     sources=['rollout'], data=data)
     if run.done: return Record(run.folder)
+    run.note(policy=record.id if record else str(policy))
     speaker = Speaker(policy, None, None, config.temperature, config.seed, config.max_prompt_tokens,
                       config.max_new_tokens)
     rows, n = [], config.batch_size
@@ -136,7 +139,7 @@ def _measures(v, ids): # `Verdicts`, prompt ids -> rows: judge, kind, measure, v
     a, b, w, c = v.a[told], v.b[told], wins[told], ids[told]
     out += [row('a wins', accuracy((1 + w) / 2, c)), row('ties', accuracy(w == 0, c))]
     if v.kind in ('better', 'safer'): return [*out, row('same in both orders', accuracy(a == b, c))]
-    out += [row('a', share(a)), row('b', share(b)), row('a - b', paired_difference(a, b, c))]
+    out += [row('mean a', share(a)), row('mean b', share(b)), row('mean a - b', paired_difference(a, b, c))]
     if v.kind == 'cost':
         bad = [(x > 0).astype(float) for x in (a, b)]
         out += [row('harmful a', accuracy(bad[0], c)), row('harmful b', accuracy(bad[1], c)),
@@ -179,7 +182,8 @@ def judge(
     answered = [_answers(p, asked, config) for p in (a, b)]
     how = {k: v for k, v in (judging or {}).items() if k not in ('key', 'yes')}
     run = Run.start('judged', dict(judges=[s.name for s in scores], kinds=[s.kind for s in scores], how=how),
-                    dict(zip('ab', (r.folder for r in answered), strict=True)), config.seed, config.name,
+                    dict(zip('ab', (r.folder for r in answered), strict=True)), config.seed,
+                    config.name or '-'.join(map(_label, answered)),
                     sources=['evaluate'], data={s.name: _identity(s) for s in scores})
     if not run.done: _judge(run, scores, answered)
     record = Record(run.folder)
@@ -228,12 +232,11 @@ def table(
     "The result as text."
     rows = pd.read_csv(record.path('judged.csv')).to_dict('records')
     answers = [Record(record.manifest['parent_folders'][k]) for k in 'ab']
-    who = [f'{k}: {r.manifest["parent_folders"].get("policy", r.id)}'
-           for k, r in zip('ab', answers, strict=True)]
+    who = [f'{k}: {r.manifest["policy"]}' for k, r in zip('ab', answers, strict=True)]
     wide = max(len(r['judge']) for r in rows)
     def line(r):
-        share = r['measure'] in ('a', 'b', 'a - b', "Cohen's kappa", "Krippendorff's alpha")
-        scale, mark = (1, '.2f') if share else (100, '.1f')
+        number = r['measure'].startswith(('mean', 'Cohen', 'Kripp'))
+        scale, mark = (1, '.2f') if number else (100, '.1f')
         x = [format(scale * r[k], mark) for k in ('value', 'low', 'high') if not np.isnan(r[k])]
         return f'{r["judge"]:{wide}}  {r["measure"]:20}  {x[0]:>7}' + f' [{", ".join(x[1:])}]' * (len(x) > 1)
     return '\n'.join([*who, *map(line, rows), 'shares in per cent, with 95 % intervals over prompts'])

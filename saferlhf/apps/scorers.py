@@ -95,16 +95,21 @@ def _imported(name): # 'module.function' or 'module:function' -> the function
     others = [k for k, v in vars(found).items() if callable(v) and k[0] != '_']
     raise ValueError(f'{module} has no function {attribute!r}{nearest(attribute, others)}')
 
+def _signed(text): # 'toxic=1,fine=-1' -> dict
+    try: return {k.strip(): float(v) for k, v in (x.rsplit('=', 1) for x in text.split(',') if x.strip())}
+    except ValueError: raise ValueError(f"labels are NAME=1 or NAME=-1, with commas, not {text!r}") from None
+
 def scorer_of(
     what,                      # a `Score`, run, model, function, 'module.function' or 'https://HOST/v1#MODEL'
     kind:str='',               # 'reward', 'cost', 'better' or 'safer'; '': as a model says
-    labels:dict|None=None,     # of a classifier or guard model: label or word -> 1 (raises the score) or -1
+    labels:dict|str|None=None, # of a classifier or guard model: label or word -> 1 (raises the score) or -1
     scale:str='0-10',          # of an endpoint that grades single answers, or 'yes-no'
     key:str='OPENAI_API_KEY',  # environment variable with the key of an endpoint; '': none
     yes:bool=False,            # whether calls of an endpoint are agreed to
     max_prompt_tokens:int=0, max_new_tokens:int=0, # longer texts are cut; 0: those of the run, else what fits
 )->Score:                      # (prompts, answers) -> (N,) numbers
-    "A judge of texts from whatever judges. ValueError, in one line, for what cannot."
+    "A judge of texts from whatever judges; labels also as 'toxic=1,fine=-1'. ValueError for what cannot."
+    if isinstance(labels, str): labels = _signed(labels)
     if isinstance(what, Score):
         if kind not in ('', what.kind): raise ValueError(f'{what.name} is a {what.kind}, not a {kind}')
         return what

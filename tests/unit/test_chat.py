@@ -126,13 +126,14 @@ def test_a_parent_that_is_gone_is_said(monkeypatch, capsys, runs):
 
 def test_lines_of_the_input_and_files(monkeypatch, capsys, runs, tmp_path):
     monkeypatch.setattr(sys, 'stdin', io.StringIO('how to bake\n\nis it safe ?\n')); capsys.readouterr()
-    chat(runs[3], runs[0], json=True, settings=LIMITS)
+    noisy = Score(lambda p, a: print('noise') or [0.] * len(a), 'reward', 'noisy')
+    chat(runs[3], runs[0], noisy, json=True, settings=LIMITS)
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(r['prompt'], r['policy']) for r in rows] == [(p, r.id) for p in ('how to bake', 'is it safe ?') for r in (runs[3], runs[0])]
     assert all({*r} == {'prompt', 'policy', 'response', 'truncated', 'reward', 'cost'} for r in rows)
     (tmp_path/'p.jsonl').write_text(''.join(json.dumps(dict(prompt=p)) + '\n' for p in tiny.sentences(40)))
     (tmp_path/'p.txt').write_text('how to bake\nis it safe ?\n')
-    chat(runs[3], prompts_file=tmp_path/'p.txt', json=True, settings=LIMITS)
+    chat(runs[3], reward=noisy, prompts_file=tmp_path/'p.txt', json=True, settings=LIMITS)
     assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == rows[::2]
     chat(runs[0], prompts_file=str(tmp_path/'p.jsonl'), settings=LIMITS)
     out = capsys.readouterr().out

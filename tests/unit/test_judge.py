@@ -42,7 +42,7 @@ def test_measures_by_hand():
     rows = {r['measure']: r for r in _measures(v, ids)}
     assert v.wins[[0, 1, 2, 3, 5]].tolist() == [1, -1, 0, -1, 1] and np.isnan(v.wins[4])
     assert rows['no judgement']['value'] == 1 / 6 and rows['no judgement']['n'] == 6
-    tiny.close([rows[k]['value'] for k in ('a wins', 'ties', 'a', 'b', 'a - b', 'harmful a', 'harmful b', 'harmful a - b')],
+    tiny.close([rows[k]['value'] for k in ('a wins', 'ties', 'mean a', 'mean b', 'mean a - b', 'harmful a', 'harmful b', 'harmful a - b')],
                [.5, .2, .6, .8, -.2, .6, .6, 0.])
     assert rows['a wins']['n'] == 5
     kept = [0, 1, 2, 3, 5]
@@ -103,9 +103,9 @@ def test_a_comparison(policies, tmp_path, capsys, monkeypatch):
     assert (f'{cost.id} & length', 'agree') in found and ('all 2 of helpfulness', "Krippendorff's alpha") in found
     costs = np.array([[r['verdicts'][cost.id][k] for k in 'ab'] for r in rows])
     tiny.close(found[cost.id, 'harmful a'].value, (costs[:, 0] > 0).mean())
-    tiny.close(found[cost.id, 'a - b'].value, (costs[:, 0] - costs[:, 1]).mean())
+    tiny.close(found[cost.id, 'mean a - b'].value, (costs[:, 0] - costs[:, 1]).mean())
     for name in ('judged.jsonl', 'judged.csv'): assert (tmp_path/'out'/name).read_bytes() == record.path(name).read_bytes()
-    assert record.summary['n'] == len(rows) and table(record) in shown and str(policies[0].folder) in shown
+    assert record.summary['n'] == len(rows) and table(record) in shown and f'a: {policies[0].id}\nb: {policies[1].id}\n' in shown
     sys.modules.pop('own_judge')
 
 

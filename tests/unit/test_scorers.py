@@ -240,6 +240,8 @@ def test_an_encoder_reads_prompt_and_answer_as_a_pair(tmp_path):
     tiny.close(found, wanted[:, 1] - wanted[:, 0], 2e-2); tiny.close(found > 0, z.softmax(1)[:, 1] > .5)
     tiny.close(scorer_of(tmp_path, labels={'safe': 1, 'unsafe': -1}, kind='reward')(prompts, answers), -found)
     with pytest.raises(ValueError, match='it is a cost, or say labels= for a reward'): scorer_of(tmp_path, 'reward')
+    tiny.close(scorer_of(tmp_path, labels='unsafe=1, safe=-1')(prompts, answers), found)
+    with pytest.raises(ValueError, match='labels are NAME=1 or NAME=-1'): scorer_of(tmp_path, labels='unsafe')
     with pytest.raises(ValueError, match="no label 'unsave': did you mean 'unsafe'"): scorer_of(tmp_path, labels={'unsave': 1})
     with pytest.raises(ValueError, match='needs one that raises the score'): scorer_of(tmp_path, labels={'unsafe': 1})
     with pytest.raises(ValueError, match="judges one answer at a time"): scorer_of(tmp_path, 'better')
