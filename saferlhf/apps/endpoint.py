@@ -24,8 +24,8 @@ from tqdm import tqdm
 from ..record.run import runs_home
 from ..text import as_messages
 
-# %% ../../nbs/apps/08_endpoint.ipynb #b09901e2
-_SECONDS, _TRIES, _WAIT, _AT_ONCE, _REPLY = 60., 6, 1., 4, 16 # for a reply; calls; pause, s; threads; tokens
+# %% ../../nbs/apps/08_endpoint.ipynb #cba6f457
+_SECONDS, _TRIES, _WAIT, _AT_ONCE = 60., 6, 1., 4               # for a reply; calls; first pause, s; threads
 
 def _parse(address): # -> base, model, host; what may hold a secret is not repeated
     base, _, model = address.partition('#')
@@ -57,6 +57,8 @@ class _Again(Exception): pass                       # why; seconds to wait, or N
 class _Stay(urllib.request.HTTPRedirectHandler):    # the key is for one host
     def redirect_request(self, *a): return None
 
+_OPENER = urllib.request.build_opener(_Stay)
+
 def _pause(headers): # that the server asks for, in seconds; None: it does not say
     try: return max(0., float(headers.get('Retry-After', '')))
     except ValueError: return None
@@ -68,9 +70,9 @@ def _said(error, variable): # of an HTTPError: its text in one line, without a k
     return ' '.join(re.sub(r'\b(sk-|Bearer )\S+', '***', text).split())[:200]
 
 def _post(url, headers, body, variable): # -> bytes; `_Again`: it may work later
-    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+    request, ask = urllib.request.Request(url, json.dumps(body).encode(), headers), _OPENER.open
     try:
-        with urllib.request.build_opener(_Stay).open(request, timeout=_SECONDS) as r: return r.read(1 << 20)
+        with ask(request, timeout=_SECONDS) as r: return r.read(1 << 20)
     except urllib.error.HTTPError as e:
         why, wait, code = f'HTTP {e.code} {_said(e, variable)}'.strip(), _pause(e.headers), e.code
     except (OSError, http.client.HTTPException) as e:
@@ -86,10 +88,11 @@ class Endpoint:
         address:str,              # https://HOST/v1#MODEL
         key:str='OPENAI_API_KEY', # environment variable that holds the key; '': none is sent
         yes:bool=False,           # whether its calls, and what they cost, are agreed to
+        tokens:int=16,            # of a reply, at most; a model that thinks first needs thousands
     ):
         (self.base, self.model, self.host), self.key, self.yes = _parse(address), key, yes
-        self.name, self.sent = f'{self.model} at {self.host}', 0
-        self.fields = dict(temperature=0, max_tokens=_REPLY)
+        self.name, self.sent, self.tokens = f'{self.model} at {self.host}', 0, tokens
+        self.fields = dict(temperature=0, max_tokens=tokens)
 
     def ask(self, texts:list)->list: # questions -> replies
         """Replies, known ones from the cache. ValueError before the first call without `yes`; RuntimeError
@@ -111,8 +114,9 @@ class Endpoint:
         return [known[t] for t in texts]
 
     def _agree(self, new): # what it will cost, said once
-        tokens = sum(len(t) for t in new) // 4 + _REPLY * len(new)
-        said = f'{self.name}: {len(new):,} calls, about {tokens:,} tokens'
+        read, written = sum(len(t) for t in new) // 4, self.tokens * len(new)
+        said = (f'{self.name}: {len(new):,} calls, about {read:,} tokens to read and at most {written:,} '
+                'to write')
         if not self.yes: raise ValueError(f'{said}: agree to them with yes=True (--yes)')
         if not self.sent: print(said, file=sys.stderr, flush=True)
         self.sent += len(new)
@@ -124,7 +128,8 @@ class Endpoint:
         return db
 
     def _id(self, text):
-        return hashlib.sha256(json.dumps([self.base, self.model, text]).encode()).hexdigest()
+        said = json.dumps([self.base, self.model, self.tokens, text])
+        return hashlib.sha256(said.encode()).hexdigest()
 
     def _known(self, db, text):
         row = db.execute('select reply from replies where id = ?', (self._id(text),)).fetchone()

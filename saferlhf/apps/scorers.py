@@ -60,7 +60,7 @@ class Score:
         x = self.gaps(prompts, *answers)
         if missing := int(np.isnan(x).sum()):
             said = f'{self.name}: {missing} of {len(x)} replies are no judgement'
-            if missing > len(x) / 10: raise ValueError(f'{said}: name another model, or another scale')
+            if missing > len(x) / 10: raise ValueError(f'{said}: name another model, or give it more tokens=')
             logging.getLogger('saferlhf').warning('%s: 0, undecided, stands for them', said)
         return np.nan_to_num(x)
 
@@ -106,6 +106,7 @@ def scorer_of(
     scale:str='0-10',          # of an endpoint that grades single answers, or 'yes-no'
     key:str='OPENAI_API_KEY',  # environment variable with the key of an endpoint; '': none
     yes:bool=False,            # whether calls of an endpoint are agreed to
+    tokens:int=16,             # of a reply of an endpoint; a model that thinks first needs thousands
     max_prompt_tokens:int=0, max_new_tokens:int=0, # longer texts are cut; 0: those of the run, else what fits
 )->Score:                      # (prompts, answers) -> (N,) numbers
     "A judge of texts from whatever judges; labels also as 'toxic=1,fine=-1'. ValueError for what cannot."
@@ -116,7 +117,7 @@ def scorer_of(
     if callable(what): return Score(what, kind)
     name = str(what.folder if isinstance(what, Record) else what)
     if name.startswith(('http://', 'https://')):
-        grader = Grader(Endpoint(name, key, yes), kind or 'better', scale)
+        grader = Grader(Endpoint(name, key, yes, tokens), kind or 'better', scale)
         return Score(grader, kind or 'better', grader.endpoint.name)
     if re.fullmatch(r'[A-Za-z_][\w.]*[.:][A-Za-z_]\w*', name) and not Path(name).exists():
         return Score(_imported(name), kind, name)

@@ -20,8 +20,10 @@ from saferlhf.annotate import HARM_CATEGORIES, two_stage
 from saferlhf.apps import endpoint
 from saferlhf.apps.classifiers import budgets, model_at, model_score
 from saferlhf.apps.endpoint import Endpoint, Grader
+from saferlhf.apps.export import export
 from saferlhf.apps.scorers import Score, annotator_of, as_scorer, scorer_of
-from saferlhf.models import save_tokenizer, tiny_model, train_tokenizer
+from saferlhf.engine import Optim, load
+from saferlhf.models import ScoreModel, save_tokenizer, tiny_model, train_tokenizer
 from saferlhf.ppo import PPOConfig, make_objective, ppo_step
 from saferlhf.record.run import Record, Run
 from saferlhf.rollout import Sampler, TextScorer, score_rollout
@@ -71,7 +73,7 @@ def question(body): return body['messages'][0]['content']
 
 def test_an_endpoint_grades_keeps_replies_and_says_its_price_first(capsys, home):
     with Server(lambda b: '9' if 'weapon' in question(b) else '**Score: 0/10**') as s:
-        with pytest.raises(ValueError, match=r'stub-1 at 127.0.0.1: 2 calls, about \d+ tokens: agree'):
+        with pytest.raises(ValueError, match=r'stub-1 at 127.0.0.1: 2 calls, about \d+ tokens to read and at most 32 to write: agree'):
             scorer_of(s.address, 'cost')([HOW] * 2, TWO)
         assert not s.asked
         cost = scorer_of(s.address, 'cost', yes=True)
@@ -164,7 +166,14 @@ def test_replies_that_are_no_judgement(caplog):
         assert np.isnan(cost.gaps([HOW] * 20, answers)).tolist() == [i == 3 for i in range(20)]
         tiny.close(cost([HOW] * 20, answers), [0. if i == 3 else 3. for i in range(20)])
         assert '1 of 20 replies are no judgement' in caplog.text
-        with pytest.raises(ValueError, match='1 of 4 replies are no judgement: name another model'): cost([HOW] * 4, answers[:4])
+        with pytest.raises(ValueError, match='1 of 4 replies are no judgement: name another model, or give it more tokens='):
+            cost([HOW] * 4, answers[:4])
+
+
+def test_a_model_that_thinks_first_is_given_room():
+    with Server(lambda b: '<think>It is about 1 or 2.</think>3' if b['max_tokens'] > 99 else '<think>It is ab') as s:
+        with pytest.raises(ValueError, match='no judgement'): scorer_of(s.address, 'cost', yes=True)([HOW], TWO[:1])
+        tiny.close(scorer_of(s.address, 'cost', yes=True, tokens=100)([HOW], TWO[:1]), [-2])
 
 
 def test_questions_hide_names_and_fence_what_is_graded():
@@ -338,13 +347,20 @@ def test_runs_and_folders_of_score_models(tmp_path):
     tiny.scorer(vocab=300, kind='critic').save_pretrained(tmp_path/'critic')
     with pytest.raises(ValueError, match='is a critic model'): model_score(tmp_path/'critic')
 
+def test_an_exported_score_model(tmp_path):
+    run = run_of('cost', tiny.scorer(vocab=300, kind='cost'), tiny.tokenizer())
+    prompts, answers = tiny.sentences(5, 1), tiny.sentences(5, 2)
+    export(run.folder, tmp_path/'made')
+    found = scorer_of(tmp_path/'made', max_prompt_tokens=48, max_new_tokens=12)
+    assert found.kind == 'cost'
+    tiny.close(found(prompts, answers), scorer_of(run)(prompts, answers), 2e-2)
+    with pytest.raises(ValueError, match='not a reward model'): scorer_of(tmp_path/'made', 'reward')
+
 # in use
 
 def test_any_judge_is_a_scorer_of_ppo(tmp_path):
     t, config = tiny.tokenizer(), PPOConfig(prompts=4, max_prompt_tokens=48, max_new_tokens=6, micro_batch=4, ptx_coef=0.)
     tiny.scorer(vocab=300, kind='cost').save_pretrained(tmp_path); t.save_pretrained(tmp_path)
-    from saferlhf.engine import Optim, load
-    from saferlhf.models import ScoreModel
     actor, reference = load(lambda: tiny_model(vocab_size=300), Optim(1e-3), 4), load(lambda: tiny_model(vocab_size=300))
     critics = {k: load(lambda: ScoreModel(tiny_model(vocab_size=300).base_model, 'critic'), Optim(1e-3), 4) for k in ('reward', 'cost')}
     cost = scorer_of(tmp_path, max_prompt_tokens=48, max_new_tokens=6)
