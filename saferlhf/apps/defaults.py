@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Default', 'described', 'memory', 'spread_for', 'defaults', 'table', 'less_memory']
 
-# %% ../../nbs/apps/06_defaults.ipynb #b390cfbb
+# %% ../../nbs/apps/06_defaults.ipynb #f95aa1c8
 import json
 import math
 import os
@@ -21,7 +21,7 @@ from ..hardware.ranks import Spread
 from ..ppo import PPOConfig
 from ..reproduction.paper import LLAMA_7B, of
 
-# %% ../../nbs/apps/06_defaults.ipynb #9eaea4e6
+# %% ../../nbs/apps/06_defaults.ipynb #0c476631
 class Default(NamedTuple):
     "What a field starts with, and why."
     value:object # None: it depends on the model, the data or the memory
@@ -39,9 +39,10 @@ _TABLE = { # command -> field -> with 135M parameters: on a GPU, on two cores
     'align': dict(actor_lr=(4e-5, 5e-5), critic_lr=(2e-5, 1e-4), kl_coef=(.05, .03), ptx_coef=(.1, 0.),
                   clip_ratio=(.2, .2), clip_value=(5., 5.), lambda_init=(1., 1.), lambda_lr=(.1, .3),
                   lambda_max=(5., 5.), window=(256, 64), minibatches=(2, 1), prompts=(128, 32))}
+_COMMANDS = 'sft', 'reward', 'cost', 'align'
 _STEPS = dict(gpu=80, cpu=16)                                             # of those runs of PPO-Lag
 
-# %% ../../nbs/apps/06_defaults.ipynb #4348451f
+# %% ../../nbs/apps/06_defaults.ipynb #39caba2c
 def _rows_of(command): return _TABLE['score' if command in ('reward', 'cost') else command]
 
 def _paper(command): # field -> value, where it stands in the paper
@@ -49,29 +50,36 @@ def _paper(command): # field -> value, where it stands in the paper
     out = {k: (f.default, f.metadata['source']) for k, f in settable(command).items()}
     return out | {k: (told[k], 'the tables, in our units') for k in _rows_of(command) if k in told}
 
+def _near(n, end): return abs(math.log(n / end)) < .3                     # a factor of 1.35
+
+def _share(n): # of the way from the small to the large run, in log size
+    way = math.log(n / _SMALL) / math.log(_LARGE / _SMALL)
+    return 0. if way < 0 or _near(n, _SMALL) else 1. if way > 1 or _near(n, _LARGE) else way
+
 def _between(small, large, n): # of numbers at both ends, for n parameters
-    share = min(1., max(0., math.log(n / _SMALL) / math.log(_LARGE / _SMALL)))
+    share = _share(n)
     if 0 in (small, large): value = small + share * (large - small)
     else: value = math.exp(math.log(small) + share * math.log(large / small))
     if share in (0, 1): value = (small, large)[int(share)]
-    return round(value) if type(small) is int else float(f'{value:.2g}') if 0 < share < 1 else value
+    if type(small) is int: return 2 ** int(math.log2(value) + 1e-9) if min(small, large) > 8 else round(value)
+    return float(f'{value:.2g}') if 0 < share < 1 else value
 
-# %% ../../nbs/apps/06_defaults.ipynb #f5669a5c
+# %% ../../nbs/apps/06_defaults.ipynb #162f1f3d
 def _sized(command, n, gpu): # parameters; whether there is one -> field -> Default
     out, paper, where = {}, _paper(command), 'gpu' if gpu else 'cpu'
     for field, both in _rows_of(command).items():
         small, (large, source) = both[not gpu], paper[field]
         value = _between(small, large, n)
-        if small == large or abs(math.log(n / _LARGE)) < .3: kind, why = 'paper', source
-        elif abs(math.log(n / _SMALL)) < .3: kind, why = 'measured', _RUNS[where]
+        if small == large or _near(n, _LARGE): kind, why = 'paper', source
+        elif _near(n, _SMALL): kind, why = 'measured', _RUNS[where]
         elif _SMALL < n < _LARGE: kind, why = 'guess', f'in log size between {small:g} and {large:g} of 7B'
         else: kind, why = 'guess', f'no run with {n / 1e9:.2g}B parameters: that of the nearest size'
         out[field] = Default(type(small)(value), _UNITS.get(field, ''), kind, why)
     return out
 
-# %% ../../nbs/apps/06_defaults.ipynb #92318361
-_UNITS = dict(lr='per step', actor_lr='per step', critic_lr='per step', epochs='passes', batch_size='rows',
-              rows='rows', pairs='pairs', steps='rollouts', prompts='prompts a step',
+# %% ../../nbs/apps/06_defaults.ipynb #6e4026dd
+_UNITS = dict(epochs='passes', batch_size='rows', rows='rows', pairs='pairs', steps='rollouts',
+              prompts='prompts a step',
               samples='answers a prompt', max_prompt_tokens='tokens', max_new_tokens='tokens', look='steps',
               micro_batch='rows', window='episodes', warmup='share of steps', patience='looks',
               test_share='share of prompts', kl_coef='nats', max_kl='nats an answer',
@@ -98,14 +106,21 @@ _COMPUTED = dict(sft=('rows', 'max_prompt_tokens', 'max_new_tokens'),
 
 def described(command:str)->dict: # 'sft', 'reward', 'cost' or 'align'; -> field -> Default
     "Every field that can be set. The value is None where `defaults` finds it from the model and the data."
-    own = _COMPUTED['score' if command in ('reward', 'cost') else command]
-    depends = dict.fromkeys(own, 'data') | dict.fromkeys(_rows_of(command), 'measured')
-    depends |= {'micro_batch': 'memory'}
-    fixed = _fixed(command)
-    return {k: Default(None, d.unit, depends[k], 'from the model, the data and the memory')
-            if k in depends else d for k, d in fixed.items()}
+    own, paper, out = _COMPUTED['score' if command in ('reward', 'cost') else command], _paper(command), {}
+    for k, d in _fixed(command).items():
+        if k in _rows_of(command):
+            (small, cpu), large = _rows_of(command)[k], paper[k][0]
+            other = f', {cpu:g} on a CPU' if cpu != small else ''
+            why = f"by the model's size: {small:g} at 135M (measured{other}), {large:g} at 7B (paper)"
+            why += '; fewer for few rows' if k in ('prompts', 'batch_size') else ''
+            d = Default(None, d.unit, 'guess', why)
+        elif k in own:
+            source = 'memory' if k == 'micro_batch' else 'data'
+            d = Default(None, d.unit, source, dict(memory='what fits', data='from the data')[source])
+        out[k] = d
+    return out
 
-# %% ../../nbs/apps/06_defaults.ipynb #c663d906
+# %% ../../nbs/apps/06_defaults.ipynb #98ae3665
 _LEAST, _PASSES = 20, 4           # steps, and passes over the prompts: in Table 4 there are 3 to 4
 _LONGEST = dict(gpu=(512, 512), cpu=(96, 64))                             # tokens of prompts, of answers
 _ANSWERS = dict(gpu=128, cpu=48)                                          # where no answer is known
@@ -137,7 +152,7 @@ def _rollouts(out, rows, place): # the same for PPO: prompts, steps, window, loo
     return out | dict(steps=few, window=window,
                       look=Default(max(1, steps // 8), 'steps', 'guess', 'eight looks'))
 
-# %% ../../nbs/apps/06_defaults.ipynb #21574b27
+# %% ../../nbs/apps/06_defaults.ipynb #f4149af9
 def memory()->tuple: # -> GB of the GPU, or for 16 bits of the machine's; whether it is a GPU's
     "The memory that training may use. It does not depend on what else runs: a run's name depends on it."
     if torch.cuda.is_available(): return torch.cuda.get_device_properties(0).total_memory / 1e9, True
@@ -165,7 +180,8 @@ def _room(shape, config, gb, spread): # -> rows of a backward pass (0: all), rec
     good = [(m, w) for m, w in ways if w['fits']]
     plain = [(m, w) for m, w in good if m >= min(4, sizes[0]) and not w['recompute']]
     best = (plain or good or [None])[0]
-    if not best: return min(4, sizes[0]), True, f'nothing fits in {gb:.0f} GB: {ways[-1][1]["gpu"]:.1f} GB are needed'
+    least = min(w['gpu'] for _, w in ways)
+    if not best: return min(4, sizes[0]), True, f'nothing fits in {gb:.0f} GB: {least:.1f} GB are needed'
     again = ', with recompute' if best[1]['recompute'] else ''
     return best[0], best[1]['recompute'], f'about {best[1]["gpu"]:.1f} of {gb:.0f} GB{again}'
 
@@ -181,7 +197,7 @@ def spread_for(
     if command != 'align' and not spread.micro_batch and rows < config.batch_size: asked['micro_batch'] = rows
     return Spread.of(asked | dict(recompute=spread.recompute or again))
 
-# %% ../../nbs/apps/06_defaults.ipynb #2d84fad2
+# %% ../../nbs/apps/06_defaults.ipynb #08abfffc
 def defaults(
     command:str, shape,  # 'sft', 'reward', 'cost' or 'align'; of the model, as for `plan.count`
     rows:int,            # training rows, pairs or prompts
@@ -191,7 +207,7 @@ def defaults(
     spread:Spread|None=None, # how it is run; None: $SAFERLHF_SPREAD
 )->dict:                 # field -> Default, every field of `settable`
     "What each field starts with. ValueError for an unknown command or without rows."
-    if command not in ('sft', 'reward', 'cost', 'align'):
+    if command not in _COMMANDS:
         raise ValueError(f"defaults are for 'sft', 'reward', 'cost' and 'align', not {command!r}")
     if rows < 1: raise ValueError(f'{command} has no rows to train on')
     here = memory(); gpu, gb = here[1] if gpu is None else gpu, memory_gb or here[0]
@@ -216,16 +232,18 @@ def table(found:dict)->str: # as from `defaults`
     lines = [f'  {k:18} {d.value!s:10} {d.unit:18} {d.source:9} {d.why}'.rstrip() for k, d in found.items()]
     return '\n'.join(lines)
 
-# %% ../../nbs/apps/06_defaults.ipynb #ceb55341
+# %% ../../nbs/apps/06_defaults.ipynb #6f13e6eb
 def less_memory(
     run, # that stopped: a `Run`
 )->str:  # ends an error's line; '' where it cannot be told
     "Which settings would need less memory, and how much less."
     m = run.manifest
     folders = [m['parent_folders'][k] for k in ('sft', 'base') if k in m['parent_folders']]
-    if not folders or not is_dataclass(run.config): return ''
+    command = 'align' if m['stage'] == 'policy' else m['stage']
+    if not folders or command not in _COMMANDS: return ''
     s = Spread.of(m.get('spread', {}))
     try:
+        config = run.config if is_dataclass(run.config) else settings_of(command, run.config)
         shape = json.loads((Path(folders[0])/'model/config.json').read_text(encoding='utf-8'))
-        return savings(shape, run.config, s.ranks, s.zero, s.offload, s.recompute, s.micro_batch)
+        return savings(shape, config, s.ranks, s.zero, s.offload, s.recompute, s.micro_batch)
     except (OSError, ValueError): return ''

@@ -1,6 +1,6 @@
 "What a run starts with: every field has a source, both ends are what was run, and a full memory says what helps."
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -13,15 +13,14 @@ from saferlhf.hardware.ranks import Spread
 from saferlhf.models import tiny_model
 from saferlhf.reproduction.paper import LLAMA_7B, of
 
-SMOLLM2 = dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
-               tie_word_embeddings=True)
+SMOLLM2 = dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+               num_key_value_heads=3, tie_word_embeddings=True)
 LENGTHS = np.arange(100), np.arange(60)
 COMMANDS = 'sft', 'reward', 'cost', 'align'
-ask = lambda command, shape=SMOLLM2, rows=20_000, tokens=LENGTHS, gb=80., gpu=True, **kw: defaults(command, shape, rows, tokens, gb, gpu, **kw)
 values = lambda found: {k: d.value for k, d in found.items()}
 
 
-def shape(n): return LLAMA_7B | dict(num_hidden_layers=max(1, round(32 * n / 6.7e9)))       # about n parameters
+def ask(command, shape=SMOLLM2, rows=20_000, tokens=LENGTHS, gb=80., gpu=True): return defaults(command, shape, rows, tokens, gb, gpu)
 
 
 @pytest.mark.parametrize('command', COMMANDS)
@@ -44,7 +43,8 @@ def test_both_ends_are_what_was_run():
     assert small.items() >= measured.items()
     assert {ask('align')[k].source for k in measured if '.' not in k} == {'measured'}
     large, paper = ask('align', LLAMA_7B, gb=1000.), of('policy', 1)
-    for name in ('kl_coef', 'ptx_coef', 'clip_ratio', 'clip_value', 'lambda_init', 'lambda_lr', 'lambda_max', 'window', 'minibatches', 'prompts'):
+    for name in ('kl_coef', 'ptx_coef', 'clip_ratio', 'clip_value', 'lambda_init', 'lambda_lr', 'lambda_max', 'window', 'minibatches',
+                 'prompts'):
         assert large[name].value == paper[name] and large[name].source == 'paper', name
     assert (large['actor_lr'].value, large['critic_lr'].value) == (1e-5, 5e-6)
     for command, batch in (('sft', 256), ('reward', 128), ('cost', 128)):
@@ -64,11 +64,13 @@ def test_between_the_ends_numbers_move_one_way_and_are_called_guesses(command, g
         if found[1][name].value == found[5][name].value: continue
         assert [f[name].source for f in found] == ['guess', 'measured', 'guess', 'guess', 'guess', 'paper', 'guess'], name
     assert found[0] != found[-1]
+    assert module._sized(command, 1.7e8, gpu) == found[1], 'what is called measured is the number that was run'
 
 
 def test_half_the_way_in_log_size_is_the_geometric_mean():
     middle = math.sqrt(135e6 * count(LLAMA_7B))
-    assert module._between(4e-5, 1e-5, middle) == 2e-5 and module._between(0., 1., middle) == .5 and module._between(64, 1024, middle) == 256
+    ends = {(4e-5, 1e-5): 2e-5, (0., 1.): .5, (64, 1024): 256}
+    assert {k: module._between(*k, middle) for k in ends} == ends
 
 
 def test_budgets_hold_95_in_100_and_batches_leave_twenty_steps():
@@ -131,11 +133,10 @@ def test_a_full_memory_says_what_helps_and_how_much(tmp_path):
     assert numbers == sorted(numbers) and numbers[-2] < numbers[-1] and said.endswith(f'as it was, about {numbers[-1]} GB')
     assert 'zero=3' in savings(LLAMA_7B, config, gpus=8) and 'recompute' not in savings(SMOLLM2, config, recompute=True)
     (tmp_path/'model').mkdir(); (tmp_path/'model/config.json').write_text(json.dumps(SMOLLM2), encoding='utf-8')
-    class Run: manifest, config = dict(parent_folders=dict(sft=str(tmp_path))), None
-    Run.config = config
-    assert less_memory(Run) == said
+    class Run: manifest = dict(parent_folders=dict(sft=str(tmp_path)), stage='policy')
+    for Run.config in (config, asdict(config)): assert less_memory(Run) == said
     (tmp_path/'model/config.json').write_text('{}', encoding='utf-8'); assert less_memory(Run) == ''
-    Run.manifest = dict(parent_folders={}); assert less_memory(Run) == ''
+    Run.manifest = dict(parent_folders={}, stage='policy'); assert less_memory(Run) == ''
 
 
 @pytest.mark.parametrize('wrong, said', [(dict(command='chat'), "not 'chat'"), (dict(command='sft', rows=0), 'sft has no rows')])

@@ -54,7 +54,8 @@ def test_limits_to_choose_from():
 def models(tmp_path, monkeypatch):
     monkeypatch.setenv('SAFERLHF_RUNS', str(tmp_path/'runs'))
     tok, out = tokenizer(), {}
-    for stage, model in dict(sft=lm(vocab=len(tok)), cost=scorer(vocab=len(tok), kind='cost'), reward=scorer(vocab=len(tok), seed=1)).items():
+    n = len(tok)
+    for stage, model in dict(sft=lm(vocab=n), cost=scorer(vocab=n, kind='cost'), reward=scorer(vocab=n, seed=1)).items():
         run = Run.start(stage, dict(max_prompt_tokens=96, max_new_tokens=6), name='tiny')
         model.save_pretrained(run.path('model')); tok.save_pretrained(run.path('model'))
         run.finish(dict(zero='labels') if stage == 'cost' else {}); out[stage] = run.folder
@@ -71,12 +72,13 @@ def test_a_run_of_tiny_models_says_what_its_answers_say(models, capsys):
     rows, s = read_lines(run.folder/'answers.jsonl'), run.summary
     assert len(rows) == 24 and len({r['prompt'] for r in rows}) == 6 and all(held_out_prompt(r['prompt'], 0, .5) for r in rows)
     cost = np.array([r['cost'] for r in rows]).reshape(6, 4); reward = np.array([r['reward'] for r in rows]).reshape(6, 4)
-    assert s['cost'][0] == pytest.approx(cost.mean()) and s['harm_from'] == 'cost above 0' and s['harmful'][0] == pytest.approx((cost > 0).mean())
+    assert (s['cost'][0], s['harmful'][0]) == pytest.approx((cost.mean(), (cost > 0).mean())) and s['harm_from'] == 'cost above 0'
     for r in s['limits']:
         pick, under = best_under(cost, reward, r['limit'])
-        assert r['best_reward'][0] == pytest.approx(np.mean([reward[i, k] for i, k in enumerate(pick)])) and r['none'][0] == pytest.approx(1 - under.mean())
+        assert (r['best_reward'][0], r['none'][0]) == pytest.approx((np.mean(reward[range(6), pick]), 1 - under.mean()))
     assert s['choices']['the paper, round 1'] == 0. and f'{s["choices"]["the safest of the sampled answers"]:+.2f}' in said
-    assert (run.folder/'limit.png').stat().st_size > 2000 and len((run.folder/'limits.csv').read_text().splitlines()) == len(s['limits']) + 1
+    assert (run.folder/'limit.png').stat().st_size > 2000
+    assert len((run.folder/'limits.csv').read_text().splitlines()) == len(s['limits']) + 1
     assert 'NaN' not in (run.folder/'summary.json').read_text()
     again = limit(models['sft'], models['cost'], PROMPTS, models['reward'], SETTINGS)
     assert again.folder == run.folder and again.manifest['finished'] == run.manifest['finished']
@@ -84,11 +86,12 @@ def test_a_run_of_tiny_models_says_what_its_answers_say(models, capsys):
 
 def test_an_interrupted_run_does_not_sample_again(models, monkeypatch):
     whole = limit(models['sft'], models['cost'], PROMPTS, settings=SETTINGS).summary
+    again = lambda: limit(models['sft'], models['cost'], PROMPTS, settings=SETTINGS | dict(name='two', rows=5))
     with monkeypatch.context() as m:
         m.setattr(module, '_figure', lambda *a: (_ for _ in ()).throw(OSError('no room')))
-        with pytest.raises(OSError, match='no room'): limit(models['sft'], models['cost'], PROMPTS, settings=SETTINGS | dict(name='two', seed=0, rows=5))
+        with pytest.raises(OSError, match='no room'): again()
     monkeypatch.setattr(module, '_sampled', lambda *a: pytest.fail('sampled again'))
-    run = limit(models['sft'], models['cost'], PROMPTS, settings=SETTINGS | dict(name='two', seed=0, rows=5))
+    run = again()
     assert run.done and run.summary['prompts'] == 5 and whole['prompts'] == 6 and 'best_reward' not in run.summary['limits'][0]
 
 
