@@ -178,7 +178,7 @@ _GROUPS = { # title -> commands
 def _options(name): # of a command, by what it is, -> option -> keywords; those of settings import much
     if name not in OWN: return _COMMANDS[name][1]
     _, options, spread = OWN[name]
-    fields = field_options(name) if name not in ('chat', 'judge') else {}
+    fields = field_options(name) if name != 'chat' else {}
     return options | fields | {k: v for k, v in _SPREAD.items() if spread and k not in fields}
 
 def _listed(): # the commands, by group
@@ -228,7 +228,8 @@ def _run_command(argv):
     argv = sys.argv[1:] if argv is None else [*map(str, argv)]
     name = next((x for x in argv if not x.startswith('-')), '')
     if name in OWN: argv = typed(argv)
-    a = _parser(name).parse_args(argv)
+    a, unknown = _parser(name).parse_known_args(argv)
+    if unknown: a.refuse(f'unrecognized arguments: {" ".join(unknown)}')         # with this command's usage
     before, told = os.environ.get('SAFERLHF_SPREAD', ''), os.environ.get('SAFERLHF_COMMAND')
     if name in OWN: os.environ['SAFERLHF_COMMAND'] = shlex.join(['saferlhf', *argv])     # to go on, it says
     try:

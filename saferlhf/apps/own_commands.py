@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['OWN', 'field_options', 'following', 'push', 'typed']
 
-# %% ../../nbs/apps/16_own_commands.ipynb #7ac8bf95
+# %% ../../nbs/apps/16_own_commands.ipynb #fc3d88dc
 import argparse
 import math
 import shlex
 from pathlib import Path
 
-# %% ../../nbs/apps/16_own_commands.ipynb #79247551
+# %% ../../nbs/apps/16_own_commands.ipynb #19a656b4
 _AS = dict(zero='zero-labels', prompts='prompts-per-step')
 
 def _option(field): return f'--{_AS.get(field, field).replace("_", "-")}'
@@ -41,15 +41,17 @@ def _said(d): # a Default -> the end of its help
 def _metavar(kind, unit): # of an option
     return 'TEXT' if kind is str else unit.split()[0].upper() if unit else 'N'
 
-# %% ../../nbs/apps/16_own_commands.ipynb #fca67828
+# %% ../../nbs/apps/16_own_commands.ipynb #08c5238a
 def field_options(
-    command:str, # 'sft', 'reward', 'cost', 'align' or 'limit'; it imports what the command needs
+    command:str, # 'sft', 'reward', 'cost', 'align', 'limit' or 'judge'; it imports what the command needs
 )->dict:         # option -> keywords of `add_argument`; its value, or None, goes to `field_NAME`
     "An option for every field of a command's settings."
-    if command == 'limit':
-        from saferlhf.apps.limit import LimitSettings as cls
-        known = {f.name: f for f in cls.__dataclass_fields__.values()}
-        units, ends = {}, {k: f'(default: {f.default!r})' for k, f in known.items()}
+    if command in ('limit', 'judge'):
+        if command == 'limit': from saferlhf.apps.limit import LimitSettings as cls
+        else: from saferlhf.apps.judge import AnswerSettings as cls
+        known = cls.__dataclass_fields__
+        first = {k: 'none' if f.default == '' else f.default for k, f in known.items()}
+        units, ends = {}, {k: f'(default: {x})' for k, x in first.items()}
     else:
         from saferlhf.apps.defaults import described
         from saferlhf.apps.settings import settable, settings_of
@@ -69,7 +71,7 @@ def _settings(a): # parsed -> field -> value, those that were given
     given = {k: v for k, v in vars(a).items() if k.startswith('field_') and v is not None}
     return {k.removeprefix('field_'): v for k, v in given.items()}
 
-# %% ../../nbs/apps/16_own_commands.ipynb #5fceeab3
+# %% ../../nbs/apps/16_own_commands.ipynb #f5ec36cc
 def _short(folder): # as one would type it
     folder, here = Path(folder), Path.cwd()
     return shlex.quote(str(folder.relative_to(here) if folder.is_relative_to(here) else folder))
@@ -111,7 +113,7 @@ def following(
     return [f'saferlhf chat {here} --beside {start}',
             f'saferlhf judge {here} {start} --prompts {shlex.quote(a.prompts)}{by}']
 
-# %% ../../nbs/apps/16_own_commands.ipynb #f57aac3b
+# %% ../../nbs/apps/16_own_commands.ipynb #6d4a5aed
 def push(
     run, name:str, # a finished `Record` with a model; NAME or OWNER/NAME
 )->str:            # where it is
@@ -132,7 +134,7 @@ def _end(command, a, run): # what every command prints last
     print(f'folder: {_short(run.folder)}', 'next:', *lines, sep='\n')
     if name := getattr(a, 'push_to_hub', ''): print(f'pushed: {push(run, name)}')
 
-# %% ../../nbs/apps/16_own_commands.ipynb #d0ab8958
+# %% ../../nbs/apps/16_own_commands.ipynb #74e3ef34
 def _sft(a):
     "Fine-tune a model on a file of answers."
     from saferlhf.apps.stages import sft
@@ -167,9 +169,17 @@ def _chat(a):
 def _judge(a):
     "Compare two models on a file of prompts, by score models, functions, classifiers or an endpoint."
     from saferlhf.apps.judge import judge
-    judge(a.a, a.b, a.prompts, a.by, _settings(a))
+    how = {k: v for k in ('scale', 'key', 'yes') if (v := getattr(a, k)) not in (None, False)}
+    if a.labels: how['labels'] = _labels(a.labels)
+    judge(a.a, a.b, a.prompts, a.by, _settings(a), how, a.out)
 
-# %% ../../nbs/apps/16_own_commands.ipynb #1c445552
+def _labels(given): # ['unsafe=1', 'safe=-1'] -> dict
+    out = dict(x.rpartition('=')[::2] for x in given)
+    if '' in out or {*out.values()} - {'1', '-1'}:
+        raise ValueError(f'write --labels WORD=1 or WORD=-1, e.g. unsafe=1 safe=-1, not {given}')
+    return {k: int(v) for k, v in out.items()}
+
+# %% ../../nbs/apps/16_own_commands.ipynb #f33f3de0
 _A_MODEL = 'folder of a run or of a model, smollm2, or OWNER/NAME of a hub'
 _ROWS = 'JSON Lines, JSON, CSV or parquet, or a folder of them'
 def _must(what, metavar): return dict(required=True, metavar=metavar, help=what)
@@ -206,7 +216,14 @@ OWN = { # name -> function, options, whether they can be spread over GPUs; `fiel
     'judge': (_judge, {
         'a': dict(help=_A_MODEL), 'b': dict(help='the other one'), '--prompts': _must(_ROWS, 'FILE'),
         '--by': dict(nargs='+', required=True, metavar='JUDGE',
-                     help='score models, module.function, folders of classifiers, or an address')}, False)}
+                     help='score models, module.function, classifiers, or https://HOST/v1#MODEL; '
+                          'reward=JUDGE, cost=, better= or safer= says what it is'),
+        '--labels': dict(nargs='+', default=[], metavar='LABEL=SIGN',
+                         help='of a classifier: 1 raises the score, -1 lowers it (default: as it says)'),
+        '--scale': dict(choices=['0-10', 'yes-no'], help='of an address that grades answers (default: 0-10)'),
+        '--key': dict(metavar='VARIABLE', help='environment variable with its key (default: OPENAI_API_KEY)'),
+        '--yes': dict(action='store_true', help='agree to the number of calls (default: it is only shown)'),
+        '--out': _may('copies of judged.jsonl and judged.csv (default: none)', 'FOLDER')}, False)}
 
 def typed(
     argv:list, # arguments of the process

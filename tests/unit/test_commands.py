@@ -4,6 +4,7 @@ import os
 import shlex
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -73,6 +74,11 @@ def test_every_field_is_an_option_once_with_its_default_and_where_it_comes_from(
     if name == 'align': assert '--actor-lr N peak rate' in shown and '4e-05 at 135M' in shown and '--max-kl NATS' in shown
 
 
+@dataclass(frozen=True)
+class Asked:
+    rows:int = 256 # prompts
+
+
 def stub(monkeypatch, name, **functions): monkeypatch.setitem(sys.modules, f'saferlhf.apps.{name}', SimpleNamespace(**functions))
 
 
@@ -99,13 +105,17 @@ def test_align_has_a_file_of_prompts_and_prompts_per_step_and_one_micro_batch(mo
     assert seen[0][1]['gpus'] == 2 and not seen[0][1].get('micro_batch')
 
 
-def test_chat_and_judge_pass_on_what_they_were_told(monkeypatch):
+def test_chat_and_judge_pass_on_what_they_were_told(monkeypatch, capsys):
     seen = []
-    stub(monkeypatch, 'chat', chat=lambda *a: seen.append(a)); stub(monkeypatch, 'judge', judge=lambda *a: seen.append(a))
+    stub(monkeypatch, 'chat', chat=lambda *a: seen.append(a))
+    stub(monkeypatch, 'judge', judge=lambda *a: seen.append(a), AnswerSettings=Asked)
     assert commands.main(['chat', 'p', '--beside', 's', '--json', '--temperature', '.7']) == 0
-    assert commands.main(['judge', 'a', 'b', '--prompts', 'x.jsonl', '--by', 'runs/cost/c', 'my.rule']) == 0
+    base = ['judge', 'a', 'b', '--prompts', 'x.jsonl', '--by', 'runs/cost/c', 'my.rule']
+    assert commands.main([*base, '--rows', '9', '--labels', 'unsafe=1', 'a=b=-1', '--yes']) == commands.main(base) == 0
     assert seen[0] == ('p', 's', None, None, '', True, dict(temperature=.7))
-    assert seen[1][:4] == ('a', 'b', 'x.jsonl', ['runs/cost/c', 'my.rule'])
+    assert seen[1] == ('a', 'b', 'x.jsonl', ['runs/cost/c', 'my.rule'], dict(rows=9), dict(yes=True, labels={'unsafe': 1, 'a=b': -1}), '')
+    assert seen[2][4:] == ({}, {}, '')
+    assert 'WORD=1' in told([*base, '--labels', 'unsafe'], capsys)
 
 
 WRONG_VALUES = [(['--steps', 'many'], "'many' is no whole number"), (['--lr', 'nan'], "'nan' is no number"), (['--force'], '--force'),
@@ -127,7 +137,7 @@ def finished(stage, parents=(), **summary):
 
 
 def test_each_command_names_the_next_one(home, monkeypatch, capsys):
-    monkeypatch.chdir(home)
+    monkeypatch.chdir(home); stub(monkeypatch, 'judge', AnswerSettings=Asked)
     start = finished('base_lm'); sft = finished('sft', dict(base=start.folder))
     short = lambda run: str(run.folder.relative_to(home))
     def after(command, run, **a):
