@@ -1,14 +1,16 @@
 "The command line: pages of help, options that are refused, errors in one line; and results of two machines."
 import json
 import os
+import shlex
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from saferlhf.apps import commands
+from saferlhf.apps import commands, own_commands
 from saferlhf.record.execute import publish
 from saferlhf.reproduction import pipeline
 from saferlhf.reproduction.results import join
@@ -21,14 +23,19 @@ def home(tmp_path, monkeypatch):
 
 
 def test_help_imports_nothing_heavy():
-    code = '''import sys
+    code = '''import sys, time
 from saferlhf.apps.commands import main
 try: main(['--help'])
-except SystemExit: print(sorted({m.split('.')[0] for m in sys.modules} & {'torch', 'pandas', 'numpy', 'transformers'}))'''
+except SystemExit:
+    heavy = {'torch', 'pandas', 'numpy', 'transformers'}
+    print(time.process_time(), sorted({m.split('.')[0] for m in sys.modules} & heavy))'''
     shown = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout.splitlines()
-    assert shown[-1] == '[]'
+    seconds, heavy = shown[-1].split(' ', 1)
+    assert heavy == '[]' and float(seconds) < .5
     listed = [line.split()[0] for line in shown if line.startswith('    ') and not line.startswith('     ')]
-    assert listed == list(commands._COMMANDS)
+    assert listed == [name for names in commands._GROUPS.values() for name in names]
+    assert sorted(listed) == sorted([*commands._COMMANDS, *own_commands.OWN]) and listed[:7] == [*own_commands.OWN]
+    assert [line.rstrip(':') for line in shown if line.rstrip(':') in commands._GROUPS] == [*commands._GROUPS]
 
 
 @pytest.mark.parametrize('name', commands._COMMANDS)
@@ -43,6 +50,156 @@ def test_a_command_has_its_page_and_refuses_other_options(name, capsys):
         with pytest.raises(SystemExit) as stopped: commands.main([name, *given, wrong, '1'])
         assert stopped.value.code == 2 and f'unrecognized arguments: {wrong}' in (said := capsys.readouterr().err)
         assert f'usage: saferlhf {name} [-h]' in said
+
+
+def page(name, capsys):
+    with pytest.raises(SystemExit) as stopped: commands.main([name, '--help'])
+    assert stopped.value.code == 0
+    return ' '.join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize('name', ['sft', 'reward', 'cost', 'align', 'limit'])
+def test_every_field_is_an_option_once_with_its_default_and_where_it_comes_from(name, capsys):
+    from saferlhf.apps.limit import LimitSettings
+    from saferlhf.apps.settings import settable
+    shown, fields = page(name, capsys), [*LimitSettings.__dataclass_fields__] if name == 'limit' else [*settable(name)]
+    options = commands._options(name)
+    assert [how['dest'] for how in options.values() if how.get('dest', '').startswith('field_')] == [f'field_{k}' for k in fields]
+    shown = shown[shown.index(' options: '):]
+    for option, how in options.items():
+        value = f'{how["metavar"]} ' if 'metavar' in how and option != '--offload' else ''
+        assert shown.count(f' {option} {value}') == 1, option
+        if how.get('dest', '').startswith('field_'): assert ' (default: ' in how['help'], option
+    if name != 'limit': assert '(measured' in shown and 'at 7B (paper)' in shown and '--gpus' in shown and '--push-to-hub NAME' in shown
+    if name == 'align': assert '--actor-lr N peak rate' in shown and '4e-05 at 135M' in shown and '--max-kl NATS' in shown
+
+
+@dataclass(frozen=True)
+class Asked:
+    rows:int = 256 # prompts
+
+
+def stub(monkeypatch, name, **functions): monkeypatch.setitem(sys.modules, f'saferlhf.apps.{name}', SimpleNamespace(**functions))
+
+
+def test_options_become_settings_and_the_command_is_told_to_go_on(monkeypatch, capsys):
+    seen = []
+    def cost(*a): seen.append((*a, os.environ['SAFERLHF_COMMAND'])); raise ValueError('enough')
+    stub(monkeypatch, 'stages', cost=cost)
+    argv = ['cost', '--model', 'm', '--data', 'my data.jsonl', '--max_new_tokens=48', '--lr', '1e-4', '--zero-labels', 'z_1.jsonl',
+            '--labels', 'rank']
+    assert told(argv, capsys) == 'enough'
+    *given, command = seen[0]
+    assert given == ['m', 'my data.jsonl', dict(max_new_tokens=48, lr=1e-4, labels='rank', zero='z_1.jsonl')]
+    assert shlex.split(command) == ['saferlhf', *argv[:5], '--max-new-tokens=48', *argv[6:]] and 'SAFERLHF_COMMAND' not in os.environ
+    monkeypatch.setenv('SAFERLHF_COMMAND', 'mine'); told(argv, capsys); assert os.environ['SAFERLHF_COMMAND'] == 'mine'
+
+
+def test_align_has_a_file_of_prompts_and_prompts_per_step_and_one_micro_batch(monkeypatch, capsys):
+    seen = []
+    def align(*a): seen.append((a, json.loads(os.environ['SAFERLHF_SPREAD'] or '{}'))); raise ValueError('enough')
+    stub(monkeypatch, 'align', align=align)
+    base = ['align', '--policy', 'p', '--reward', 'r', '--prompts', 'x.jsonl', '--limit', '-0.5', '--relative', '--gpus', '2']
+    assert told([*base, '--prompts-per-step', '64', '--micro-batch', '8'], capsys) == 'enough'
+    assert seen[0][0] == ('p', 'r', None, 'x.jsonl', -.5, dict(prompts=64, micro_batch=8, relative=True))
+    assert seen[0][1]['gpus'] == 2 and not seen[0][1].get('micro_batch')
+
+
+def test_chat_and_judge_pass_on_what_they_were_told(monkeypatch, capsys):
+    seen = []
+    stub(monkeypatch, 'chat', chat=lambda *a: seen.append(a))
+    stub(monkeypatch, 'judge', judge=lambda *a: seen.append(a), AnswerSettings=Asked)
+    assert commands.main(['chat', 'p', '--beside', 's', '--json', '--temperature', '.7']) == 0
+    base = ['judge', 'a', 'b', '--prompts', 'x.jsonl', '--by', 'runs/cost/c', 'my.rule']
+    assert commands.main([*base, '--rows', '9', '--labels', 'unsafe=1', 'a=b=-1', '--yes']) == commands.main(base) == 0
+    assert seen[0] == ('p', 's', None, None, '', True, dict(temperature=.7))
+    assert seen[1] == ('a', 'b', 'x.jsonl', ['runs/cost/c', 'my.rule'], dict(rows=9), dict(yes=True, labels={'unsafe': 1, 'a=b': -1}), '')
+    assert seen[2][4:] == ({}, {}, '')
+    assert 'WORD=1' in told([*base, '--labels', 'unsafe'], capsys)
+
+
+WRONG_VALUES = [(['--steps', 'many'], "'many' is no whole number"), (['--lr', 'nan'], "'nan' is no number"), (['--force'], '--force'),
+                (['--epochs', 'inf'], "'inf' is no number"), (['--learning-rate', '1'], '--learning-rate')]
+
+
+@pytest.mark.parametrize('wrong, said', WRONG_VALUES)
+def test_wrong_values_of_fields_are_refused_with_their_option(wrong, said, capsys):
+    command = ['sft', '--model', 'm', '--data', 'd']
+    if wrong[0] == '--steps': command = ['align', '--policy', 'p', '--reward', 'r', '--prompts', 'x']
+    with pytest.raises(SystemExit) as stopped: commands.main([*command, *wrong])
+    assert stopped.value.code == 2 and said in capsys.readouterr().err
+
+
+def finished(stage, parents=(), **summary):
+    from saferlhf.record.run import Run
+    run = Run.start(stage, dict(n=len(parents)), dict(parents), name='mine'); run.finish(summary)
+    return Run.open(run.folder)
+
+
+def test_each_command_names_the_next_one(home, monkeypatch, capsys):
+    monkeypatch.chdir(home); stub(monkeypatch, 'judge', AnswerSettings=Asked)
+    start = finished('base_lm'); sft = finished('sft', dict(base=start.folder))
+    short = lambda run: str(run.folder.relative_to(home))
+    def after(command, run, **a):
+        capsys.readouterr(); own_commands._end(command, SimpleNamespace(push_to_hub='', **a), run)
+        first, title, *lines = capsys.readouterr().out.splitlines()
+        assert (first, title) == (f'folder: {short(run)}', 'next:')
+        for line in lines:                                                     # what is said can be typed
+            argv = shlex.split(line)[1:]; assert commands._parser(argv[0]).parse_args(argv).command == argv[0]
+        return [line.strip().removeprefix('saferlhf ') for line in lines]
+    here = short(sft)
+    assert after('sft', sft) == [f'{k} --model {here} --data preferences.jsonl' for k in ('reward', 'cost')]
+    reward = finished('reward', dict(base=sft.folder))
+    assert after('reward', reward, data='p q.jsonl') == [f"cost --model {here} --data 'p q.jsonl'"]
+    cost = finished('cost', dict(base=sft.folder)); finished('cost', dict(base=start.folder))      # of another start
+    both = f'--policy {here} --reward {short(reward)} --cost {short(cost)} --prompts prompts.jsonl'
+    assert after('cost', cost, data='x') == [f'limit {both}', f'align {both} --limit 0'] == after('reward', reward, data='x')
+    limit = finished('limit', dict(policy=sft.folder), choices={'half': -.437, 'paper': 0.}, relative=False)
+    given = dict(policy='p', reward='', cost='c', prompts='x')
+    assert after('limit', limit, **given) == ['align --policy p --reward REWARD --cost c --prompts x --limit -0.44']
+    policy = finished('policy', dict(sft=sft.folder))
+    assert after('align', policy, reward='r', cost='c', prompts='x') == [f'chat {short(policy)} --beside {here}',
+                                                                       f'judge {short(policy)} {here} --prompts x --by c']
+
+
+def test_a_model_is_pushed_to_a_private_place_or_nothing_is_lost(monkeypatch, capsys):
+    import huggingface_hub
+    seen = []
+    class Api:
+        def create_repo(self, name, **how): seen.append((name, how)); return SimpleNamespace(repo_id=name)
+        def upload_folder(self, **how): seen.append(how)
+    run = finished('sft'); monkeypatch.setattr(huggingface_hub, 'HfApi', Api)
+    own_commands._end('sft', SimpleNamespace(push_to_hub='me/mine'), run)
+    assert seen[0] == ('me/mine', dict(private=True, exist_ok=True))
+    assert seen[1]['folder_path'] == run.folder/'model' and seen[1]['repo_id'] == 'me/mine'
+    def refuse(self, *b, **c): raise OSError('401 Client Error\nlong story')
+    monkeypatch.setattr(Api, 'create_repo', refuse); stub(monkeypatch, 'stages', sft=lambda *b: run); capsys.readouterr()
+    assert commands.main(['sft', '--model', 'm', '--data', 'd', '--push-to-hub', 'me/mine']) == 1
+    out, err = capsys.readouterr()
+    assert 'next:' in out and len(err.splitlines()) == 1 and 'hf auth login' in err
+    assert err.startswith('saferlhf: not pushed to me/mine: 401 Client Error; the model lies in ')
+    assert commands.main(['sft', '--model', 'm', '--data', 'd']) == 0 and len(seen) == 2                       # only when asked for
+
+
+def test_a_full_memory_names_the_settings_that_help_by_how_much(monkeypatch, capsys):
+    from saferlhf.apps.defaults import defaults
+    from saferlhf.apps.settings import settings_of
+    from saferlhf.record.run import Run
+    shape = dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9)
+    base = finished('base_lm'); (base.folder/'model').mkdir(); (base.folder/'model/config.json').write_text(json.dumps(shape))
+    found = defaults('cost', shape, 9999, ([90] * 9, [90] * 9), 80., True)
+    config = settings_of('cost', dict(kind='cost'), {k: d.value for k, d in found.items()})
+    def cost(*a):
+        run = Run.start('cost', config, dict(base=base.folder), name='mine')
+        raise RuntimeError(f'CUDA out of memory. Tried to allocate 2 GiB for {run.id}')
+    argv = ['cost', '--model', 'm', '--data', 'd']
+    stub(monkeypatch, 'stages', cost=cost)
+    assert commands.main(argv) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith('saferlhf: CUDA')
+    for part in ('micro_batch=8 instead of 32 needs ', 'recompute needs ', ' GB; as it was, about '): assert part in line, line
+    stub(monkeypatch, 'stages', cost=lambda *a: (_ for _ in ()).throw(RuntimeError('CUDA out of memory. Tried')))
+    assert '--recompute' in told(argv, capsys)                                 # of a run that is not here: in general
 
 
 def test_errors_end_in_one_line_and_a_status(monkeypatch, capsys):
