@@ -7,14 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import close, lm, scorer, sentences, tokenizer
+from tiny import close, finished, lm, own_models, scorer, sentences, tokenizer
 
 from saferlhf.apps import align as module
 from saferlhf.apps.align import align
 from saferlhf.models import load_lm
 from saferlhf.record.files import read_json, read_lines
 from saferlhf.record.resume import Interrupted
-from saferlhf.record.run import Run
 
 SIZES = dict(steps=4, prompts=4, minibatches=1, window=8, look=2, max_new_tokens=6, max_prompt_tokens=48, test_share=.3, actor_lr=3e-3)
 PROMPTS = [dict(prompt=p) for p in sorted(set(sentences(40)))]
@@ -27,23 +26,11 @@ def home(tmp_path, monkeypatch):
     for name in ('SPREAD', 'SAVE_STEPS', 'SAVE_MINUTES', 'COMMAND'): monkeypatch.delenv(f'SAFERLHF_{name}', raising=False)
 
 
-def finished(stage, model, summary=None, rows=None, name=''):
-    run = Run.start(stage, dict(max_new_tokens=6), name=name or stage, data={'of': name})
-    model.save_pretrained(run.path('model')); tokenizer().save_pretrained(run.path('model'))
-    if rows:
-        run.path('data').mkdir(); run.path('data/train.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows), encoding='utf-8')
-    run.finish(summary or {})
-    return run.folder
-
-
 @pytest.fixture
-def models(home):
-    vocab, rows = len(tokenizer()), [dict(prompt='how', response='sure please'), dict(prompt='is it safe', response='yes')]
-    return dict(policy=finished('sft', lm(vocab=vocab), rows=rows), reward=finished('reward', scorer(vocab=vocab, seed=5), GOOD),
-                cost=finished('cost', scorer(vocab=vocab, seed=6, kind='cost'), GOOD))
+def models(home): return own_models(GOOD)
 
 
-def go(models, limit=0., prompts=PROMPTS, **settings): return align(*models.values(), prompts, limit, SIZES | settings)
+def go(models, limit=0., source=PROMPTS, **settings): return align(*models.values(), source, limit, SIZES | settings)
 
 
 def result(record): # all that a run computed
@@ -63,7 +50,7 @@ def test_what_a_run_leaves(models, capsys):
     assert sorted(train + test) == [r['prompt'] for r in PROMPTS] and not set(train) & set(test)
     assert [x['step'] for x in rows['looks']] == [-1, 1, 3] and len(rows['metrics']) == 4
     assert {r['step'] for r in rows['samples']} == {-1, 1, 3} and [r['prompt'] for r in rows['samples'][:len(test)]] == test
-    assert rows['looks'][0]['kl'] == pytest.approx(0, abs=1e-4) < rows['looks'][-1]['kl']
+    assert abs(rows['looks'][0]['kl']) < 1e-4 < rows['looks'][-1]['kl']
     start, now = ([r for r in rows['samples'] if r['step'] == s] for s in (-1, 3))
     for name in ('reward', 'cost', 'length'):
         a, b = (np.mean([r[name] for r in x]) for x in (start, now))
@@ -86,7 +73,7 @@ def test_parents_and_hash(models, tmp_path):
     one, other = go(models), go(models, limit=.5)
     assert one.folder != other.folder and set(one.manifest['parent_folders']) == {'sft', 'reward', 'cost'}
     path = tmp_path/'mine.jsonl'; path.write_text('\n'.join(json.dumps(r) for r in PROMPTS), encoding='utf-8')
-    assert 'prompts mine.jsonl' in go(models, prompts=str(path)).manifest['data']
+    assert 'prompts mine.jsonl' in go(models, source=str(path)).manifest['data']
 
 
 # --- going on
@@ -144,23 +131,24 @@ def test_a_relative_limit_counts_from_the_start(models):
 
 # --- stopping
 def test_max_kl_stops_and_keeps_the_last_weights_within(models, capsys):
-    free = go(models, steps=8, name='free'); looks = read_lines(free.path('looks.jsonl'))
-    kl = [x['kl'] for x in looks]; assert kl[1] < kl[2], kl
-    record = go(models, limit=9., steps=8, max_kl=(kl[1] + kl[2]) / 2, objective='ppo', name='bound')
-    other = go(models, limit=9., steps=8, objective='ppo', name='unbound')
-    ks = [x['kl'] for x in read_lines(other.path('looks.jsonl'))]
-    bound = record.config['max_kl']
-    over = next(i for i, k in enumerate(ks) if k > bound)
-    assert over > 1 and len(record.metrics()) == 2 * over       # it stopped at the first look that was over
+    settings = dict(steps=8, objective='ppo')
+    free = go(models, **settings, name='free'); capsys.readouterr()
+    kl = [x['kl'] for x in read_lines(free.path('looks.jsonl'))]
+    over = next(i for i in range(2, len(kl)) if kl[i] > max(kl[:i]))               # of the looks, which are 2 steps apart
+    bound = (max(kl[:over]) + kl[over]) / 2
+    record = go(models, **settings, max_kl=bound, name='bound')
+    assert len(record.metrics()) == 2 * over                                       # at the first look that was over
     said = f'stopped after step {2 * over - 1}; kept are the weights after step {2 * over - 3}, the last within the limits'
     assert said in record.summary['stopped'] and said in capsys.readouterr().err
-    assert record.summary['kl'][0] <= bound and record.summary['steps'] == 2 * over - 2
-    shorter = load_lm(record.path('model')).state_dict()
-    assert not all(torch.equal(v, load_lm(other.path('model')).state_dict()[k]) for k, v in shorter.items())
+    assert record.summary['kl'][0] == pytest.approx(kl[over - 1]) and record.summary['steps'] == 2 * over - 2
+    probe = [r for r in read_lines(free.path('samples.jsonl')) if r['step'] == 2 * over - 3]
+    again = go(models | dict(policy=record.folder), **settings | dict(steps=1), name='again')       # its start are those weights
+    assert [r['response'] for r in probe] == [r['response'] for r in read_lines(again.path('samples.jsonl'))[:len(probe)]]
 
 
 def test_patience_stops(models):
-    record = go(models, limit=-50., look=1, patience=1, steps=8, actor_lr=0., critic_lr=0., lambda_lr=0.)   # nothing moves: nothing is better
+    still = dict(actor_lr=0., critic_lr=0., lambda_lr=0.)                       # nothing moves: nothing is better
+    record = go(models, limit=-50., look=1, patience=1, steps=8, **still)
     assert len(record.metrics()) == 1 and '1 looks without a better one' in record.summary['stopped']
     assert 'no look was within the cost limit' in record.summary['stopped'] and 'stopped' in record.summary['alarms']
 
@@ -184,10 +172,12 @@ def test_a_model_without_a_report_is_said(models, caplog):
 
 def test_models_in_the_wrong_place(models):
     policy, reward, cost = models.values()
-    for change, said in ((dict(reward=cost), 'reward model .* is a cost model: their signs differ'), (dict(cost=reward), 'is a reward model'),
+    for change, said in ((dict(reward=cost), 'reward model .* is a cost model: their signs differ'),
+                         (dict(cost=reward), 'is a reward model'),
                          (dict(policy=reward), 'policy .* is a reward model: give one that answers'),
                          (dict(reward=policy), 'without a score head: train one, `saferlhf reward`'),
-                         (dict(cost=None), "needs a cost model; objective='ppo' needs no cost"), (dict(policy=policy/'model/x'), 'neither')):
+                         (dict(cost=None), "needs a cost model; objective='ppo' needs no cost"),
+                         (dict(policy=policy/'model/x'), 'neither')):
         with pytest.raises((ValueError, FileNotFoundError), match=said): go(models | change, force=True)
     os.unlink(cost/'DONE')
     with pytest.raises(ValueError, match='is not finished'): go(models)
@@ -195,7 +185,8 @@ def test_models_in_the_wrong_place(models):
 
 @pytest.mark.parametrize('settings, said', (
     (dict(prompts=400), 'set prompts='), (dict(window=3), 'set window=4'), (dict(max_kl=3., look=0), 'set look, e.g. look='),
-    (dict(test_share=0.), 'give more prompts, or a test_share'), (dict(learning_rate=1.), 'no setting'), (dict(objective='pp0'), 'objective is one of'),
+    (dict(test_share=0.), 'give more prompts, or a test_share'), (dict(learning_rate=1.), 'no setting'),
+    (dict(objective='pp0'), 'objective is one of'),
     (dict(minibatches=5), 'set fewer'), (dict(limit=float('nan')), 'limit=nan'), (dict(limit='0'), "limit='0'")))
 def test_settings_that_cannot_be(models, settings, said):
     with pytest.raises(ValueError, match=said) as e: go(models, **settings)
@@ -223,7 +214,8 @@ def test_without_rows_there_is_no_ptx_term(models, tmp_path, capsys):
     assert record.config['ptx_coef'] == 0 and 'no PTX term' in capsys.readouterr().out
     assert read_json(next(Path(os.environ['SAFERLHF_RUNS']).glob('base_lm/*/manifest.json')))['outside'] == str(outside)
     rows = [dict(instruction='is it safe', output='no')]
-    assert read_lines(go(models | dict(policy=outside), ptx=rows_in(tmp_path, rows)).path('data/ptx.jsonl')) == [dict(prompt='is it safe', response='no')]
+    record = go(models | dict(policy=outside), ptx=rows_in(tmp_path, rows))
+    assert read_lines(record.path('data/ptx.jsonl')) == [dict(prompt='is it safe', response='no')]
 
 
 def rows_in(folder, rows):
