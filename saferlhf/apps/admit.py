@@ -6,7 +6,7 @@
 __all__ = ['opened', 'is_function', 'imported', 'scoring_function', 'check_kinds', 'check_objections', 'check_sizes',
            'check_roles', 'check_functions']
 
-# %% ../../nbs/apps/13_admit.ipynb #37f732ec
+# %% ../../nbs/apps/13_admit.ipynb #18e86eaa
 import importlib
 import io
 import logging
@@ -19,7 +19,7 @@ from ..record.fetch import model_hash
 from ..record.files import read_json
 from ..record.run import Record, Run
 
-# %% ../../nbs/apps/13_admit.ipynb #36859ed7
+# %% ../../nbs/apps/13_admit.ipynb #649850ed
 def opened(model)->Record: # TODO apps.stages.opened: a finished run, its folder, or a folder of a model
     "A model as a finished run: one from outside becomes a small one. FileNotFoundError, ValueError say why."
     if isinstance(model, Record): model = model.folder
@@ -60,7 +60,7 @@ def scoring_function(what)->tuple: # as of `is_function`; -> its name, itself, w
     except ValueError: same = False
     return name, what, same
 
-# %% ../../nbs/apps/13_admit.ipynb #065a505d
+# %% ../../nbs/apps/13_admit.ipynb #87a515b0
 def _kind(record): # 'reward', 'cost', 'lm', or 'classifier' (of transformers: nobody wrote its sign down)
     config = read_json(record.folder/'model/config.json')
     named = next(iter(config.get('architectures') or ()), '')
@@ -82,14 +82,14 @@ def check_kinds(start:Record, scores:dict): # the policy; 'reward', 'cost' -> Re
 
 def _weakness(record): # TODO apps.heldout.weakness: -> '' when strong enough, else one line
     beaten = [k for k, better in (record.summary.get('beats_rule') or {}).items() if not better]
-    return f'{record.id} does not beat a simple rule on held-out rows ({", ".join(beaten)})' if beaten else ''
+    return f'the {record.manifest["stage"]} model {record.id} is weak: {", ".join(beaten)}' if beaten else ''
 
 def _objections(config, scores): # AlignSettings; role -> Record; -> lines
     for role, record in scores.items():
         if 'beats_rule' not in record.summary:
             logging.getLogger('saferlhf').warning('%s has no report on held-out rows: whether the %s model '
                                                   'beats a simple rule is not known', record.id, role)
-        if why := _weakness(record): yield f'the {role} model {why}'
+        if why := _weakness(record): yield why
         absolute = config.objective == 'ppo_lag' and not config.relative
         if role == 'cost' and absolute and record.summary.get('zero') == 'none':
             yield (f'the cost model {record.id} has no zero (it learned from rankings alone), an absolute '
@@ -101,7 +101,7 @@ def check_objections(config, scores:dict): # AlignSettings; 'reward', 'cost' -> 
         if not config.force: raise ValueError(f'{line}; force=True goes on')
         logging.getLogger('saferlhf').warning('%s; going on (force=True)', line)
 
-# %% ../../nbs/apps/13_admit.ipynb #8df6580f
+# %% ../../nbs/apps/13_admit.ipynb #5a664a3f
 def check_sizes(config, n:int, ranks:int): # AlignSettings; training prompts; processes
     "ValueError for sizes that cannot go together."
     def refuse(wrong, said):
@@ -118,7 +118,7 @@ def check_sizes(config, n:int, ranks:int): # AlignSettings; training prompts; pr
            f'max_kl and patience are judged at looks: set look, e.g. look={max(1, config.steps // 10)}')
     refuse(min(config.look, config.patience, config.max_kl) < 0, 'look, patience and max_kl are 0 or more')
 
-# %% ../../nbs/apps/13_admit.ipynb #8d1221e4
+# %% ../../nbs/apps/13_admit.ipynb #91feabbe
 def check_roles(config, given, limit): # AlignSettings; roles that are given; on the mean cost
     "ValueError when the objective reads more than was given, or the limit is no number."
     if not isinstance(limit, (int, float)) or isinstance(limit, bool) or not math.isfinite(limit):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['align']
 
-# %% ../../nbs/apps/13_align.ipynb #7bb3aea9
+# %% ../../nbs/apps/13_align.ipynb #b5ec0570
 import hashlib
 import inspect
 import json
@@ -33,7 +33,7 @@ from ..rollout import Sampler, score_rollout
 from ..text import encode_prompt, key_hash, template_name
 from ..train import loop
 
-# %% ../../nbs/apps/13_align.ipynb #0916fffa
+# %% ../../nbs/apps/13_align.ipynb #a863c276
 def _place(prompt, seed): # TODO apps.own_data: -> a number in [0, 1), the same for all spellings of a prompt
     return int(hashlib.sha256(f'{seed} {key_hash(prompt)}'.encode()).hexdigest()[:16], 16) / 2 ** 64
 
@@ -59,12 +59,11 @@ def _in_order(prompts, config, seed): # -> steps x prompts of them, none twice i
     passes = range(-(-n // whole))
     return [prompts[i] for _ in passes for i in rng.permutation(len(prompts))[:whole]][:n]
 
-def _hash(source, rows): # of a file; of what was read where there is none
-    path = Path(source) if isinstance(source, (str, Path)) else None
-    if path and path.expanduser().is_file(): return f'prompts {path.name}', sha256(path.expanduser())
-    return 'prompts', hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+def _file_hash(source): # -> name -> SHA-256; nothing for rows and folders: what was read of them is hashed
+    path = Path(source).expanduser() if isinstance(source, (str, Path)) else Path()
+    return {path.name: sha256(path)} if path.is_file() else {}
 
-# %% ../../nbs/apps/13_align.ipynb #6155c02d
+# %% ../../nbs/apps/13_align.ipynb #5f4a9a37
 def _defaults(start, prompts): # TODO apps.defaults.defaults; Record; training prompts -> field -> value
     tokenizer = load_tokenizer(start.folder/'model')
     tokens = [len(encode_prompt(p, tokenizer, 10 ** 6)) for p in prompts[:2000]]
@@ -81,7 +80,7 @@ def _configured(told, limit, start, train, has_ptx): # -> AlignSettings
     print('no PTX term: no rows of answers (set ptx=FILE; a policy that `saferlhf sft` made has its own)')
     return replace(config, ptx_coef=0.)
 
-# %% ../../nbs/apps/13_align.ipynb #36bdc102
+# %% ../../nbs/apps/13_align.ipynb #33c05503
 class _Function: # TODO apps.scorers.as_scorer: prompts, answers -> numbers, as a scorer of `ppo_step`
     def __init__(self, function, name, tokenizer):
         self.function, self.name, self.tokenizer = function, name, tokenizer
@@ -108,7 +107,7 @@ def _scale(run, others, ask): # role -> _Scaled; function of scorers -> as from 
     if others and not known and rank() == 0:
         run.note(units={role: s.sd for role, s in others.items()})
 
-# %% ../../nbs/apps/13_align.ipynb #844f2b15
+# %% ../../nbs/apps/13_align.ipynb #6324aa3f
 _LIVE = {} # folder of a run -> role -> function that was given to `align` itself
 
 def _scorers(run, tokenizer): # role -> _Scaled, of the roles that are functions
@@ -148,7 +147,7 @@ def _on_rank(folder): # what `launch` can pass to other processes
          save=run.saver(moves | dict(watch=watch, kept=kept)), stop=lambda: bool(watch.why))
     _keep(run, watch, kept, actor, tokenizer)
 
-# %% ../../nbs/apps/13_align.ipynb #354688bf
+# %% ../../nbs/apps/13_align.ipynb #90f599da
 def _set_limit(watch, objective): # after the first look
     start, config = watch.start, watch.config
     for name in ('reward', 'cost'):
@@ -170,7 +169,7 @@ def _keep(run, watch, kept, actor, tokenizer): # the model, and in the manifest 
     run.note(template=template_name(tokenizer), alarms=watch.alarms,
              outcome=dict(step=watch.step, stopped=watch.why, limit=watch.limit, lam=(lam or [None])[-1]))
 
-# %% ../../nbs/apps/13_align.ipynb #c69a41ba
+# %% ../../nbs/apps/13_align.ipynb #e15663d7
 def _finish(run): # whose model/ is complete
     told, rows = read_json(run.path('manifest.json')), read_lines(run.path('samples.jsonl'))
     outcome = told['outcome']
@@ -194,7 +193,7 @@ def _show(record): # a finished run
         if a['alarm'] != 'stopped': print(f'rang after step {a["step"]}: {a["alarm"]}: {a["text"]}')
     print(f'policy: {record.folder}')
 
-# %% ../../nbs/apps/13_align.ipynb #33b1a66d
+# %% ../../nbs/apps/13_align.ipynb #6ff13473
 def align(
     policy,       # that starts: a finished run, its folder, or a folder of a model
     reward,       # a score model, given likewise; or a function (prompts, answers) -> numbers, or its name
@@ -216,22 +215,24 @@ def align(
     config = _configured(told, limit, start, train, bool(ptx))
     spread = Spread.wanted()
     check_sizes(config, len(train), spread.ranks); check_functions(functions, spread)
-    data = dict([_hash(prompts, train + test)]) | _codes(functions)
-    if first.ptx: data['ptx'] = hashlib.sha256(json.dumps(ptx).encode()).hexdigest()
+    files = _files(train=[dict(prompt=p) for p in train], test=[dict(prompt=p) for p in test], ptx=ptx)
+    data = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in files.items()}
+    data |= _file_hash(prompts) | _file_hash(first.ptx or []) | _codes(functions)
     parents, label = {'sft': start} | scores, config.name or start.folder.name.rpartition('-')[0]
     run = Run.start('policy', config, {k: r.folder for k, r in parents.items()}, config.seed, label,
                     sources=('reproduction.training',), data=data)
-    if not run.done:
-        print(f'{len(train)} prompts to train on, {len(test)} held out; {len(ptx)} PTX rows {source}')
-        _store(run, train=[dict(prompt=p) for p in train], test=[dict(prompt=p) for p in test], ptx=ptx)
-        run.note(spread=spread.plain(), functions={k: f[0] for k, f in functions.items()})
-        _LIVE[str(run.folder)] = {k: f[1] for k, f in functions.items()}
-        launch(_on_rank, spread, [str(run.folder)])
-        _finish(run)
+    try:
+        if not run.done:
+            print(f'{len(train)} prompts to train on, {len(test)} held out; {len(ptx)} PTX rows {source}')
+            typed = f'{str(start.folder)!r}, {given}, {prompts!r:.99}, {limit}, {told}'
+            _begin(run, files, functions, spread, f'saferlhf.apps.align.align({typed})')
+            launch(_on_rank, spread, [str(run.folder)])
+            _finish(run)
+    finally: run.close()
     _show(record := Record(run.folder))
     return record
 
-# %% ../../nbs/apps/13_align.ipynb #a384fba2
+# %% ../../nbs/apps/13_align.ipynb #c137757b
 def _codes(functions): # role -> hash of a function's name and text
     out = {}
     for role, (name, function, _) in functions.items():
@@ -240,7 +241,13 @@ def _codes(functions): # role -> hash of a function's name and text
         out[f'{role} function {name}'] = hashlib.sha256(f'{name}\n{text}'.encode()).hexdigest()
     return out
 
-def _store(run, **parts): # name -> rows; what ranks, and a run that goes on, read
+def _files(**parts): # name -> rows; -> file in the run -> its text
+    return {f'data/{name}.jsonl': ''.join(json.dumps(r, ensure_ascii=False) + '\n' for r in rows)
+            for name, rows in parts.items()}
+
+def _begin(run, files, functions, spread, typed): # what ranks, and a run that goes on, read
     run.path('data').mkdir(exist_ok=True)
-    for name, rows in parts.items():
-        atomic_write(run.path(f'data/{name}.jsonl'), ''.join(json.dumps(r) + '\n' for r in rows))
+    for name, text in files.items(): atomic_write(run.path(name), text)
+    run.note(spread=spread.plain(), functions={k: f[0] for k, f in functions.items()})
+    if not run.manifest['command'].startswith('saferlhf '): run.note(command=typed)
+    _LIVE[str(run.folder)] = {k: f[1] for k, f in functions.items()}

@@ -11,6 +11,7 @@ from tiny import close, finished, lm, own_models, scorer, sentences, tokenizer
 
 from saferlhf.apps import align as module
 from saferlhf.apps.align import align
+from saferlhf.data import sha256
 from saferlhf.models import load_lm
 from saferlhf.record.files import read_json, read_lines
 from saferlhf.record.resume import Interrupted
@@ -30,7 +31,8 @@ def home(tmp_path, monkeypatch):
 def models(home): return own_models(GOOD)
 
 
-def go(models, limit=0., source=PROMPTS, **settings): return align(*models.values(), source, limit, SIZES | settings)
+def go(models, limit=0., source=PROMPTS, **settings):
+    return align(*models.values(), source, limit, SIZES | settings)
 
 
 def result(record): # all that a run computed
@@ -70,15 +72,17 @@ def test_a_finished_run_is_read_back(models, capsys, monkeypatch):
 
 
 def test_parents_and_hash(models, tmp_path):
-    one, other = go(models), go(models, limit=.5)
+    one, other = go(models, steps=1), go(models, limit=.5, steps=1)
     assert one.folder != other.folder and set(one.manifest['parent_folders']) == {'sft', 'reward', 'cost'}
     path = tmp_path/'mine.jsonl'; path.write_text('\n'.join(json.dumps(r) for r in PROMPTS), encoding='utf-8')
-    assert 'prompts mine.jsonl' in go(models, source=str(path)).manifest['data']
+    data = go(models, source=str(path), steps=1).manifest['data']
+    assert data['mine.jsonl'] == sha256(path) and data.items() > one.manifest['data'].items()
+    assert set(one.manifest['data']) == {f'data/{n}.jsonl' for n in ('train', 'test', 'ptx')}
+    assert one.manifest['data']['data/test.jsonl'] == sha256(one.path('data/test.jsonl'))
 
 
 # --- going on
-@pytest.mark.parametrize('settings', (dict(relative=True), dict(max_kl=1e9, patience=9)), ids=('relative', 'stops'))
-@pytest.mark.parametrize('at', (2, 3), ids=('after a look', 'before the end'))
+@pytest.mark.parametrize('at, settings', ((2, dict(relative=True)), (3, dict(max_kl=1e9, patience=9))), ids=('relative', 'stops'))
 def test_a_killed_run_is_one_that_was_not(models, monkeypatch, tmp_path, at, settings):
     whole = result(go(models, **settings, name='whole'))
     monkeypatch.setenv('SAFERLHF_SAVE_STEPS', '1')
@@ -97,7 +101,7 @@ def test_lost_steps_are_made_again(models, monkeypatch):
     "Killed long after the last save: looks, samples and alarms of the steps that are made again do not stand twice."
     whole = result(go(models, name='whole'))
     monkeypatch.setenv('SAFERLHF_SAVE_STEPS', '1')
-    keep, finish = module._keep, module._finish
+    keep = module._keep
     def dies(*a): raise KeyError('killed')
     monkeypatch.setattr(module, '_keep', dies)
     with pytest.raises(KeyError): go(models, name='killed')
@@ -155,19 +159,19 @@ def test_patience_stops(models):
 
 # --- refusals
 @pytest.mark.parametrize('summary, said', (
-    (dict(beats_rule=dict(rank=True, sign=False), zero='labels'), r'cost model .* does not beat .*sign.*force=True goes on'),
+    (dict(beats_rule=dict(rank=True, sign=False), zero='labels'), r'cost model .* is weak: sign.*force=True goes on'),
     (dict(beats_rule=dict(rank=True), zero='none'), 'no zero .* set relative=True, or train it with zero=FILE of 50 labels')))
 def test_weak_models_are_refused(models, summary, said, caplog):
     models['cost'] = finished('cost', scorer(vocab=len(tokenizer()), seed=6, kind='cost'), summary, name='weak')
     with pytest.raises(ValueError, match=said) as e: go(models)
     assert '\n' not in str(e.value)
-    assert go(models, force=True).done and 'going on (force=True)' in caplog.text
-    if 'zero' in said: assert go(models, relative=True).done
+    assert go(models, force=True, steps=1).done and 'going on (force=True)' in caplog.text
+    if 'zero' in said: assert go(models, relative=True, steps=1).done
 
 
 def test_a_model_without_a_report_is_said(models, caplog):
     models['reward'] = finished('reward', scorer(vocab=len(tokenizer()), seed=5), name='bare')
-    assert go(models).done and caplog.text.count('no report on held-out rows') == 1 and 'reward/bare' in caplog.text
+    assert go(models, steps=1).done and caplog.text.count('no report on held-out rows') == 1 and 'reward/bare' in caplog.text
 
 
 def test_models_in_the_wrong_place(models):
@@ -198,23 +202,23 @@ def longer(prompts, answers): return [100. * len(a) for a in answers]
 
 
 def test_a_function_as_reward_is_put_into_units_of_its_own_spread(models):
-    record = go(models | dict(reward=longer, cost=None), objective='ppo')
+    record = go(models | dict(reward=longer, cost=None), objective='ppo', steps=1)
     sd, rows = record.manifest['units']['reward'], read_lines(record.path('samples.jsonl'))
     assert sd > 50 and all(r['reward'] == pytest.approx(100 * len(r['response']) / sd, rel=1e-5) for r in rows)
     assert 'cost' not in record.summary and set(record.manifest['parent_folders']) == {'sft'}
-    assert go(models | dict(reward=f'{__name__}.longer', cost=None), objective='ppo').manifest['units']['reward'] == sd
+    assert go(models | dict(reward=f'{__name__}.longer', cost=None), objective='ppo', steps=1).manifest['units']['reward'] == sd
     for bad, said in ((lambda p, a: [1.] * len(a), 'the same number'), (lambda p, a: [1.], 'a finite number for each')):
-        with pytest.raises(ValueError, match=said): go(models | dict(reward=bad, cost=None), objective='ppo')
+        with pytest.raises(ValueError, match=said): go(models | dict(reward=bad, cost=None), objective='ppo', steps=1)
     with pytest.raises(ValueError, match='no function no_module.at_all'): go(models | dict(reward='no_module.at_all'))
 
 
 def test_without_rows_there_is_no_ptx_term(models, tmp_path, capsys):
     outside = tmp_path/'model'; lm(vocab=len(tokenizer())).save_pretrained(outside); tokenizer().save_pretrained(outside)
-    record = go(models | dict(policy=outside))
+    record = go(models | dict(policy=outside), steps=1)
     assert record.config['ptx_coef'] == 0 and 'no PTX term' in capsys.readouterr().out
     assert read_json(next(Path(os.environ['SAFERLHF_RUNS']).glob('base_lm/*/manifest.json')))['outside'] == str(outside)
     rows = [dict(instruction='is it safe', output='no')]
-    record = go(models | dict(policy=outside), ptx=rows_in(tmp_path, rows))
+    record = go(models | dict(policy=outside), ptx=rows_in(tmp_path, rows), steps=1)
     assert read_lines(record.path('data/ptx.jsonl')) == [dict(prompt='is it safe', response='no')]
 
 
