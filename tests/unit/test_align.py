@@ -1,6 +1,7 @@
 "A policy aligned on prompts of one's own: what is refused, what the limit counts from, and a run that was killed is one that was not."
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from tiny import close, finished, lm, own_models, scorer, sentences, tokenizer
 
 from saferlhf.apps import align as module
 from saferlhf.apps.align import align
+from saferlhf.apps.settings import AlignSettings
 from saferlhf.data import sha256
 from saferlhf.models import load_lm
 from saferlhf.record.files import read_json, read_lines
@@ -82,17 +84,21 @@ def test_parents_and_hash(models, tmp_path):
 
 
 # --- going on
-@pytest.mark.parametrize('at, settings', ((2, dict(relative=True)), (3, dict(max_kl=1e9, patience=9))), ids=('relative', 'stops'))
-def test_a_killed_run_is_one_that_was_not(models, monkeypatch, tmp_path, at, settings):
-    whole = result(go(models, **settings, name='whole'))
-    monkeypatch.setenv('SAFERLHF_SAVE_STEPS', '1')
+def killed(models, monkeypatch, at, **settings): # in the step `at`, once the one before is complete
     ppo = module.policy_steps
-    def dies(*a): # in the step `at`, once it was logged that the one before is complete
+    def dies(*a):
         step, kept = ppo(*a)
         return lambda i: 1 / (i != at) and step(i), kept
     monkeypatch.setattr(module, 'policy_steps', dies)
     with pytest.raises(ZeroDivisionError): go(models, **settings, name='killed')
     monkeypatch.setattr(module, 'policy_steps', ppo)
+
+
+@pytest.mark.parametrize('at, settings', ((2, dict(relative=True)), (3, dict(max_kl=1e9, patience=9))), ids=('relative', 'stops'))
+def test_a_killed_run_is_one_that_was_not(models, monkeypatch, tmp_path, at, settings):
+    whole = result(go(models, **settings, name='whole'))
+    monkeypatch.setenv('SAFERLHF_SAVE_STEPS', '1')
+    killed(models, monkeypatch, at, **settings)
     record = go(models, **settings, name='killed')
     assert same(whole, result(record)) and [r['step'] for r in record.manifest['resumed']] == [at]
 
@@ -134,7 +140,7 @@ def test_a_relative_limit_counts_from_the_start(models):
 
 
 # --- stopping
-def test_max_kl_stops_and_keeps_the_last_weights_within(models, capsys):
+def test_max_kl_stops_and_keeps_the_last_weights_within(models, capsys, monkeypatch):
     settings = dict(steps=8, objective='ppo')
     free = go(models, **settings, name='free'); capsys.readouterr()
     kl = [x['kl'] for x in read_lines(free.path('looks.jsonl'))]
@@ -145,6 +151,10 @@ def test_max_kl_stops_and_keeps_the_last_weights_within(models, capsys):
     said = f'stopped after step {2 * over - 1}; kept are the weights after step {2 * over - 3}, the last within the limits'
     assert said in record.summary['stopped'] and said in capsys.readouterr().err
     assert record.summary['kl'][0] == pytest.approx(kl[over - 1]) and record.summary['steps'] == 2 * over - 2
+    monkeypatch.setenv('SAFERLHF_SAVE_STEPS', '1')                                 # the weights aside are in a checkpoint, too
+    killed(models, monkeypatch, 2 * over - 2, **settings, max_kl=bound)
+    shutil.rmtree(next(Path(os.environ['SAFERLHF_RUNS']).glob('policy/killed-*/kept')))
+    assert same(result(record), result(go(models, **settings, max_kl=bound, name='killed')))
     probe = [r for r in read_lines(free.path('samples.jsonl')) if r['step'] == 2 * over - 3]
     again = go(models | dict(policy=record.folder), **settings | dict(steps=1), name='again')       # its start are those weights
     assert [r['response'] for r in probe] == [r['response'] for r in read_lines(again.path('samples.jsonl'))[:len(probe)]]
@@ -225,6 +235,13 @@ def test_without_rows_there_is_no_ptx_term(models, tmp_path, capsys):
 def rows_in(folder, rows):
     path = folder/'rows.jsonl'; path.write_text('\n'.join(map(json.dumps, rows)), encoding='utf-8')
     return str(path)
+
+
+def test_no_prompt_twice_in_a_step():
+    texts = [r['prompt'] for r in PROMPTS[:30]]
+    order = module._in_order(texts, AlignSettings(steps=100, prompts=8), 0)           # three steps a pass, six prompts are left over
+    assert [len(set(order[k:k + 8])) for k in range(0, 800, 8)] == [8] * 100 and len(order) == 800 and len(set(order)) > 24
+    assert order != module._in_order(texts, AlignSettings(steps=100, prompts=8), 1)
 
 
 def test_a_prompt_keeps_its_part():
