@@ -157,19 +157,21 @@ def loop(
     log,             # function (step, metrics), e.g. `run.log`
     start:int=0, show:tuple=('loss',), # first step, after a resume; metrics on the progress bar
     save=None,       # from `Run.saver`: it knows where to start, saves, and stops on a signal
+    stop=lambda: False, # asked before every step: whether the one before was the last
 )->dict:             # metrics of the last step
     "Run steps `start` to `steps - 1`. FloatingPointError, before weights move, if a number is not finite."
     metrics, start = {}, save.restore() if save else start
     with save or nullcontext(), tqdm(range(start, steps), initial=start, total=steps, mininterval=5,
                                      ascii=True, ncols=100, disable=rank() > 0) as bar:
         for i in bar:
+            if stop(): break
             try: _check_metrics(metrics := reduce_mean(step(i)), i)
             except FloatingPointError as e:
                 if save: save.refuse(i, e)
                 raise
             log(i, metrics)
             bar.set_postfix({k: f'{metrics[k]:.3f}' for k in show if k in metrics}, refresh=False)
-            if save: save(i, i + 1 == steps)
+            if save: save(i, i + 1 == steps or stop())
     return metrics
 
 # %% ../nbs/method/09_train.ipynb #575a1ba4

@@ -1,8 +1,10 @@
 "Small things that several test modules share."
+import json
 from functools import cache
 import numpy as np
 import torch
 from saferlhf.models import ScoreModel, tiny_model, train_tokenizer
+from saferlhf.record.run import Run
 
 FAMILIES = ('llama', 'mistral', 'qwen2', 'qwen3', 'gemma', 'gemma2', 'gemma3_text', 'olmo2', 'olmo3', 'phi3', 'smollm3', 'gpt2', 'opt')
 WORDS = 'how to make a bomb cake with sugar and care , is it safe ? no yes never sure ask your doctor first please'.split()
@@ -44,3 +46,18 @@ def prompt_rows(n=8, vocab=61, seed=0, longest=7): # a left-padded batch as from
     mask = torch.tensor(np.arange(longest) >= longest - lengths[:, None]).long()
     ids = torch.tensor(g.integers(2, vocab, (n, longest))) * mask
     return dict(input_ids=ids, attention_mask=mask, prompt_ids=torch.tensor(g.integers(0, 1 << 62, n)))
+
+
+def finished(stage, model, summary=None, rows=(), name=''): # a finished run of one's own with that model; its folder
+    run = Run.start(stage, dict(max_new_tokens=6), name=name or stage, data={'of': name})
+    model.save_pretrained(run.path('model')); tokenizer().save_pretrained(run.path('model'))
+    run.path('data').mkdir()
+    if rows: run.path('data/train.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows), encoding='utf-8')
+    run.finish(summary or {})
+    return run.folder
+
+
+def own_models(summary): # of the score models; role -> folder of a finished run
+    vocab, rows = len(tokenizer()), [dict(prompt='how', response='sure please'), dict(prompt='is it safe', response='yes')]
+    return dict(policy=finished('sft', lm(vocab=vocab), rows=rows), reward=finished('reward', scorer(vocab=vocab, seed=5), summary),
+                cost=finished('cost', scorer(vocab=vocab, seed=6, kind='cost'), summary))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['on_ranks', 'start_of', 'sft_data', 'fine_tune', 'train_sft', 'score_data', 'train_pairs', 'train_score',
-           'policy_data', 'policy_models', 'train_policy']
+           'policy_data', 'policy_models', 'policy_steps', 'read_answers', 'train_policy']
 
 # %% ../../nbs/reproduction/06_training.ipynb #f4a5eb1b
 import importlib
@@ -20,9 +20,10 @@ from ..annotate import single_dimension
 from ..data import cost_pairs, reward_pairs
 from ..engine import load
 from ..hardware.precision import fast_precision
-from ..hardware.ranks import Spread, rank
+from ..hardware.ranks import Spread, gather, rank, rank_slice, ranks
 from ..hardware.seeds import seed_all
 from ..models import ScoreModel, load_lm, load_tokenizer, save_tokenizer, token_logps
+from ..objectives import Objective
 from ..ppo import PPOConfig, actor_optim, critic_optim, make_objective, ppo_step
 from ..record.card import write_card
 from ..record.files import read_lines
@@ -173,39 +174,79 @@ def policy_data(run:Run)->tuple: # of a policy's stage; -> tokenizer, prompts, r
 
 # %% ../../nbs/reproduction/06_training.ipynb #d090af08
 def policy_models(
-    run:Run, objective, # of a policy's stage; whose channels have critics
-)->tuple:               # actor, reference, critics, scorers
+    folders:dict,         # 'actor', 'sft' (the reference), 'reward', 'cost' -> folder of a model
+    objective:Objective,  # whose channels have critics
+    config:PPOConfig,     # rates and sizes
+    spread:Spread,        # how each engine is spread
+    others:dict|None=None, # 'reward', 'cost' -> a scorer as in `ppo_step`, where no score model of ours reads
+)->tuple:                 # actor, reference, critics, scorers
     "The engines of a PPO step."
-    config, parents, spread = _told(run, PPOConfig)
     updates = config.steps * config.epochs * config.minibatches
     def engine(role, make, optim=None):
         return load(make, optim, updates, precision=fast_precision(), **spread.load(role))
-    score = lambda role, kind: lambda: ScoreModel.from_pretrained(model_path(parents, role), kind=kind)
-    actor = engine('actor', lambda: load_lm(start_of(run)), actor_optim(config))
-    reference = engine('reference', lambda: load_lm(model_path(parents, 'sft')))
-    policy_tokenizer = load_tokenizer(start_of(run))
-    tokenizers = {k: load_tokenizer(model_path(parents, k)) for k in ('reward', 'cost')}
+    score = lambda role, kind: lambda: ScoreModel.from_pretrained(folders[role], kind=kind)
+    actor = engine('actor', lambda: load_lm(folders['actor']), actor_optim(config))
+    reference = engine('reference', lambda: load_lm(folders['sft']))
+    policy_tokenizer = load_tokenizer(folders['actor'])
+    tokenizers = {k: load_tokenizer(folders[k]) for k in ('reward', 'cost') if k in folders}
     scorers = {k: TextScorer(engine(k, score(k, k)), tokenizers[k], policy_tokenizer,
                              config.max_prompt_tokens, config.max_new_tokens) for k in tokenizers}
-    # a critic reads the policy's tokens: under another tokenizer it starts from the SFT model
-    start = {k: k if scorers[k].same else 'sft' for k in scorers}
+    # a critic reads the policy's tokens: under another tokenizer, or beside a scorer that is no model of
+    # ours, it starts from the SFT model
+    start = {k: k if k in scorers and scorers[k].same else 'sft' for k in ('reward', 'cost')}
     critics = {channel: engine(f'critic-{k}', score(start[k], 'critic'), critic_optim(config))
                for channel, k in objective.critic_init.items()}
-    return actor, reference, critics, scorers
+    return actor, reference, critics, scorers | (others or {})
+
+
+# %% ../../nbs/reproduction/06_training.ipynb #62cd62fb
+def policy_steps(
+    models:tuple, sampler:Sampler,      # as from `policy_models`; of the actor
+    tokenizer, prompts:list,            # of the policy; `config.prompts` of them for each step, in order
+    supervised:list,                    # rows of the PTX term; none: no such term
+    objective:Objective, config:PPOConfig, # what is followed, and how
+    seed:int,                           # of the supervised rows' draws
+)->tuple: # function of a step's number -> metrics; name -> what moves, for `Run.saver`
+    "The steps of a policy's training."
+    actor, reference, critics, scorers = models
+    n, budgets = config.prompts, (config.max_prompt_tokens, config.max_new_tokens)
+    def step(i):
+        asked = prompt_batch(prompts[i * n:(i + 1) * n], tokenizer, config.max_prompt_tokens)
+        size = min(len(supervised), max(1, n // 4)) if config.ptx_coef else 0
+        rows = random.Random(seed * 1000 + i).sample(supervised, size)
+        ptx = text_batch(rows, tokenizer, *budgets) if rows else None
+        return ppo_step(actor, reference, critics, scorers, sampler, asked, ptx, objective, config, i)
+    return step, {'actor': actor, 'multiplier': objective.state} | {
+        f'critic-{k}': c for k, c in critics.items()}
+
 
 # %% ../../nbs/reproduction/06_training.ipynb #92e2e329
 @torch.no_grad()
-def _probe(sampler, reference, scorers, gold, tokenizer, prompts, max_prompt_tokens, batch_size):
-    "One fresh answer to each prompt, read by the policy's own models and by gold annotators: means of both."
-    found, texts = [], []
+def read_answers(
+    sampler:Sampler, reference, scorers:dict, # of the policy; engine; name -> scorer as in `ppo_step`
+    tokenizer, prompts:list,                  # of the policy; N strings or dialogues
+    max_prompt_tokens:int, batch_size:int,    # template included; prompts that are asked together
+)->tuple: # N texts; 'kl' (nats), 'length' (tokens), 'truncated' and the scorers' names -> (N,) tensors
+    "One fresh answer to each prompt and what is measured on it; ranks share the prompts, all get the rows."
+    texts, found = [], []
     for k in range(0, len(prompts), batch_size):
-        batch = prompt_batch(prompts[k:k + batch_size], tokenizer, max_prompt_tokens)
-        r = sampler.generate(batch, 1, FIRST['probe'])
+        asked = prompts[k:k + batch_size]; n = len(asked)
+        asked = asked + asked[:1] * (-n % ranks())                     # every rank has as many
+        r = sampler.generate(prompt_batch(asked[rank_slice(len(asked))], tokenizer, max_prompt_tokens), 1,
+                             FIRST['probe'])
         logp = token_logps(reference, r.ids, r.attention_mask, r.mask.shape[1], sampler.temperature)
-        found.append(dict(kl=(kl_per_token(r.logp, logp) * r.mask).sum(1), length=r.lengths.float())
-                     | {f'proxy_{name}': score_rollout(x, r) for name, x in scorers.items()})
-        texts += r.texts(tokenizer)
-    g, means = gold(prompts, texts), {k: float(torch.cat([f[k] for f in found]).mean()) for k in found[0]}
+        seen = dict(kl=(kl_per_token(r.logp, logp) * r.mask).sum(1), length=r.lengths.float(),
+                    truncated=r.truncated.float())
+        seen |= {name: score_rollout(x, r) for name, x in scorers.items()}
+        found.append({name: gather(x)[:n] for name, x in seen.items()})
+        texts += r.gather_ranks().texts(tokenizer)[:n]
+    return texts, {k: torch.cat([f[k] for f in found]) for k in found[0]}
+
+def _probe(sampler, reference, scorers, gold, tokenizer, prompts, max_prompt_tokens, batch_size):
+    "Fresh answers, read by the policy's own models and by gold annotators: means of both."
+    texts, found = read_answers(sampler, reference, {f'proxy_{k}': x for k, x in scorers.items()}, tokenizer,
+                                prompts, max_prompt_tokens, batch_size)
+    g, means = gold(prompts, texts), {k: float(x.mean()) for k, x in found.items() if k != 'truncated'}
     return means | dict(gold_reward=float(g[:, 0].mean()), gold_cost=float(g[:, 1].mean()),
                         harmful=float((g[:, 1] > 0).mean()))
 
@@ -225,21 +266,20 @@ def _prober(run, config, sampler, reference, scorers, tokenizer):
 # %% ../../nbs/reproduction/06_training.ipynb #6d8cb466
 def train_policy(run:Run): # of a policy's stage
     "A round of PPO-Lag, or of what it is compared with, on every rank; probed where that is asked for."
-    config, _, spread = _told(run, PPOConfig)
+    config, parents, spread = _told(run, PPOConfig)
     seed_all(run.seed + 1000 * run.manifest['round'])
     objective, (tokenizer, prompts, _, supervised) = make_objective(config), policy_data(run)
-    actor, reference, critics, scorers = policy_models(run, objective)
+    folders = {k: model_path(parents, k) for k in ('sft', 'reward', 'cost')} | {'actor': start_of(run)}
+    models = policy_models(folders, objective, config, spread)
+    actor, reference, _, scorers = models
     sampler = Sampler(actor, tokenizer.eos_token_id, config.max_new_tokens, config.temperature, seed=run.seed,
                       keep=spread.keep_sampler_weights)
     probed, look = _prober(run, config, sampler, reference, scorers, tokenizer)
-    n, budgets = config.prompts, (config.max_prompt_tokens, config.max_new_tokens)
+    ppo, kept = policy_steps(models, sampler, tokenizer, prompts, supervised, objective, config, run.seed)
     def step(i):
-        asked = prompt_batch(prompts[i * n:(i + 1) * n], tokenizer, config.max_prompt_tokens)
-        rows = random.Random(run.seed * 1000 + i).sample(supervised, max(1, n // 4))
-        ptx = text_batch(rows, tokenizer, *budgets) if config.ptx_coef else None
-        metrics = ppo_step(actor, reference, critics, scorers, sampler, asked, ptx, objective, config, i)
+        metrics = ppo(i)
         if i in probed: look(i)
         return metrics
-    kept = {'actor': actor, 'multiplier': objective.state} | {f'critic-{k}': c for k, c in critics.items()}
     loop(step, config.steps, run.log, show=('lam', 'cost', 'reward', 'kl'), save=run.saver(kept))
     _keep_model(run, actor, tokenizer)
+
