@@ -237,7 +237,7 @@ def test_a_model_is_strong_when_it_beats_the_best_rule_for_certain():
     assert weakness(strong) == '' and strong.summary['beats_rule'] == {'rank': True} and strong.summary['rows_needed'] == {'rank': 0}
     assert 'reward/x is weak: rank: does not beat' in weakness(weak) and '\n' not in weakness(weak)
     assert not few.summary['beats_rule']['rank'] and few.summary['rows_needed']['rank'] == 8          # 20 prompts at least
-    assert '12 held-out prompts are too few to tell: hold out 8 rows more' in weakness(few)
+    assert '12 held-out prompts are too few: hold out 8 rows more to tell' in weakness(few)
     assert 'beats the rule' in ' '.join(report_lines(strong.summary))
 
 
