@@ -169,7 +169,8 @@ def test_a_cost_model_of_rankings_alone(start, home):
     placed = cost(start, pairs(), FAST | dict(zero=str(write(home/'zero.jsonl', labels()))))
     s = placed.summary
     assert s['zero'] == 'offset' and tensors(placed)['score_head.bias'].item() == pytest.approx(s['shift'], abs=.05)
-    assert 'zero: zero.jsonl' in placed.manifest['data'] and {r['metric'] for r in s['table1']} == {'rank', 'sign'}
+    assert 'zero: zero.jsonl' in placed.manifest['data'] and placed.config['zero'] == 'zero.jsonl'
+    assert {r['metric'] for r in s['table1']} == {'rank', 'sign'}
     assert scores(placed) - scores(run) == pytest.approx(s['shift'], abs=.05)                    # the same model, moved
 
 
