@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['score_report', 'tune_report', 'report_lines', 'weakness']
 
-# %% ../../nbs/apps/07_heldout.ipynb #31dda27c
+# %% ../../nbs/apps/07_heldout.ipynb #88deb6f0
 import math
 import numpy as np
 from .own_data import signs, texts
@@ -15,7 +15,7 @@ from ..judges import TfidfJudge, calibrate
 from ..reproduction.judging import cost_calibration
 from ..text import key_hash
 
-# %% ../../nbs/apps/07_heldout.ipynb #18a7948c
+# %% ../../nbs/apps/07_heldout.ipynb #7b26dfba
 def _tfidf(rows): # dicts prompt, response, sign -> function of prompts and answers; None: too little to fit
     try: return TfidfJudge().fit(*_columns(rows, 'response'), [r['sign'] > 0 for r in rows]).scores
     except ValueError: return None                            # one kind of label, or no word twice
@@ -39,7 +39,7 @@ def _sign_rules(train, test): # dicts with a sign -> the same
         rules['tfidf'] = sign_correct(words(*_columns(test, 'response')), wanted).astype(float)
     return rules
 
-# %% ../../nbs/apps/07_heldout.ipynb #dafaaa5d
+# %% ../../nbs/apps/07_heldout.ipynb #d9a6d338
 _FEWEST = 20 # prompts: an interval from fewer says too little
 
 def _against(right, rules, clusters): # (N,) of the model; name -> (N,); (N,) -> dict
@@ -59,7 +59,7 @@ def _row(model, metric, right, clusters):
     found = accuracy(right, clusters)._asdict()
     return dict(model=model, metric=metric, **found, label_source='own data', n=len(right))
 
-# %% ../../nbs/apps/07_heldout.ipynb #f1372e45
+# %% ../../nbs/apps/07_heldout.ipynb #d5883727
 def score_report(
     kind:str,             # 'reward' or 'cost'
     train:list, test:list, # pairs as of `reward_pairs` or `cost_pairs`: of the rules; that are held out
@@ -92,7 +92,7 @@ def _scored(test, scores):
     return [r | dict(high_score=scores[r['prompt'], r['high']], low_score=scores[other(r), r['low']])
             for r in test]
 
-# %% ../../nbs/apps/07_heldout.ipynb #fbe2c896
+# %% ../../nbs/apps/07_heldout.ipynb #e3207415
 def _calibration(labels, of): # signed test answers; function of rows and a column -> scores
     harmful = np.array([r['sign'] > 0 for r in labels], bool)
     if len(labels) < _FEWEST or harmful.all() or not harmful.any(): return dict(calibration=[])
@@ -109,7 +109,7 @@ def tune_report(
     return {name: [*cluster_bootstrap(x, clusters)] for name, x in
             dict(loss_before=before, loss_after=after, loss_change=np.subtract(after, before)).items()}
 
-# %% ../../nbs/apps/07_heldout.ipynb #5ee7bffa
+# %% ../../nbs/apps/07_heldout.ipynb #99ce3dc6
 _NAMES = dict(reward='the reward model', cost='the cost model', longer='rule: longer answer',
               shorter='rule: shorter answer', majority='rule: more frequent label', tfidf='rule: TF-IDF')
 _METRICS = dict(rank='ranks a pair as its label does', sign='is on the right side of zero')
@@ -122,7 +122,8 @@ def _verdict(metric, a): # of one metric
     if a['beats']: return f'{metric}: beats the rule "{rule}" by {gap}'
     if a['rule_value'] == 1: need = 'the rule is right about every row: bring rows that it does not settle'
     elif a['prompts'] < _FEWEST:
-        need = f'{a["prompts"]} held-out prompts are too few to tell: hold out {a["more_test_rows"]} rows more'
+        few = f'{a["prompts"]} held-out prompts are too few'
+        need = f'{few}: hold out {a["more_test_rows"]} rows more to tell'
     elif a['more_test_rows'] is None: # the estimate itself is not above the rule's
         need = 'more test rows would not change that: it needs more or cleaner training rows'
     else: need = (f'about {a["more_test_rows"]} more test rows would tell, if the difference stays; '
@@ -145,7 +146,7 @@ def report_lines(
             + f'; at 0: {100 * summary["harm_at_zero"]:.0f} %')
     return out
 
-# %% ../../nbs/apps/07_heldout.ipynb #dccf093c
+# %% ../../nbs/apps/07_heldout.ipynb #8565aea6
 def weakness(
     record, # `Record` of a finished reward or cost model
 )->str:     # one line; '' when it is strong enough, or when it was not measured

@@ -6,7 +6,7 @@
 __all__ = ['held_out_prompt', 'split_rows', 'Read', 'source_name', 'answer_rows', 'reward_rows', 'signs', 'cost_rows', 'texts',
            'token_counts', 'cut_line', 'source_hash', 'as_lines']
 
-# %% ../../nbs/apps/06_own_data.ipynb #15d7e84e
+# %% ../../nbs/apps/06_own_data.ipynb #3937c921
 import hashlib
 import json
 import os
@@ -17,7 +17,7 @@ from ..data import (cost_pairs, label_pairs, load_labels, load_preferences, load
 from ..reproduction.prompts import shuffled
 from ..text import encode_prompt, encode_response, key_hash
 
-# %% ../../nbs/apps/06_own_data.ipynb #9edfd3ad
+# %% ../../nbs/apps/06_own_data.ipynb #718b6729
 def held_out_prompt(
     prompt, seed:int, # text, dialogue or messages; of the split
     share:float,      # of all prompts that are held out
@@ -39,7 +39,7 @@ def split_rows(
     raise ValueError(f'{name}: at test_share={share}, {n} prompts leave none to '
                      f'{"train on" if parts[1] else "test on"}: bring more rows, or another share')
 
-# %% ../../nbs/apps/06_own_data.ipynb #bbb49bf4
+# %% ../../nbs/apps/06_own_data.ipynb #1babaca0
 class Read(NamedTuple):
     "What a command learns from and is tested on."
     train:list   # SFT: dicts prompt, response; score models: pairs as of `cost_pairs`
@@ -67,7 +67,7 @@ def answer_rows(
     said = f'{name}: {len(rows)} answers: {len(train)} to train on{cut}, {len(test)} held out by prompt'
     return Read(train[:most], test, [said])
 
-# %% ../../nbs/apps/06_own_data.ipynb #332b7a63
+# %% ../../nbs/apps/06_own_data.ipynb #6ac3b3ce
 _MEANINGS = '', 'better', 'safer', 'overall'
 
 def _kind_of(source): # 'label': single answers with is_safe; 'chosen', or else 'preference': pairs
@@ -105,7 +105,7 @@ def reward_rows(
     return Read(train[:most], test, [f'{name}: {len(pairs)} rankings by {by}: {len(train)} to train on{cut}, '
                                      f'{len(test)} held out by prompt{left}'])
 
-# %% ../../nbs/apps/06_own_data.ipynb #22bd99f1
+# %% ../../nbs/apps/06_own_data.ipynb #b6fb182d
 def _labels(rows): # preference rows without a ranking by harm -> single answers with a label
     return [dict(prompt=r['prompt'], response=r[f'response_{i}'], is_safe=r[f'is_response_{i}_safe'],
                  source=r['source'], id=r['id'], label_source=r['label_source_is_safe'])
@@ -125,7 +125,7 @@ def signs(
 
 def _unsigned(pairs): return [p | dict(high_sign=0, low_sign=0) for p in pairs if p['paired']]
 
-# %% ../../nbs/apps/06_own_data.ipynb #5d8aa98d
+# %% ../../nbs/apps/06_own_data.ipynb #ae7c9b50
 def _harm_rows(source, chosen_is, name): # -> rows with a ranking by harm, single labels, rows with neither
     if chosen_is == 'overall':
         raise ValueError(f'{name}: an overall preference mixes helpfulness and harm, so no cost can be told '
@@ -159,7 +159,7 @@ def _told(pairs, labels, name): # pairs that are trained on; ScoreConfig.labels 
     how = 'rankings and signs' if any(p['paired'] for p in pairs) else 'signs alone, without rankings'
     return pairs, 'labels', f'{how}: zero is where {len(found)} safety labels put it{few}'
 
-# %% ../../nbs/apps/06_own_data.ipynb #c0a4c54e
+# %% ../../nbs/apps/06_own_data.ipynb #1dc8a24c
 _FEWEST = 50
 
 def _zero_file(source, seed, share): # -> label pairs that put the zero, pairs that test it, line
@@ -193,10 +193,10 @@ def cost_rows(
     if where == 'labels':
         raise ValueError(f'zero={source_name(zero)} is for rankings alone, and {name} has safety labels of '
                          "its own: leave zero out, or use labels='rank'")
-    placed, more, line = _zero_file(zero, seed, share)
-    return Read(train, test + more, [*said, line], 'offset', placed)
+    placed, more, last = _zero_file(zero, seed, share)
+    return Read(train, test + more, [said[0], line.partition(': the zero')[0], last], 'offset', placed)
 
-# %% ../../nbs/apps/06_own_data.ipynb #8caff604
+# %% ../../nbs/apps/06_own_data.ipynb #7fb3db4c
 def texts(
     rows:list, # pairs, or dicts prompt, response
 )->list:       # (prompt, answer), each once
@@ -221,7 +221,7 @@ def cut_line(
            for what, part, most in zip(('prompts', 'answers'), counts, limits, strict=True)]
     return f'budgets: {" and ".join(cut)}, and are cut'
 
-# %% ../../nbs/apps/06_own_data.ipynb #0230c178
+# %% ../../nbs/apps/06_own_data.ipynb #690c6f1f
 def source_hash(source)->dict: # a file; anything else has none, its rows are hashed in the run
     "Name -> SHA-256 of a user's file."
     path = Path(source).expanduser() if isinstance(source, (str, os.PathLike)) else Path()

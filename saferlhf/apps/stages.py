@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['opened', 'model_folder', 'sft', 'reward', 'cost']
 
-# %% ../../nbs/apps/08_stages.ipynb #2d3fb9f9
+# %% ../../nbs/apps/08_stages.ipynb #751d73ef
 import hashlib
 import io
 import re
@@ -30,7 +30,7 @@ from ..reproduction.training import fine_tune, on_ranks, train_pairs
 from ..rollout import Sampler, perplexities, respond, score_texts
 from ..text import encode_response
 
-# %% ../../nbs/apps/08_stages.ipynb #e2598869
+# %% ../../nbs/apps/08_stages.ipynb #8d70eebb
 def _from_hub(name): # OWNER/NAME -> a folder in the cache
     from huggingface_hub import snapshot_download
     wanted = ['*.json', '*.safetensors', '*.jinja', 'tokenizer.model', 'README.md']
@@ -52,7 +52,7 @@ def _label(folder): # of a model -> what its runs are called
     hub = re.search(r'models--.+--([^/]+)/snapshots', folder.resolve().as_posix())
     return re.sub(r'[^\w.-]+', '-', hub[1] if hub else folder.resolve().name).strip('-.') or 'model'
 
-# %% ../../nbs/apps/08_stages.ipynb #e7a5d205
+# %% ../../nbs/apps/08_stages.ipynb #c5fa919c
 def _outside(folder): # of a model that no run made -> its run
     sha, label, folder = model_hash(folder), _label(folder), folder.resolve()
     with redirect_stdout(io.StringIO()):
@@ -88,7 +88,7 @@ def model_folder(
     gone = f': {record.manifest["outside"]} is gone' if 'outside' in record.manifest else ''
     raise FileNotFoundError(f'{record.folder} holds no model{gone}')
 
-# %% ../../nbs/apps/08_stages.ipynb #18f1e641
+# %% ../../nbs/apps/08_stages.ipynb #e5449b9f
 def _sizes(command, n, counts, folder): # rows; as from `token_counts`; of the model -> field -> value
     room = getattr(read_config(folder), 'max_position_embeddings', None) or 10 ** 6
     prompt, answer = (-(-int(np.percentile(x, 95)) // 16) * 16 for x in counts)
@@ -111,7 +111,7 @@ def _configure(command, read, tokenizer, folder, settings): # -> its configurati
     if len(read.test) > _MOST_TESTED: print(f'{_MOST_TESTED} of the held-out rows are kept and scored')
     return config
 
-# %% ../../nbs/apps/08_stages.ipynb #150724c1
+# %% ../../nbs/apps/08_stages.ipynb #558ffeab
 def _start(command, start, data, read, config, settings): # -> the run, its rows written
     rows = {'train': read.train, 'test': shuffled(read.test)[:_MOST_TESTED], 'placed': read.placed}
     files = {f'data/{name}.jsonl': as_lines(part) for name, part in rows.items() if part}
@@ -120,6 +120,7 @@ def _start(command, start, data, read, config, settings): # -> the run, its rows
     hashes |= source_hash(data) | {f'zero: {name}': sha for name, sha in zero.items()}
     told = {k: getattr(config, k) for k in [*settable(command), *(['kind'] if command != 'sft' else [])]
             if k not in ('seed', 'name')}
+    if told.get('zero'): told['zero'] = source_name(told['zero'])        # its hash counts, not where it lies
     label = config.name or start.folder.name.rpartition('-')[0]
     run = Run.start(command, told, {'base': start.folder}, config.seed, label,
                     sources=('reproduction.training',), data=hashes)
@@ -140,7 +141,7 @@ def _rows(run, name): # of data/; [] where it has none
     path = run.path(f'data/{name}.jsonl')
     return read_lines(path) if path.exists() else []
 
-# %% ../../nbs/apps/08_stages.ipynb #ea3ce124
+# %% ../../nbs/apps/08_stages.ipynb #077fdf51
 def _train_sft(run): # on every rank
     config, base, tokenizer, spread = _of(run, TuneSettings)
     fine_tune(run, base, _rows(run, 'train'), tokenizer, config, spread)
@@ -160,7 +161,7 @@ def _tune(run): # train, measure, finish
                    **tune_report(before, after, [r['prompt'] for r in test]))
     write_card(run, base, summary); run.finish(summary)
 
-# %% ../../nbs/apps/08_stages.ipynb #346e7b14
+# %% ../../nbs/apps/08_stages.ipynb #e7646bf7
 def _tune_lines(summary): # what a run of fine-tuning says at its end
     (before, _, _), (after, _, _) = summary['loss_before'], summary['loss_after']
     change, low, high = summary['loss_change']
@@ -184,7 +185,7 @@ def sft(
     print(*_tune_lines(run.summary), f'done: {run.folder}', sep='\n')
     return Record(run.folder)
 
-# %% ../../nbs/apps/08_stages.ipynb #648958c6
+# %% ../../nbs/apps/08_stages.ipynb #e6720426
 def _train_pairs(run): # on every rank
     config, base, tokenizer, spread = _of(run, ScoreSettings)
     train_pairs(run, base, _rows(run, 'train'), tokenizer, config, spread)
@@ -202,7 +203,7 @@ def _zero_at(cost, harmful): # (N,) scores; (N,) bool -> where half are harmful;
     slope, at = float(fit.coef_[0, 0]), float(-fit.intercept_[0] / fit.coef_[0, 0])
     return at if slope > 0 and cost.min() < at < cost.max() else None
 
-# %% ../../nbs/apps/08_stages.ipynb #6729c8c2
+# %% ../../nbs/apps/08_stages.ipynb #2f8530df
 def _place_zero(run, model, score): # of labels in data/placed.jsonl -> zero, shift
     labels = signs(_rows(run, 'placed'))
     if not labels: return ('labels' if signs(_rows(run, 'train')) else 'none'), 0.
@@ -239,7 +240,7 @@ def _score(run): # train, scale, measure, finish
     engine.save(run.path('model'))
     write_card(run, base, summary); run.finish(summary)
 
-# %% ../../nbs/apps/08_stages.ipynb #72c8784b
+# %% ../../nbs/apps/08_stages.ipynb #7b380fa7
 def _score_stage(command, start, data, read, settings): # -> Record
     folder = model_folder(start)
     config = _configure(command, read, load_tokenizer(folder), folder, settings)

@@ -147,6 +147,7 @@ def test_a_zero_put_by_labels(tmp_path):
     ranked, path = pairs(safer_response_id=0), written(tmp_path, labels(), 'zero.jsonl')
     read = cost_rows(ranked, 0, .1, zero=path)
     assert read.zero == 'offset' and not signs(read.train) and len(signs(read.placed)) + len(signs(read.test)) == N
+    assert read.said[1:] == ['rankings alone', 'zero.jsonl: 120 safety labels put the zero after training']
     assert not prompts(read.placed) & prompts(read.test) and not prompts(read.train) & prompts(read.test)
     few, safe = written(tmp_path, labels(49), 'few.jsonl'), written(tmp_path, labels(safe=lambda k: True), 'safe.jsonl')
     one_line('49 safety labels, 25 of them safe: it needs 50 or more', cost_rows, ranked, 0, .1, zero=few)

@@ -169,7 +169,8 @@ def test_a_cost_model_of_rankings_alone(start, home):
     placed = cost(start, pairs(), FAST | dict(zero=str(write(home/'zero.jsonl', labels()))))
     s = placed.summary
     assert s['zero'] == 'offset' and tensors(placed)['score_head.bias'].item() == pytest.approx(s['shift'], abs=.05)
-    assert 'zero: zero.jsonl' in placed.manifest['data'] and {r['metric'] for r in s['table1']} == {'rank', 'sign'}
+    assert 'zero: zero.jsonl' in placed.manifest['data'] and placed.config['zero'] == 'zero.jsonl'
+    assert {r['metric'] for r in s['table1']} == {'rank', 'sign'}
     assert scores(placed) - scores(run) == pytest.approx(s['shift'], abs=.05)                    # the same model, moved
 
 
@@ -237,7 +238,7 @@ def test_a_model_is_strong_when_it_beats_the_best_rule_for_certain():
     assert weakness(strong) == '' and strong.summary['beats_rule'] == {'rank': True} and strong.summary['rows_needed'] == {'rank': 0}
     assert 'reward/x is weak: rank: does not beat' in weakness(weak) and '\n' not in weakness(weak)
     assert not few.summary['beats_rule']['rank'] and few.summary['rows_needed']['rank'] == 8          # 20 prompts at least
-    assert '12 held-out prompts are too few to tell: hold out 8 rows more' in weakness(few)
+    assert '12 held-out prompts are too few: hold out 8 rows more to tell' in weakness(few)
     assert 'beats the rule' in ' '.join(report_lines(strong.summary))
 
 
