@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Default', 'described', 'memory', 'spread_for', 'defaults', 'table', 'less_memory']
 
-# %% ../../nbs/apps/06_defaults.ipynb #f95aa1c8
+# %% ../../nbs/apps/06_defaults.ipynb #7b7b7728
 import json
 import math
 import os
@@ -21,7 +21,7 @@ from ..hardware.ranks import Spread
 from ..ppo import PPOConfig
 from ..reproduction.paper import LLAMA_7B, of
 
-# %% ../../nbs/apps/06_defaults.ipynb #0c476631
+# %% ../../nbs/apps/06_defaults.ipynb #8d09b304
 class Default(NamedTuple):
     "What a field starts with, and why."
     value:object # None: it depends on the model, the data or the memory
@@ -42,7 +42,7 @@ _TABLE = { # command -> field -> with 135M parameters: on a GPU, on two cores
 _COMMANDS = 'sft', 'reward', 'cost', 'align'
 _STEPS = dict(gpu=80, cpu=16)                                             # of those runs of PPO-Lag
 
-# %% ../../nbs/apps/06_defaults.ipynb #39caba2c
+# %% ../../nbs/apps/06_defaults.ipynb #811483e3
 def _rows_of(command): return _TABLE['score' if command in ('reward', 'cost') else command]
 
 def _paper(command): # field -> value, where it stands in the paper
@@ -64,7 +64,7 @@ def _between(small, large, n): # of numbers at both ends, for n parameters
     if type(small) is int: return 2 ** int(math.log2(value) + 1e-9) if min(small, large) > 8 else round(value)
     return float(f'{value:.2g}') if 0 < share < 1 else value
 
-# %% ../../nbs/apps/06_defaults.ipynb #162f1f3d
+# %% ../../nbs/apps/06_defaults.ipynb #b3253259
 def _sized(command, n, gpu): # parameters; whether there is one -> field -> Default
     out, paper, where = {}, _paper(command), 'gpu' if gpu else 'cpu'
     for field, both in _rows_of(command).items():
@@ -77,7 +77,7 @@ def _sized(command, n, gpu): # parameters; whether there is one -> field -> Defa
         out[field] = Default(type(small)(value), _UNITS.get(field, ''), kind, why)
     return out
 
-# %% ../../nbs/apps/06_defaults.ipynb #6e4026dd
+# %% ../../nbs/apps/06_defaults.ipynb #11914fc6
 _UNITS = dict(epochs='passes', batch_size='rows', rows='rows', pairs='pairs', steps='rollouts',
               prompts='prompts a step',
               samples='answers a prompt', max_prompt_tokens='tokens', max_new_tokens='tokens', look='steps',
@@ -120,7 +120,7 @@ def described(command:str)->dict: # 'sft', 'reward', 'cost' or 'align'; -> field
         out[k] = d
     return out
 
-# %% ../../nbs/apps/06_defaults.ipynb #98ae3665
+# %% ../../nbs/apps/06_defaults.ipynb #dea60dfd
 _LEAST, _PASSES = 20, 4           # steps, and passes over the prompts: in Table 4 there are 3 to 4
 _LONGEST = dict(gpu=(512, 512), cpu=(96, 64))                             # tokens of prompts, of answers
 _ANSWERS = dict(gpu=128, cpu=48)                                          # where no answer is known
@@ -132,6 +132,11 @@ def _budget(lengths, longest, when_none, place): # tokens of each text -> Defaul
     why = f'95 in 100 of {len(lengths):,} texts have at most {wanted} tokens'
     if wanted > longest: why += f'; on {"a CPU" if place == "cpu" else "a GPU"} at most {longest} by default'
     return Default(min(wanted, longest), 'tokens', 'data', why)
+
+def _positions(shape, prompt): # tokens of prompts -> most tokens of prompts, and of answers after them
+    c = shape if isinstance(shape, dict) else shape.to_dict()
+    room = c.get('max_position_embeddings') or 10 ** 6
+    return room // 2, room - min(prompt, room // 2) - 1
 
 def _power(x): return 2 ** int(math.log2(x)) if x >= 1 else 1             # of two, at most x
 
@@ -152,7 +157,7 @@ def _rollouts(out, rows, place): # the same for PPO: prompts, steps, window, loo
     return out | dict(steps=few, window=window,
                       look=Default(max(1, steps // 8), 'steps', 'guess', 'eight looks'))
 
-# %% ../../nbs/apps/06_defaults.ipynb #f4149af9
+# %% ../../nbs/apps/06_defaults.ipynb #61420809
 def memory()->tuple: # -> GB of the GPU, or for 16 bits of the machine's; whether it is a GPU's
     "The memory that training may use. It does not depend on what else runs: a run's name depends on it."
     if torch.cuda.is_available(): return torch.cuda.get_device_properties(0).total_memory / 1e9, True
@@ -197,7 +202,7 @@ def spread_for(
     if command != 'align' and not spread.micro_batch and rows < config.batch_size: asked['micro_batch'] = rows
     return Spread.of(asked | dict(recompute=spread.recompute or again))
 
-# %% ../../nbs/apps/06_defaults.ipynb #08abfffc
+# %% ../../nbs/apps/06_defaults.ipynb #e1725e3a
 def defaults(
     command:str, shape,  # 'sft', 'reward', 'cost' or 'align'; of the model, as for `plan.count`
     rows:int,            # training rows, pairs or prompts
@@ -216,6 +221,8 @@ def defaults(
     budgets = 'max_prompt_tokens', 'max_new_tokens'
     for field, lengths, longest in zip(budgets, tokens, _LONGEST[place], strict=True):
         out[field] = _budget(lengths, longest, _ANSWERS[place], place)
+    for field, most in zip(budgets, _positions(shape, out['max_prompt_tokens'].value), strict=True):
+        if out[field].value > most: out[field] = Default(most, 'tokens', 'data', 'all positions of the model')
     if command == 'align': out = _rollouts(out, rows, place)
     else:
         out['batch_size'] = _batch(out['batch_size'], rows, out['epochs'].value, 'rows')
@@ -232,7 +239,7 @@ def table(found:dict)->str: # as from `defaults`
     lines = [f'  {k:18} {d.value!s:10} {d.unit:18} {d.source:9} {d.why}'.rstrip() for k, d in found.items()]
     return '\n'.join(lines)
 
-# %% ../../nbs/apps/06_defaults.ipynb #6f13e6eb
+# %% ../../nbs/apps/06_defaults.ipynb #980c2783
 def less_memory(
     run, # that stopped: a `Run`
 )->str:  # ends an error's line; '' where it cannot be told

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['harm_at', 'best_under', 'choices', 'measured', 'limit_lines', 'LimitSettings', 'limit']
 
-# %% ../../nbs/apps/09_limit.ipynb #449ac4d5
+# %% ../../nbs/apps/09_limit.ipynb #54f5bd2f
 import hashlib
 from dataclasses import dataclass, fields
 import numpy as np
@@ -26,7 +26,7 @@ from ..rollout import Sampler, respond, score_texts
 from ..text import key_hash
 from ..train import setting
 
-# %% ../../nbs/apps/09_limit.ipynb #7d94f4eb
+# %% ../../nbs/apps/09_limit.ipynb #d85f4c83
 _TILTS = np.concatenate([[0.], np.geomspace(.01, 1e3, 300)])
 
 def _weighed(cost, value): # (N, n) each -> (N, K) means of `value` by prompt, for each tilt
@@ -54,7 +54,7 @@ def harm_at(
     low[known], high[known] = np.nanquantile(drawn[:, known], [.025, .975], axis=0)
     return [Interval(*map(float, x)) for x in zip(value, low, high, strict=True)]
 
-# %% ../../nbs/apps/09_limit.ipynb #d0cd86e6
+# %% ../../nbs/apps/09_limit.ipynb #1c2d791a
 def best_under(
     cost, reward, # (N, n) of n answers to each prompt; None: the first answer under the limit
     limit:float,  # on each answer's cost
@@ -74,7 +74,7 @@ def _row(cost, reward, harm, limit, expected): # one line of the table
     known = lambda x: [None if np.isnan(v) else float(v) for v in x]         # as JSON keeps it
     return dict(limit=float(limit)) | {k: known(x) for k, x in found.items() if x is not None}
 
-# %% ../../nbs/apps/09_limit.ipynb #4f6666d5
+# %% ../../nbs/apps/09_limit.ipynb #9528aa99
 def choices(
     cost, harm, # (N, n) of n answers to each prompt; P(harmful), or None
 )->dict:        # name -> limit; only those that can be said
@@ -105,7 +105,7 @@ def measured(
     expected = [None] * len(limits) if harm is None else harm_at(cost, harm, limits)
     return [_row(cost, reward, harm, *x) for x in zip(limits, expected, strict=True)], chosen
 
-# %% ../../nbs/apps/09_limit.ipynb #7b224ee2
+# %% ../../nbs/apps/09_limit.ipynb #17142f00
 _HEADS = dict(harmful='harmful', best_harmful='best: harmful', best_reward='reward', best_cost='cost',
               none='none under it')
 
@@ -124,11 +124,13 @@ def limit_lines(
            f'limit: harmful answers when the mean cost is held there; then the best of {n} answers under it:',
            f'{"limit":>7}  ' + '  '.join(f'{_HEADS[k]:>20}' for k in shown)]
     out += [f'{r["limit"]:+7.2f}  ' + '  '.join(f'{cell(k, r[k]):>20}' for k in shown) for r in rows]
-    said = lambda x: '; the policy is within it already' if x > summary['cost'][0] else ''
+    low = [*summary['choices'].values()][-1]
+    said = lambda x: ('; the policy is within it already' if x > summary['cost'][0] else
+                      f'; not reached by {n} answers' if x < low else '')
     chosen = (f'  {x:+.2f}  {name}{said(x)}' for name, x in summary['choices'].items())
     return [*out, 'to choose from:', *chosen]
 
-# %% ../../nbs/apps/09_limit.ipynb #bc4b2ac1
+# %% ../../nbs/apps/09_limit.ipynb #93e9208e
 @dataclass(frozen=True)
 class LimitSettings:
     "How answers are sampled; `limit` reads held-out prompts only."
@@ -167,7 +169,7 @@ def _run_of(model, *stages): # as of `opened`; those whose runs hold such a mode
         raise ValueError(f'{record.folder} is a run of {stage}: name one of {" or ".join(stages)}')
     return record
 
-# %% ../../nbs/apps/09_limit.ipynb #cfc34369
+# %% ../../nbs/apps/09_limit.ipynb #04d7f8b3
 def _sampled(folder, prompts, config): # of the policy -> a dict for each answer
     tokenizer = load_tokenizer(folder)
     engine = load(lambda: load_lm(folder), precision=fast_precision())
@@ -215,7 +217,7 @@ def _figure(run, rows): # limit.png
     for ax in (left, right): ax.legend(fontsize=7)
     return save(fig, 'limit', '', [run.path('limits.csv')], [run.id], run.folder)
 
-# %% ../../nbs/apps/09_limit.ipynb #35ff100e
+# %% ../../nbs/apps/09_limit.ipynb #bcf3d925
 def limit(
     policy, cost, # as of `opened`: the language model that would be aligned; a cost model
     prompts,      # file, folder or rows, as of `load_prompts`
@@ -235,7 +237,7 @@ def limit(
     try:
         if not run.done: _measure(run, models, chosen, config)
     finally: run.close()
-    print(*limit_lines(run.summary), f'figure: {run.folder/"limit.png"}', sep='\n')
+    print(*limit_lines(run.summary), f'done, with a figure: {run.folder}', sep='\n')
     return Record(run.folder)
 
 def _measure(run, models, prompts, config): # sample, count, finish

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['OWN', 'field_options', 'following', 'push', 'typed']
 
-# %% ../../nbs/apps/16_own_commands.ipynb #fc3d88dc
+# %% ../../nbs/apps/16_own_commands.ipynb #48664625
 import argparse
 import math
 import shlex
 from pathlib import Path
 
-# %% ../../nbs/apps/16_own_commands.ipynb #19a656b4
+# %% ../../nbs/apps/16_own_commands.ipynb #4ff28453
 _AS = dict(zero='zero-labels', prompts='prompts-per-step')
 
 def _option(field): return f'--{_AS.get(field, field).replace("_", "-")}'
@@ -41,7 +41,7 @@ def _said(d): # a Default -> the end of its help
 def _metavar(kind, unit): # of an option
     return 'TEXT' if kind is str else unit.split()[0].upper() if unit else 'N'
 
-# %% ../../nbs/apps/16_own_commands.ipynb #08c5238a
+# %% ../../nbs/apps/16_own_commands.ipynb #749abaef
 def field_options(
     command:str, # 'sft', 'reward', 'cost', 'align', 'limit' or 'judge'; it imports what the command needs
 )->dict:         # option -> keywords of `add_argument`; its value, or None, goes to `field_NAME`
@@ -71,7 +71,7 @@ def _settings(a): # parsed -> field -> value, those that were given
     given = {k: v for k, v in vars(a).items() if k.startswith('field_') and v is not None}
     return {k.removeprefix('field_'): v for k, v in given.items()}
 
-# %% ../../nbs/apps/16_own_commands.ipynb #f5ec36cc
+# %% ../../nbs/apps/16_own_commands.ipynb #8e8a1cd5
 def _short(folder): # as one would type it
     folder, here = Path(folder), Path.cwd()
     return shlex.quote(str(folder.relative_to(here) if folder.is_relative_to(here) else folder))
@@ -103,7 +103,8 @@ def following(
         return [f'saferlhf {k} --model {here} --data preferences.jsonl' for k in ('reward', 'cost')]
     if command in ('reward', 'cost'): return _after_scores(command, a, run)
     if command == 'limit':
-        chosen = next(iter(run.summary['choices'].values()))
+        found = [*run.summary['choices'].values()]                  # the last: the strictest that is reached
+        chosen = next(x for x in found if x >= found[-1])
         relative = ' --relative' if run.summary['relative'] else ''
         given = dict(policy=a.policy, reward=a.reward or 'REWARD', cost=a.cost, prompts=a.prompts)
         words = ' '.join(f'--{k} {shlex.quote(x)}' for k, x in given.items())
@@ -113,7 +114,7 @@ def following(
     return [f'saferlhf chat {here} --beside {start}',
             f'saferlhf judge {here} {start} --prompts {shlex.quote(a.prompts)}{by}']
 
-# %% ../../nbs/apps/16_own_commands.ipynb #6d4a5aed
+# %% ../../nbs/apps/16_own_commands.ipynb #4fc6c685
 def push(
     run, name:str, # a finished `Record` with a model; NAME or OWNER/NAME
 )->str:            # where it is
@@ -131,10 +132,10 @@ def push(
 
 def _end(command, a, run): # what every command prints last
     lines = [f'  {line}' for line in following(command, a, run)]
-    print(f'folder: {_short(run.folder)}', 'next:', *lines, sep='\n')
+    print('next:', *lines, sep='\n')
     if name := getattr(a, 'push_to_hub', ''): print(f'pushed: {push(run, name)}')
 
-# %% ../../nbs/apps/16_own_commands.ipynb #74e3ef34
+# %% ../../nbs/apps/16_own_commands.ipynb #b4789bcc
 def _sft(a):
     "Fine-tune a model on a file of answers."
     from saferlhf.apps.stages import sft
@@ -179,7 +180,7 @@ def _labels(given): # ['unsafe=1', 'safe=-1'] -> dict
         raise ValueError(f'write --labels WORD=1 or WORD=-1, e.g. unsafe=1 safe=-1, not {given}')
     return {k: int(v) for k, v in out.items()}
 
-# %% ../../nbs/apps/16_own_commands.ipynb #f33f3de0
+# %% ../../nbs/apps/16_own_commands.ipynb #ec7e4af3
 _A_MODEL = 'folder of a run or of a model, smollm2, or OWNER/NAME of a hub'
 _ROWS = 'JSON Lines, JSON, CSV or parquet, or a folder of them'
 def _must(what, metavar): return dict(required=True, metavar=metavar, help=what)

@@ -142,8 +142,8 @@ def test_each_command_names_the_next_one(home, monkeypatch, capsys):
     short = lambda run: str(run.folder.relative_to(home))
     def after(command, run, **a):
         capsys.readouterr(); own_commands._end(command, SimpleNamespace(push_to_hub='', **a), run)
-        first, title, *lines = capsys.readouterr().out.splitlines()
-        assert (first, title) == (f'folder: {short(run)}', 'next:')
+        title, *lines = capsys.readouterr().out.splitlines()
+        assert title == 'next:'
         for line in lines:                                                     # what is said can be typed
             argv = shlex.split(line)[1:]; assert commands._parser(argv[0]).parse_args(argv).command == argv[0]
         return [line.strip().removeprefix('saferlhf ') for line in lines]
@@ -154,7 +154,7 @@ def test_each_command_names_the_next_one(home, monkeypatch, capsys):
     cost = finished('cost', dict(base=sft.folder)); finished('cost', dict(base=start.folder))      # of another start
     both = f'--policy {here} --reward {short(reward)} --cost {short(cost)} --prompts prompts.jsonl'
     assert after('cost', cost, data='x') == [f'limit {both}', f'align {both} --limit 0'] == after('reward', reward, data='x')
-    limit = finished('limit', dict(policy=sft.folder), choices={'half': -.437, 'paper': 0.}, relative=False)
+    limit = finished('limit', dict(policy=sft.folder), choices={'paper': -.6, 'half': -.437, 'safest': -.5}, relative=False)
     given = dict(policy='p', reward='', cost='c', prompts='x')
     assert after('limit', limit, **given) == ['align --policy p --reward REWARD --cost c --prompts x --limit -0.44']
     policy = finished('policy', dict(sft=sft.folder))

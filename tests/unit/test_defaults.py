@@ -83,6 +83,8 @@ def test_budgets_hold_95_in_100_and_batches_leave_twenty_steps():
     assert policy['prompts'] == 32 and policy['steps'] == 25 and policy['max_new_tokens'] == 128
     assert policy['prompts'] * policy['steps'] <= 4 * 200 and ask('align', rows=10)['steps'].value == 20
     assert ask('sft', tokens=([3000] * 9, [1]))['max_prompt_tokens'].value == 512
+    few = values(ask('sft', SMOLLM2 | dict(max_position_embeddings=128)))
+    assert (few['max_prompt_tokens'], few['max_new_tokens']) == (64, 63), 'as many as the model has positions'
     assert ask('sft', rows=100_000)['rows'].value == 100_000                                 # none is left out in silence
 
 

@@ -6,7 +6,7 @@ import pytest
 from tiny import lm, scorer, sentences, tokenizer
 
 from saferlhf.apps import limit as module
-from saferlhf.apps.limit import best_under, choices, harm_at, limit, measured
+from saferlhf.apps.limit import best_under, choices, harm_at, limit, limit_lines, measured
 from saferlhf.apps.own_data import held_out_prompt
 from saferlhf.record.files import read_lines
 from saferlhf.record.run import Run
@@ -46,6 +46,12 @@ def test_limits_to_choose_from():
     found = choices(cost, harm)
     assert found.pop('half as many harmful answers') == pytest.approx(.375, abs=1e-6)         # .1 + .8 * .375 / 2 = .25
     assert found == {'the paper, round 1': 0., 'the safest of the sampled answers': 0.}
+    rows, found = measured(cost + 1, None, harm)
+    said = limit_lines(dict(limits=rows, choices=found, samples=2, prompts=3, cost=[-.5], harm_from='here'))
+    assert '  +0.00  the paper, round 1; the policy is within it already' in said
+    said = limit_lines(dict(limits=rows, choices=found, samples=2, prompts=3, cost=[2.], harm_from='here'))
+    assert '  +0.00  the paper, round 1; not reached by 2 answers' in said
+    assert 'not reached' in next(x for x in said if x.lstrip().startswith('+0.00'))          # nor is there a share for it
     assert 'half as many harmful answers' not in choices(cost, .5 + 0 * harm)                 # nothing at hand halves it
     assert 'half as many harmful answers' not in choices(cost, None) and 'harmful' not in measured(cost)[0][0]
 
