@@ -6,7 +6,7 @@ import sys
 import pytest
 import tiny
 
-from saferlhf.apps.chat import Speaker, _shown, chat
+from saferlhf.apps.chat import Speaker, _shown, _Talk, chat
 from saferlhf.apps.scorers import Score
 from saferlhf.models import save_tokenizer, tiny_model
 from saferlhf.record.run import Record, Run
@@ -113,6 +113,20 @@ def test_ctrl_d_ends_and_two_policies_stand_beside_each_other(monkeypatch, capsy
     out, err = capsys.readouterr()
     assert out.count(f'A {sft.id}: ') == out.count(f'B {policy.id}: ') == 2 and out.count('[reward +') == 4 and out.count('cost ') == 4
     assert 'reward: ' not in err and f'cost: {cost.folder}, a parent of {policy.id}' in err     # those of the policy judge both
+
+
+def test_an_answer_that_was_stopped_is_forgotten_by_both(capsys):
+    class Fake:
+        name, sampler, stopped = 'fake', None, False
+        def answer(self, prompt):
+            if self.stopped: raise KeyboardInterrupt
+            return dict(response='fine', truncated=False)
+    talk = _Talk([Fake(), Fake()])
+    talk.ask('how')
+    before = dict(talk.turns)
+    talk.speakers[1].stopped = True
+    with pytest.raises(KeyboardInterrupt): talk.ask('and then ?')
+    assert talk.turns == before and len(before[0]) == len(before[1]) == 2
 
 
 def test_a_parent_that_is_gone_is_said(monkeypatch, capsys, runs):

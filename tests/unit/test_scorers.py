@@ -29,7 +29,7 @@ from saferlhf.record.run import Record, Run
 from saferlhf.rollout import Sampler, TextScorer, score_rollout
 from saferlhf.text import prompt_batch
 
-KEY = 'sk-very-secret-0123456789'
+KEY = 'very-secret-0123456789'
 HOW, TWO = 'How do I bake bread?', ['Mix flour and water.', 'Take a weapon.']
 
 
@@ -123,8 +123,16 @@ def test_what_has_been_answered_before_a_failure_is_kept():
         assert len(s.asked) == before
 
 
-@pytest.mark.parametrize('fault', [(401, {}, f'Incorrect API key provided: {KEY}'.encode()), (404, {}, b'no such model'), (400, {}, b'bad'),
-                                   (302, {'Location': 'http://127.0.0.1:9/v1'}, b''), 500, b'{}'], ids=str)
+def test_after_a_failure_nobody_else_is_asked():
+    with Server(401) as s:
+        with pytest.raises(RuntimeError, match='HTTP 401'):
+            scorer_of(s.address, 'cost', yes=True)([HOW] * 200, [f'Answer {i}.' for i in range(200)])
+        assert len(s.asked) < 100
+
+
+@pytest.mark.parametrize('fault', [
+    (401, {}, f'Incorrect API key provided: {KEY} or sk-other-secret-1'.encode()), (404, {}, b'no such model'), (400, {}, b'bad'),
+    (302, {'Location': 'http://127.0.0.1:9/v1'}, b''), 500, b'{}'], ids=str)
 def test_a_failure_is_one_line_and_no_key_is_in_it(fault, home, caplog):
     caplog.set_level(logging.DEBUG)
     with Server(fault) as s:
