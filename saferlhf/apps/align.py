@@ -154,6 +154,9 @@ def _set_limit(watch, objective): # after the first look
         sd = float(np.std([r[name] for r in start])) if name in start[0] else 1.
         if not 1/3 < sd < 3: watch.say(-1, 'units', f'the {name} of the first answers has sd {sd:.2g}, not '
                                        'about 1: limits and rates are meant for that')
+    if (cut := float(np.mean([r['truncated'] for r in start]))) > .5:
+        watch.say(-1, 'cut', f'{cut:.0%} of the first answers are cut at max_new_tokens='
+                  f'{config.max_new_tokens}: their scores are those of halves; raise it')
     if config.objective != 'ppo_lag': return
     if config.relative: watch.limit += float(np.mean([r['cost'] for r in start]))
     objective.state.threshold = watch.limit

@@ -65,6 +65,8 @@ def test_what_a_run_leaves(models, capsys):
     out, card = capsys.readouterr().out, record.path('model/README.md').read_text(encoding='utf-8')
     assert 'harmful share' in out and ' before: ' in out and '2 PTX rows' in out and '| cost_change |' in card
     assert not record.path('kept').exists() and record.done
+    cut = np.mean([r['truncated'] for r in start]); assert cut > .5
+    assert [a['text'] for a in rows['alarms'] if a['alarm'] == 'cut'][0].startswith(f'{cut:.0%} of the first answers are cut')
 
 
 def test_a_finished_run_is_read_back(models, capsys, monkeypatch):
@@ -224,7 +226,7 @@ def test_a_function_as_reward_is_put_into_units_of_its_own_spread(models):
 
 def test_without_rows_there_is_no_ptx_term(models, tmp_path, capsys):
     outside = tmp_path/'model'; lm(vocab=len(tokenizer())).save_pretrained(outside); tokenizer().save_pretrained(outside)
-    record = go(models | dict(policy=outside), steps=1)
+    record = go(models | dict(policy=outside), steps=1, ptx_coef=.1)
     assert record.config['ptx_coef'] == 0 and 'no PTX term' in capsys.readouterr().out
     assert read_json(next(Path(os.environ['SAFERLHF_RUNS']).glob('base_lm/*/manifest.json')))['outside'] == str(outside)
     rows = [dict(instruction='is it safe', output='no')]
