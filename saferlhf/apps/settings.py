@@ -26,7 +26,7 @@ class ScoreSettings(ScoreConfig):
     name:str = setting('', scale=True)                    # label of the run's folder; '': the model's
     test_share:float = setting(0.1, scale=True)           # of the prompts, held out
     chosen_is:str = setting('', scale=True)               # 'safer', 'better' (more helpful) or 'overall'
-    zero:str = setting('', scale=True)                    # file of 50 or more safety labels: puts a cost's zero
+    zero:str = setting('', scale=True)                    # file of 50 or more safety labels
 
 @dataclass(frozen=True)
 class AlignSettings(PPOConfig):
@@ -37,7 +37,7 @@ class AlignSettings(PPOConfig):
     relative:bool = setting(False)                        # the limit counts from the policy's mean cost
     ptx:str = setting('', scale=True)                     # file of answers for the PTX term; '': those of SFT
     look:int = setting(0, scale=True)                     # steps between looks at held-out prompts; 0: none
-    patience:int = setting(0)                             # looks without a better one, then it stops; 0: never
+    patience:int = setting(0)                             # looks without a better one, then it stops
     max_kl:float = setting(0.)                            # nats per answer: training stops there; 0: never
     force:bool = setting(False, scale=True)               # go on with score models that a simple rule beats
 

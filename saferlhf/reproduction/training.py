@@ -39,10 +39,13 @@ from ..train import (batch_indices, ScoreConfig, SFTConfig, loop, model_optim, s
                             text_batch)
 
 # %% ../../nbs/reproduction/06_training.ipynb #90c4849a
-def on_ranks(train, run:Run): # function of a run at the top of a module; started by this process
-    "Train on the ranks that $SAFERLHF_SPREAD asks for; a finished run is left alone."
+def on_ranks(
+    train, run:Run,          # function of a run at the top of a module; started by this process
+    spread:Spread|None=None, # None: that of $SAFERLHF_SPREAD
+):
+    "Train on the ranks that are asked for; a finished run is left alone."
     if run.done: return
-    spread = Spread.wanted(); run.note(spread=spread.plain())
+    spread = spread or Spread.wanted(); run.note(spread=spread.plain())
     launch(_on_rank, spread, [train.__module__, train.__name__, str(run.folder)])
 
 def _on_rank(module, train, folder): # what `launch` can pass to other processes: names and a folder

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -318,13 +319,15 @@ def test_status_says_what_is_wrong_with_a_run(home, capsys):
     assert last.split() == ['sft/9', 'seed', '0', 'done', '3']
 
 
-@pytest.mark.parametrize('argv', [['figures', '--profile', 'paper'], ['figures', '--profile', 'cpu', '--seed', '77'], ['report', '--profile', 'paper']])
+@pytest.mark.parametrize('argv', [['figures', '--profile', 'paper'],
+                                  ['figures', '--profile', 'cpu', '--seed', '77'], ['report', '--profile', 'paper']])
 def test_without_results_the_command_that_makes_them_is_named(argv, capsys, monkeypatch):
     monkeypatch.setattr(pipeline, 'execute', lambda *a, **k: pytest.fail('a notebook was started'))
     assert f'saferlhf reproduce --profile {argv[2]}' in told(argv, capsys)
 
 
-@pytest.mark.parametrize('content, said', [(b'', 'is damaged'), (b'\xff\xfe"', 'is damaged'), (b'a,b\n1,2\n', 'it lacks the columns seed, round')])
+@pytest.mark.parametrize('content, said', [(b'', 'is damaged'), (b'\xff\xfe"', 'is damaged'),
+                                           (b'a,b\n1,2\n', 'it lacks the columns seed, round')])
 def test_damaged_results_are_not_joined(home, capsys, content, said):
     (home/'again').mkdir(); (home/'again/rounds.csv').write_bytes(content)
     line = told(['join', str(home/'again'), '--profile', 'cpu'], capsys)

@@ -133,7 +133,8 @@ def test_every_window_of_transformers_is_seen_to():
             if re.search('window|chunk|keep_|block_size|index_topk|index_\\w*block|local_attention|attn_chunk|compress_rates', name):
                 found.setdefault(name, family)
     other = ('use_sliding_window max_window_layers sliding_window_pattern prefix_dense_sliding_window_pattern chunkwise_kernel '
-             'local_attention_probs_dropout_prob lsh_num_chunks_before lsh_num_chunks_after local_num_chunks_before local_num_chunks_after').split()
+             'local_attention_probs_dropout_prob lsh_num_chunks_before lsh_num_chunks_after '
+             'local_num_chunks_before local_num_chunks_after').split()
     assert set(found) - set(' '.join(SEEN_TO.values()).split()) - {*other} == set(), found
 
 

@@ -402,7 +402,9 @@ def killed(folder, code, pids, number=signal.SIGTERM, group=True): # pids: of a 
 SLOW = "import os, time; open('pids', 'w').write(f'{os.getpid()} {os.getppid()} ;'); time.sleep(40)"
 
 
-def written(folder): return lambda pid: [int(x) for x in s.split()[:-1]] if (f := folder/'pids').exists() and ';' in (s := f.read_text()) else []
+def written(folder):
+    there = lambda: (folder/'pids').read_text() if (folder/'pids').exists() else ''
+    return lambda pid: [int(x) for x in s.split()[:-1]] if ';' in (s := there()) else []
 
 
 @pytest.mark.parametrize('moment', ['at its start', 'in a cell'])

@@ -18,7 +18,8 @@ from transformers import (AutoModelForSequenceClassification, BertConfig, BertFo
 
 from saferlhf.annotate import HARM_CATEGORIES, two_stage
 from saferlhf.apps import endpoint
-from saferlhf.apps.classifiers import budgets, model_at, model_score
+from saferlhf.apps.classifiers import budgets, model_score
+from saferlhf.apps.stages import located
 from saferlhf.apps.endpoint import Endpoint, Grader
 from saferlhf.apps.export import export
 from saferlhf.apps.scorers import Score, annotator_of, as_scorer, scorer_of
@@ -349,9 +350,9 @@ def test_runs_and_folders_of_score_models(tmp_path):
         with pytest.raises(ValueError, match='not a reward model|judges one answer'): scorer_of(run, kind)
     (run.folder/'DONE').unlink()
     with pytest.raises(ValueError, match='is not finished'): scorer_of(run.folder)
-    with pytest.raises(ValueError, match='there is no folder'): scorer_of('./nowhere')
+    with pytest.raises(FileNotFoundError, match='is no folder'): scorer_of('./nowhere')
     other = Run.start('table', {}, name='t'); other.finish({})
-    with pytest.raises(ValueError, match='holds no model: it is a run of the stage table'): model_at(other.folder)
+    with pytest.raises(FileNotFoundError, match='holds no model'): located(other.folder)
     tiny.scorer(vocab=300, kind='critic').save_pretrained(tmp_path/'critic')
     with pytest.raises(ValueError, match='is a critic model'): model_score(tmp_path/'critic')
 
