@@ -171,7 +171,7 @@ def test_patience_stops(models):
 
 # --- refusals
 @pytest.mark.parametrize('summary, said', (
-    (dict(beats_rule=dict(rank=True, sign=False), zero='labels'), r'cost model .* is weak: sign.*force=True goes on'),
+    (dict(beats_rule=dict(rank=True, sign=False), zero='labels', against_rule={}), r'cost model .* is weak: sign.*force=True goes on'),
     (dict(beats_rule=dict(rank=True), zero='none'), 'no zero .* set relative=True, or train it with zero=FILE of 50 labels')))
 def test_weak_models_are_refused(models, summary, said, caplog):
     models['cost'] = finished('cost', scorer(vocab=len(tokenizer()), seed=6, kind='cost'), summary, name='weak')
@@ -193,7 +193,7 @@ def test_models_in_the_wrong_place(models):
                          (dict(policy=reward), 'policy .* is a reward model: give one that answers'),
                          (dict(reward=policy), 'without a score head: train one, `saferlhf reward`'),
                          (dict(cost=None), "needs a cost model; objective='ppo' needs no cost"),
-                         (dict(policy=policy/'model/x'), 'neither')):
+                         (dict(policy=policy/'model/x'), 'is no folder')):
         with pytest.raises((ValueError, FileNotFoundError), match=said): go(models | change, force=True)
     os.unlink(cost/'DONE')
     with pytest.raises(ValueError, match='is not finished'): go(models)
@@ -201,7 +201,7 @@ def test_models_in_the_wrong_place(models):
 
 @pytest.mark.parametrize('settings, said', (
     (dict(prompts=400), 'set prompts='), (dict(window=3), 'set window=4'), (dict(max_kl=3., look=0), 'set look, e.g. look='),
-    (dict(test_share=0.), 'give more prompts, or a test_share'), (dict(learning_rate=1.), 'no setting'),
+    (dict(test_share=0.), 'test_share=0.0: it is a share'), (dict(learning_rate=1.), 'no setting'),
     (dict(objective='pp0'), 'objective is one of'),
     (dict(minibatches=5), 'set fewer'), (dict(limit=float('nan')), 'limit=nan'), (dict(limit='0'), "limit='0'")))
 def test_settings_that_cannot_be(models, settings, said):
@@ -219,9 +219,9 @@ def test_a_function_as_reward_is_put_into_units_of_its_own_spread(models):
     assert sd > 50 and all(r['reward'] == pytest.approx(100 * len(r['response']) / sd, rel=1e-5) for r in rows)
     assert 'cost' not in record.summary and set(record.manifest['parent_folders']) == {'sft'}
     assert go(models | dict(reward=f'{__name__}.longer', cost=None), objective='ppo', steps=1).manifest['units']['reward'] == sd
-    for bad, said in ((lambda p, a: [1.] * len(a), 'the same number'), (lambda p, a: [1.], 'a finite number for each')):
+    for bad, said in ((lambda p, a: [1.] * len(a), 'the same number'), (lambda p, a: [1.], 'it must give one for each')):
         with pytest.raises(ValueError, match=said): go(models | dict(reward=bad, cost=None), objective='ppo', steps=1)
-    with pytest.raises(ValueError, match='no function no_module.at_all'): go(models | dict(reward='no_module.at_all'))
+    with pytest.raises(ValueError, match='there is no module no_module'): go(models | dict(reward='no_module.at_all'))
 
 
 def test_without_rows_there_is_no_ptx_term(models, tmp_path, capsys):

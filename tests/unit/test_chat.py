@@ -161,4 +161,4 @@ def test_wrong_input_is_one_line(runs, tmp_path):
         chat(runs[0], settings=dict(temprature=1))
     with pytest.raises(ValueError, match='is a score model, not a language model'): Speaker(runs[1])
     for nowhere in ('./nowhere', str(tmp_path/'nowhere')):
-        with pytest.raises(ValueError, match='there is no folder'): Speaker(nowhere)
+        with pytest.raises(FileNotFoundError, match='is no folder'): Speaker(nowhere)

@@ -153,13 +153,13 @@ def test_a_zero_put_by_labels(tmp_path):
     one_line('49 safety labels, 25 of them safe: it needs 50 or more', cost_rows, ranked, 0, .1, zero=few)
     one_line('of both kinds', cost_rows, ranked, 0, .1, zero=safe)
     one_line("rows.*has safety labels of its own", cost_rows, labels(), 0, .1, zero=path)
-    one_line('No such file', cost_rows, ranked, 0, .1, zero=str(tmp_path/'missing.jsonl'))
+    one_line('there is no', cost_rows, ranked, 0, .1, zero=str(tmp_path/'missing.jsonl'))
 
 
 def test_rows_about_nothing_are_refused(tmp_path):
     one_line('no row says which answer is more harmful', cost_rows, pairs(better_response_id=0), 0, .1)
     one_line('columns seen', answer_rows, written(tmp_path, [dict(question='A?', text='B')]), 0, .1)
-    one_line('No such file', answer_rows, str(tmp_path/'none.jsonl'), 0, .1)
+    one_line('there is no', answer_rows, str(tmp_path/'none.jsonl'), 0, .1)
     (tmp_path/'empty.jsonl').write_text('', encoding='utf-8')
     for call in (answer_rows, reward_rows, cost_rows): one_line('0 of 0 rows kept', call, tmp_path/'empty.jsonl', 0, .1)
 
