@@ -126,6 +126,11 @@ def _export(a):
     from saferlhf.apps.export import export
     print(export(a.source, a.out))
 
+def _example(a):
+    "Write example files from the shipped rows: answers, preferences and prompts. They hold offensive texts."
+    from saferlhf.apps.own_data import example_files
+    print(*example_files(a.folder, a.rows), sep='\n')
+
 # %% ../../nbs/apps/20_commands.ipynb #db64538d
 def _dry_run(a):
     "Run every stage once with few rows, `paper` with narrow layers; the commands of the real ones are shown."
@@ -167,6 +172,9 @@ _COMMANDS = {   # name -> function, options
     'figures': (_figures, _PROFILE | _SEED),
     'report': (_report, _PROFILE | _SEED | {
         '--out': dict(default='', metavar='FILE', help='(default: report-PROFILE.html among the runs)')}),
+    'example': (_example, {
+        'folder': dict(help='a folder for answers.jsonl, preferences.jsonl and prompts.jsonl'),
+        '--rows': _COUNT | dict(default=200, help='in each file (default: 200)')}),
     'export': (_export, {'source': dict(help='folder of a run, or of a model'),
                          'out': dict(help='a new folder')}),
     'join': (_join, {'folder': dict(help='its CSV files, e.g. again/data/results/gpu')} | _PROFILE)}
@@ -174,7 +182,7 @@ _COMMANDS = {   # name -> function, options
 _GROUPS = { # title -> commands
     'your own model and data': [*OWN],
     'the reproduction': ['list', 'dry-run', 'plan', 'run', 'reproduce', 'arms', 'figures', 'report', 'join'],
-    'tools': ['status', 'fetch', 'export']}
+    'tools': ['status', 'fetch', 'example', 'export']}
 
 # %% ../../nbs/apps/20_commands.ipynb #0c9234e0
 def _options(name): # of a command, by what it is, -> option -> keywords; those of settings import much

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['held_out_prompt', 'split_rows', 'Read', 'source_name', 'answer_rows', 'reward_rows', 'signs', 'cost_rows', 'texts',
-           'token_counts', 'cut_line', 'source_hash', 'as_lines']
+           'token_counts', 'cut_line', 'source_hash', 'as_lines', 'example_files']
 
 # %% ../../nbs/apps/07_own_data.ipynb #3937c921
 import hashlib
@@ -13,7 +13,8 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 from ..data import (cost_pairs, label_pairs, load_labels, load_preferences, load_sft, read_rows,
-                           reward_pairs, sha256)
+                           reward_pairs, sha256, shipped)
+from ..record.files import atomic_write
 from ..reproduction.prompts import shuffled
 from ..text import encode_prompt, encode_response, key_hash
 
@@ -230,3 +231,27 @@ def source_hash(source)->dict: # a file; anything else has none, its rows are ha
 def as_lines(rows:list)->str: # dicts
     "JSON Lines."
     return ''.join(json.dumps(r, ensure_ascii=False) + '\n' for r in rows)
+
+# %% ../../nbs/apps/07_own_data.ipynb #afc0667a
+def example_files(
+    folder:str|Path, # made if missing
+    rows:int=200,    # in each file
+)->list:             # paths of answers.jsonl, preferences.jsonl and prompts.jsonl
+    "Write shipped rows as files of a user's own; FileExistsError when one is there already."
+    general = [r for r in shipped('sft').to_list() if r['source'].startswith(('alpaca', 'lima'))]
+    pairs = [shuffled(shipped(name).to_list()) for name in ('decoupled', 'safety', 'helpfulness')]
+    single = shuffled([dict(prompt=r['prompt'], response=r[f'response_{i}'], safe=r[f'is_response_{i}_safe'])
+                       for r in pairs[0] for i in (0, 1)])
+    kinds = [shuffled(general), *([r for r in single if r['safe'] is x] for x in (False, True))]
+    shares = [round(rows * x) for x in (.3, .315)]                        # of the rest 45 in 100 are harmful
+    answers = [r for part, n in zip(kinds, [*shares, rows - sum(shares)], strict=True) for r in part[:n]]
+    prompts = [r for r in shipped('prompts').to_list() if r['prompt_kind'] == 'mixed']
+    told = dict(answers=[{k: r[k] for k in ('prompt', 'response')} for r in shuffled(answers, 'answers')],
+                preferences=[{k: v for k, v in r.items() if v not in (None, [])}
+                             for r in [p for part in pairs for p in part][:rows]],
+                prompts=[dict(prompt=r['prompt']) for r in shuffled(prompts)[:rows]])
+    paths = [Path(folder)/f'{name}.jsonl' for name in told]
+    if there := [str(p) for p in paths if p.exists()]: raise FileExistsError(f'{there[0]} is there already')
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for path, part in zip(paths, told.values(), strict=True): atomic_write(path, as_lines(part))
+    return paths
