@@ -16,6 +16,7 @@ import numpy as np
 from .admit import (check_functions, check_kinds, check_objections, check_roles, check_sizes,
                                  is_function, scoring_function)
 from .defaults import defaults, spread_for
+from .defaults import table as settings_table
 from .own_data import as_lines, source_hash, source_name, split_rows, token_counts
 from .scorers import as_scorer, scorer_of
 from .settings import AlignSettings, settings_of
@@ -28,6 +29,7 @@ from ..hardware.weights import read_config
 from ..models import load_tokenizer, save_tokenizer
 from ..ppo import make_objective
 from ..record.card import write_card
+from ..record.config import plain
 from ..record.files import atomic_write, read_json, read_lines
 from ..record.launch import launch
 from ..record.run import Record, Run
@@ -56,16 +58,20 @@ def _in_order(prompts, config, seed): # -> steps x prompts of them, none twice i
 
 
 # %% ../../nbs/apps/16_align.ipynb #5f4a9a37
-def _defaults(start, prompts): # Record; training prompts -> field -> value
+def _defaults(start, prompts): # Record; training prompts -> field -> Default
     folder = model_folder(start)
     tokenizer = load_tokenizer(folder)
     counts = token_counts([dict(prompt=p, response='') for p in prompts[:2000]], tokenizer)[0]
     found = defaults('align', read_config(folder), len(prompts), (counts, []))
-    told = {k: d.value for k, d in found.items()}
-    return told | ({'max_new_tokens': n} if (n := start.config.get('max_new_tokens')) else {})
+    if n := start.config.get('max_new_tokens'):
+        same = dict(value=n, source='data', why='as in fine-tuning')
+        found['max_new_tokens'] = found['max_new_tokens']._replace(**same)
+    return found
 
 def _configured(told, limit, start, train, has_ptx): # -> AlignSettings
-    config = settings_of('align', dict(threshold=float(limit)), _defaults(start, train), told)
+    found = _defaults(start, train)
+    config = settings_of('align', dict(threshold=float(limit)), {k: d.value for k, d in found.items()}, told)
+    print(settings_table(found, config, told))
     if has_ptx or not config.ptx_coef:
         if told.get('ptx') and not config.ptx_coef: print('ptx_coef=0: the PTX file is not used')
         return config
@@ -203,7 +209,7 @@ def align(
     data = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in files.items()}
     data |= source_hash(prompts) | source_hash(first.ptx or []) | _codes(functions)
     parents, label = {'sft': start} | scores, config.name or start.folder.name.rpartition('-')[0]
-    run = Run.start('policy', config, {k: r.folder for k, r in parents.items()}, config.seed, label,
+    run = Run.start('policy', plain(config), {k: r.folder for k, r in parents.items()}, config.seed, label,
                     sources=('reproduction.training',), data=data)
     try:
         if not run.done:

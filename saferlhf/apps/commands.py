@@ -14,7 +14,7 @@ import shlex
 import sys
 import tempfile
 import traceback
-from .own_commands import OWN, field_options, typed
+from .own_commands import OWN, field_options, quiet, typed
 
 
 # %% ../../nbs/apps/20_commands.ipynb #9aedb633
@@ -245,6 +245,7 @@ def _run_command(argv):
     try:
         if 'profile' in a: a.profile = _profile(a)
         if 'offload' in a: os.environ['SAFERLHF_SPREAD'] = _spread(a)
+        if name in OWN: quiet()
         a.function(a)
         return 0
     finally:                                             # a later call in this process starts anew

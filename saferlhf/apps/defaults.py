@@ -234,8 +234,14 @@ def defaults(
         out['micro_batch'] = Default(micro, 'rows', 'memory', why)
     return {k: out[k] for k in settable(command)}
 
-def table(found:dict)->str: # as from `defaults`
+def table(
+    found:dict,              # as from `defaults`
+    config=None, asked=(),   # what it became, and the fields that somebody asked for
+)->str:
     "Lines to read: field, value, unit, source, why."
+    if config is not None:
+        found = {k: Default(getattr(config, k), d.unit, 'asked for', '') if k in asked
+                 else d._replace(value=getattr(config, k)) for k, d in found.items()}
     lines = [f'  {k:18} {d.value!s:10} {d.unit:18} {d.source:9} {d.why}'.rstrip() for k, d in found.items()]
     return '\n'.join(lines)
 

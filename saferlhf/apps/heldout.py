@@ -121,11 +121,12 @@ def _verdict(metric, a): # of one metric
     rule = _NAMES[a['rule']].removeprefix('rule: ')
     if a['beats']: return f'{metric}: beats the rule "{rule}" by {gap}'
     if a['rule_value'] == 1: need = 'the rule is right about every row: bring rows that it does not settle'
+    elif a['value'] <= 0:
+        few = f' ({a["prompts"]} held-out prompts are few, too)' if a['prompts'] < _FEWEST else ''
+        need = f'the rule does as well or better: it needs more or cleaner training rows{few}'
     elif a['prompts'] < _FEWEST:
         few = f'{a["prompts"]} held-out prompts are too few'
         need = f'{few}: hold out {a["more_test_rows"]} rows more to tell'
-    elif a['more_test_rows'] is None: # the estimate itself is not above the rule's
-        need = 'more test rows would not change that: it needs more or cleaner training rows'
     else: need = (f'about {a["more_test_rows"]} more test rows would tell, if the difference stays; '
                   'more training rows may also widen it, by how much one run cannot say')
     return f'{metric}: does not beat the rule "{rule}" for certain: {gap} on {a["n"]} rows; {need}'

@@ -13,7 +13,7 @@ from contextlib import redirect_stdout
 from functools import cache
 from pathlib import Path
 import numpy as np
-from .defaults import defaults, spread_for
+from .defaults import defaults, spread_for, table
 from .heldout import report_lines, score_report, tune_report
 from .own_data import (as_lines, cut_line, answer_rows, reward_rows, cost_rows, signs,
                                     source_hash, source_name, token_counts)
@@ -109,7 +109,7 @@ def _configure(command, read, tokenizer, folder, settings): # -> its configurati
     config = settings_of(command, decided, {k: d.value for k, d in found.items()}, settings)
     for k in ('epochs', 'batch_size', 'lr', 'max_prompt_tokens', 'max_new_tokens'):
         if not getattr(config, k) > 0: raise ValueError(f'{k}={getattr(config, k)}: it is a number above 0')
-    print(*read.said, cut_line(counts, config), sep='\n')
+    print(*read.said, cut_line(counts, config), table(found, config, settings), sep='\n')
     if len(read.test) > _MOST_TESTED: print(f'{_MOST_TESTED} of the held-out rows are kept and scored')
     return config
 

@@ -18,6 +18,7 @@ import subprocess
 import time
 import weakref
 from contextlib import ExitStack
+from dataclasses import is_dataclass
 from pathlib import Path
 import pandas as pd
 import torch
@@ -236,7 +237,7 @@ class Run(_Log):
         state = f'start {len(starts) + 1}, the one before was interrupted' if starts else 'new'
         if self.done: state = 'finished: read back'
         print(f'{self.id}, seed {self.seed}, {state}: {self.folder}')
-        show(config, paper)
+        if is_dataclass(config): show(config, paper)
         if not self.done:
             found = newest(self.folder/'checkpoint')
             step = read_json(found/'manifest.json')['step'] if found else -1
