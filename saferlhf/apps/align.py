@@ -61,7 +61,7 @@ def _in_order(prompts, config, seed): # -> steps x prompts of them, none twice i
 def _defaults(start, prompts): # Record; training prompts -> field -> Default
     folder = model_folder(start)
     tokenizer = load_tokenizer(folder)
-    counts = token_counts([dict(prompt=p, response='') for p in prompts[:2000]], tokenizer)[0]
+    counts = token_counts([dict(prompt=p, response='') for p in prompts], tokenizer)[0]
     found = defaults('align', read_config(folder), len(prompts), (counts, []))
     if n := start.config.get('max_new_tokens'):
         same = dict(value=n, source='data', why='as in fine-tuning')

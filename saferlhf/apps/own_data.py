@@ -206,10 +206,11 @@ def texts(
     return [*dict.fromkeys([(r['prompt'], r['high'] if 'high' in r else r['response']) for r in rows] + both)]
 
 def token_counts(
-    rows:list, tokenizer, # as of `texts`; whose tokens are counted
+    rows:list, tokenizer, # as of `texts`, in a random order; whose tokens are counted
+    most:int=4000,        # texts that are counted
 )->tuple:                 # of the prompts, template included; of the answers, end not counted
     "How long texts are."
-    found = texts(rows)
+    found = texts(rows)[:most]
     prompts = {p: len(encode_prompt(p, tokenizer, 10 ** 6)) for p, _ in found}
     return [*prompts.values()], [len(encode_response(a, tokenizer, 10 ** 6)) - 1 for _, a in found]
 
