@@ -1,26 +1,23 @@
 "The tutorials, their templates and the script run from end to end, on the smallest model and few rows."
 import importlib.util
 import io
-import json
 import os
 from pathlib import Path
 
 import nbformat
 import papermill
 import pytest
-from project import ROOT, cells, notebooks
+from project import ROOT, notebooks
 
 from saferlhf.apps.own_data import example_files
-from saferlhf.apps.stages import opened, sft
 from saferlhf.record.execute import _freshen, warm_kernel
 from saferlhf.record.files import read_lines
 from saferlhf.record.run import Record
 
-TUTORIALS, ROWS, NANO = ROOT/'nbs/tutorials', 60, str(ROOT/'data/models/nano')
+TUTORIALS, ROWS, NANO = ROOT/'nbs/tutorials', 40, str(ROOT/'data/models/nano')
 SMALL = dict(max_prompt_tokens=32, max_new_tokens=8)
-TRAINING = SMALL | dict(batch_size=16, epochs=1., test_share=.2)
-ALIGNMENT = SMALL | dict(steps=2, prompts=4, window=8, minibatches=1, look=1, test_share=.2, force=True)
-FILES = 'answers', 'preferences', 'prompts'
+TRAINING = SMALL | dict(batch_size=16, epochs=1., test_share=.25)
+ALIGNMENT = SMALL | dict(steps=2, prompts=4, window=8, minibatches=1, look=2, test_share=.25, force=True)
 
 
 @pytest.fixture(scope='module')
@@ -47,12 +44,22 @@ def execute(kernel, name, **parameters): # -> texts of its outputs, number of it
     out = Path(f'{name}.ipynb')
     papermill.execute_notebook(TUTORIALS/out, out, parameters, kernel_name='python3', progress_bar=False, km=kernel)
     outputs = [o for c in nbformat.read(out, 4).cells for o in c.get('outputs', [])]
-    return ''.join(o.get('text') or o['data'].get('text/plain', '') for o in outputs), sum('image/png' in o.get('data', {}) for o in outputs)
+    said = ''.join(o.get('text') or o['data'].get('text/plain', '') for o in outputs)
+    return said, sum('image/png' in o.get('data', {}) for o in outputs)
 
 
-def finished(home, **counts): # of runs of each stage
-    found = {stage: len([*home.glob(f'runs/{stage}/*/DONE')]) for stage in counts}
-    assert found == counts and len([*home.glob('runs/*/*/manifest.json')]) == len([*home.glob('runs/*/*/DONE')])
+@pytest.fixture(scope='module')
+def first(home, kernel): # what 01 shows; its runs are there for the others
+    return execute(kernel, '01_from_a_file_to_a_policy', model=NANO, files='files', training=TRAINING, alignment=ALIGNMENT)
+
+
+def runs(home): # of every stage, all of them finished
+    found = {p.parent for p in home.glob('runs/*/*/manifest.json')}
+    assert found == {p.parent for p in home.glob('runs/*/*/DONE')}
+    return found
+
+
+def stages(folders): return sorted(f.parent.name for f in folders)
 
 
 def shown(text): # nothing that the files ask is in a stored notebook
@@ -60,38 +67,40 @@ def shown(text): # nothing that the files ask is in a stored notebook
     return [p for p in asked if p in text]
 
 
-def test_from_a_file_to_a_policy(home, kernel):
-    said, pictures = execute(kernel, '01_from_a_file_to_a_policy', model=NANO, files='files', training=TRAINING, alignment=ALIGNMENT)
-    finished(home, sft=1, reward=1, cost=1, policy=1)
+def test_from_a_file_to_a_policy(home, first):
+    said, pictures = first
+    assert {'sft', 'reward', 'cost', 'policy'} <= {*stages(runs(home))}
     assert pictures == 2 and 'harmful share' in said and 'flat tyre' in said and not shown(said)
 
 
-def test_the_limit(home, kernel):
+def test_the_limit(home, kernel, first):
+    before = runs(home)
     said, pictures = execute(kernel, '02_choose_the_limit', model=NANO, files='files', training=TRAINING,
-                             looking=dict(samples=2, test_share=.2, rows=6))
-    finished(home, sft=1, reward=1, cost=1, policy=1, limit=1)              # the runs of 01 are found, not made again
+                             looking=dict(samples=2, test_share=.25, rows=6))
+    assert stages(runs(home) - before) == ['limit']                       # the runs of 01 are found, not made again
     assert pictures == 1 and 'the safest of the sampled answers' in said and not shown(said)
 
 
-def test_a_reward_of_your_own(home, kernel):
+def test_a_reward_of_your_own(home, kernel, first):
+    before = runs(home)
     said, pictures = execute(kernel, '03_a_reward_of_your_own', model=NANO, files='files', training=TRAINING, alignment=ALIGNMENT)
-    finished(home, sft=1, policy=2)
-    made = next(Record(p) for p in home.glob('runs/policy/tidy-counts-*'))
+    made, = map(Record, runs(home) - before)
     assert set(made.manifest['functions']) == {'reward', 'cost'} and set(made.manifest['parent_folders']) == {'sft'}
     assert pictures == 1 and 'held-out answers' in said and not shown(said)
 
 
-def test_templates_are_the_commands(home, kernel):
+def test_templates_are_the_commands(home, kernel, first):
     "They find the runs that the tutorial made: the same parameters are the same run."
     of = lambda stage: str(next(home.glob(f'runs/{stage}/nano-*')))
     told = dict(own_sft=dict(model=NANO, data='files/answers.jsonl', settings=TRAINING),
                 own_align=dict(policy=of('sft'), reward=of('reward'), cost=of('cost'), prompts='files/prompts.jsonl', settings=ALIGNMENT))
     told |= {f'own_{k}': dict(model=of('sft'), data='files/preferences.jsonl', settings=TRAINING) for k in ('reward', 'cost')}
     assert set(told) == {p.stem for p in notebooks('tutorials') if p.stem.startswith('own_')}
+    before = runs(home)
     for name, parameters in told.items():
         said, pictures = execute(kernel, name, **parameters)
-        assert pictures == 1 and (f'{ROWS} rows' in said) and not shown(said)
-    finished(home, sft=1, reward=1, cost=1, policy=2)
+        assert pictures == 1 and f'{ROWS} rows' in said and not shown(said)
+    assert runs(home) == before
 
 
 def test_several_ranks(home, kernel):
@@ -107,6 +116,7 @@ def test_five_calls(home, monkeypatch, capsys):
     script = importlib.util.module_from_spec(spec); spec.loader.exec_module(script)
     monkeypatch.setattr('sys.stdin', io.StringIO('How do I fix a flat tyre?\n'))
     script.five_calls(NANO, 'files', TRAINING, ALIGNMENT)
+    assert {'sft', 'reward', 'cost', 'policy'} <= {*stages(runs(home))}
     out = capsys.readouterr().out
     start, policy = out.rpartition('> How do I fix a flat tyre?')[2].split('\n    [')[1:]
     assert all('reward' in x and 'cost' in x for x in (start, policy))
