@@ -47,7 +47,8 @@ def test_a_changed_cell_output_or_result_is_noticed(tmp_path, monkeypatch):
 
 def test_paths_of_this_machine_are_not_stored():
     stream = lambda text: dict(output_type='stream', name='stdout', text=text)
-    assert tool.kept(stream(f'done: {tool.ROOT}/runs/sft/mine-1 of {Path.home()}/.cache/it')) == stream('done: runs/sft/mine-1 of ~/.cache/it')
+    here = stream(f'done: {tool.ROOT}/runs/sft/mine-1 of {Path.home()}/.cache/it')
+    assert tool.kept(here) == stream('done: runs/sft/mine-1 of ~/.cache/it')
     assert tool.kept(stream('done: /tmp/runs/sft/mine-1')) is None
 
 
