@@ -4,12 +4,13 @@
     python tools/notebooks.py store [PART OF A PATH ...] [--all]
 
 `store` runs every notebook whose cells, or the results that it reads, have changed since (`--all`: every one), and notes in nbs/stored.json
-what each output was made of. tests/results/test_notebooks.py holds both."""
+what each output was made of. `store tutorials` trains SmolLM2, whose runs are kept in runs/. tests/results/test_notebooks.py holds both."""
 import argparse
 import base64
 import hashlib
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -20,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NBS, STORED = ROOT/'nbs', ROOT/'nbs/stored.json'
 CHAINS = ('.', 'method', 'hardware', 'record', 'reproduction', 'apps'), ('templates',), ('paper',), ('bench',), ('tutorials',)
 RUN = 'method', 'hardware', 'record', 'reproduction', 'apps', 'paper'       # folders whose notebooks are stored with their pictures
+SLOW = 'tutorials/0*.ipynb'                                                 # minutes each: stored when parts of paths are given
 LARGEST = 40_000                                                            # bytes of a stored picture
 WATCH = '''import json, sys
 _opened = set()
@@ -78,7 +80,8 @@ def kept(output) -> dict | None:
     data = output.get('data', {})
     if png := data.get('image/png'):
         return output | dict(data={'image/png': base64.b64encode(slim(base64.b64decode(png))).decode() + '\n'}, metadata={})
-    text = json.dumps(output, ensure_ascii=False)
+    text = json.dumps(output, ensure_ascii=False).replace(f'{ROOT}/', '').replace(f'{Path.home()}/', '~/')
+    output = json.loads(text)
     return None if len(text) > LARGEST or re.search(r'/(home|root|tmp|work|var|private)/|<[\w.]+ object at|Axes\(', text) else output
 
 
@@ -128,7 +131,8 @@ def run(path:Path) -> list[str]:
 def store(parts, every):
     "Run what has changed; clean what was run, so that export and clean find nothing to do."
     stored = json.loads(STORED.read_bytes()) if STORED.exists() else {}
-    for path in [p for folder in RUN for p in sorted((NBS/folder).glob('*.ipynb'))]:
+    os.environ |= dict(SAFERLHF_RUNS=str(ROOT/'runs'), DS_ACCELERATOR='cpu')
+    for path in [*(p for folder in RUN for p in sorted((NBS/folder).glob('*.ipynb'))), *(sorted(NBS.glob(SLOW)) if parts else [])]:
         name = str(path.relative_to(NBS))
         if parts and not any(p in name for p in parts) or not every and is_current(path, stored): continue
         print(name, flush=True)

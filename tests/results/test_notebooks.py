@@ -3,6 +3,7 @@ import base64
 import json
 import re
 import sys
+from pathlib import Path
 
 import pytest
 from project import ROOT, cells, notebooks
@@ -10,8 +11,9 @@ from project import ROOT, cells, notebooks
 sys.path.insert(0, str(ROOT/'tools'))
 import notebooks as tool  # noqa: E402
 
-SHOWN = [p for folder in tool.RUN for p in notebooks(folder)]
 STORED = json.loads(tool.STORED.read_text()) if tool.STORED.exists() else {}
+SLOW = [p for p in sorted(tool.NBS.glob(tool.SLOW)) if str(p.relative_to(tool.NBS)) in STORED or any(c.get('outputs') for c in cells(p))]
+SHOWN = [p for folder in tool.RUN for p in notebooks(folder)] + SLOW
 
 
 def pictures(path):
@@ -41,6 +43,13 @@ def test_a_changed_cell_output_or_result_is_noticed(tmp_path, monkeypatch):
         path.write_text(json.dumps(dict(cells=[changed]))); assert not tool.is_current(path, stored)
     path.write_text(json.dumps(dict(cells=[cell]))); assert tool.is_current(path, stored)
     (tmp_path/'data/results/a.csv').write_text('2'); assert not tool.is_current(path, stored)
+
+
+def test_paths_of_this_machine_are_not_stored():
+    stream = lambda text: dict(output_type='stream', name='stdout', text=text)
+    here = stream(f'done: {tool.ROOT}/runs/sft/mine-1 of {Path.home()}/.cache/it')
+    assert tool.kept(here) == stream('done: runs/sft/mine-1 of ~/.cache/it')
+    assert tool.kept(stream('done: /tmp/runs/sft/mine-1')) is None
 
 
 def test_the_notebooks_of_the_method_show_pictures_and_stay_small():

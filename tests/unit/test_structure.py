@@ -108,7 +108,7 @@ def text_calls(text):
 
 def test_text_is_utf8_whatever_the_locale():
     code = {f'{p.relative_to(ROOT)}': p.read_text(encoding='utf-8') for p in (*map(source, LIBRARY), *(ROOT/'tools').glob('*.py'))}
-    for p in notebooks('templates', 'paper', '.'):
+    for p in notebooks('templates', 'paper', 'tutorials', '.'):
         lines = '\n'.join(c['source'] for c in cells(p) if c['cell_type'] == 'code')
         code[p.name] = '\n'.join(line for line in lines.splitlines() if not line.startswith(('%', '!', '#|')))
     assert {name: lines for name, text in code.items() if (lines := list(text_calls(text)))} == {}
@@ -119,7 +119,8 @@ def test_text_is_utf8_whatever_the_locale():
 def test_nothing_is_checked_by_assert():
     "`python -O` leaves asserts out."
     code = {m: tree(m) for m in LIBRARY}
-    code |= {p.stem: ast.parse('\n'.join(c['source'] for c in cells(p) if c['cell_type'] == 'code')) for p in notebooks('templates')}
+    lines = {p.stem: [c['source'] for c in cells(p) if c['cell_type'] == 'code'] for p in notebooks('templates', 'tutorials')}
+    code |= {name: ast.parse('\n'.join(found)) for name, found in lines.items()}
     assert not [name for name, t in code.items() for n in ast.walk(t) if isinstance(n, ast.Assert)], 'raise an error instead'
 
 # size and words
@@ -185,14 +186,14 @@ def test_a_notebook_is_fit_to_read(path):
             assert not found, f'cell {i} shows a path of one machine: {found[0]}'
 
 
-@pytest.mark.parametrize('path', notebooks('templates', 'paper'), ids=lambda p: p.stem)
+@pytest.mark.parametrize('path', notebooks('templates', 'paper', 'tutorials'), ids=lambda p: p.stem)
 def test_one_cell_is_tagged_parameters(path):
     tagged = [c for c in cells(path) if 'parameters' in c['metadata'].get('tags', [])]
     assert len(tagged) == 1 and tagged[0]['cell_type'] == 'code'
 
 
 def test_templates_are_left_alone_by_nbdev_test():
-    for folder in ('templates', 'paper'): assert (ROOT/'nbs'/folder/'.notest').exists() and notebooks(folder)
+    for folder in ('templates', 'paper', 'tutorials'): assert (ROOT/'nbs'/folder/'.notest').exists() and notebooks(folder)
     # without this line nbdev-clean deletes the tag, and papermill then runs the defaults, silently
     assert 'allowed_cell_metadata_keys = ["tags"]' in (ROOT/'pyproject.toml').read_text()
 
