@@ -69,9 +69,9 @@ def _states(
         backward, step = dict(buckets=min(bucket, 2 * n)), 6 * min(own, _PORTION)
         moved = dict(optimizer=wide, gradients=_pinned(own, 4) + _pinned(own, 2))
     if away: host |= moved
-    held = 0 if away or lean or stage == 3 else 4 * n if stage is None else 2 * own
+    wait = 0 if away or lean or stage == 3 else 4 * n if stage is None else 2 * own
     return dict(always=always, backward=backward, step=dict(gradients=0 if away else step), host=host,
-                held=held)
+                held={'gradients that wait': wait})
 
 # %% ../../nbs/apps/01_plan.ipynb #e6281d15
 def _kept(shape, compile=False, wide=False): # bytes a layer keeps of a token; compiled; attention in 32 bits
@@ -164,7 +164,7 @@ def _predict(
                                count(shape, head, _SMALL), passes, lean)
     order = [role for role, (_, trained) in roles.items() if trained]
     def waiting(others): # their gradients: models step together
-        return [x for r in others for x in _lines(r, {'gradients that wait': states[r]['held']})]
+        return [x for r in others for x in _lines(r, states[r]['held'])]
     for role, x in states.items():
         head, trained = roles[role]
         always += _lines(role, x['always']) + _lines(role, x['host'], host=True)

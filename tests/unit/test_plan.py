@@ -65,7 +65,7 @@ def state_bytes(zero, gpus):
     n = plan.count(SHAPE)
     s = plan._states(n, gpus=gpus, zero=zero, small=plan.count(SHAPE, most=plan._SMALL))
     rest = sum(s['always'].values())
-    gradients = s["held"] if zero != 3 else 0
+    gradients = sum(s["held"].values())
     return rest, rest + gradients
 
 
