@@ -168,7 +168,7 @@ def _align(a):
     "Train a policy with PPO-Lag: higher reward, under a limit on the mean cost."
     if a.rounds is not None: return _rounds(a)
     if not a.reward: a.refuse('name --reward, or --rounds N')
-    if a.annotator or a.field_collect: a.refuse('--annotator and --collect are for --rounds N')
+    if a.annotator or a.collect is not None: a.refuse('--annotator and --collect are for --rounds N')
     from saferlhf.apps.align import align
     cost = a.cost or None
     _end('align', a, align(a.policy, a.reward, cost, a.prompts, a.limit, _settings(a)))
@@ -179,7 +179,8 @@ def _rounds(a): # of `align`
     who = dict(x.split('=', 1) for x in a.annotator if x.startswith(('reward=', 'cost=')))
     if len(who) != (0 if len(a.annotator) < 2 else 2) or len(a.annotator) > 2:
         a.refuse('write --annotator module.function, or --annotator reward=MODEL cost=MODEL')
-    found = rounds(a.policy, who or (a.annotator or [None])[0], a.prompts, a.rounds, a.limit, _settings(a))
+    told = _settings(a) | ({} if a.collect is None else dict(collect=a.collect))
+    found = rounds(a.policy, who or (a.annotator or [None])[0], a.prompts, a.rounds, a.limit, told)
     if len(found) < a.rounds: return                                                    # people annotate
     a.reward, a.cost = (found[-1].manifest['parent_folders'][k] for k in ('reward', 'cost'))
     _end('align', a, found[-1])
@@ -216,7 +217,7 @@ _ROUNDS = {
                      'their annotation, a reward and a cost model of it, and the next policy'),
     '--annotator': dict(nargs='+', default=[], metavar='WHO', help='of the answers: module.function, or '
                         'reward=MODEL cost=MODEL (default: people, in a file that is written)'),
-    '--collect': dict(dest='field_collect', type=_value(int), metavar='N',
+    '--collect': dict(type=_value(int), metavar='N',
                       help='training prompts that are answered in each round (default: all, at most 500)')}
 _TALK = {_option(k): dict(dest=f'field_{k}', default=None, type=_value(kind), metavar='N', help=what)
          for k, kind, what in (('temperature', float, 'of sampling (default: 1)'),

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import finished, lm, sentences, tokenizer
+from tiny import finished, lm, scorer, sentences, tokenizer
 
 from saferlhf.apps import commands
 from saferlhf.apps import rounds as module
 from saferlhf.apps.align import align
 from saferlhf.apps.rounds import rounds
+from saferlhf.apps.scorers import Score
 from saferlhf.models import load_lm, tiny_model, train_tokenizer
 from saferlhf.record.files import read_lines
 from saferlhf.record.run import Record
@@ -53,6 +54,10 @@ def start(home): return finished('sft', speaker(), rows=[dict(prompt='how', resp
 
 
 def go(start, n=2, annotator=judge, **settings): return rounds(start, annotator, PROMPTS, n, 0., SETTINGS | settings)
+
+
+def scores(): # role -> folder of a finished run
+    return {k: finished(k, scorer(vocab=len(tokenizer()), seed=i, kind=k)) for i, k in enumerate(('reward', 'cost'), 5)}
 
 
 def runs(stage): return sorted(p.parent.name for p in Path(os.environ['SAFERLHF_RUNS']).glob(f'{stage}/*/DONE'))
@@ -124,7 +129,7 @@ def test_a_round_is_answered_anew_by_the_policy_of_the_round_before(start):
 
 # --- the reference
 def test_the_actor_goes_on_and_the_reference_stays(start):
-    helps, harms = (Record(Path(p)) for p in (go(start, 1)[0].manifest['parent_folders'][k] for k in ('reward', 'cost')))
+    helps, harms = scores().values()
     told = {k: v for k, v in SETTINGS.items() if k not in ('collect', 'scores')}
     one = align(start, helps, harms, PROMPTS, 0., told | dict(actor_lr=3e-2))
     assert align(start, helps, harms, PROMPTS, 0., told | dict(actor_lr=3e-2), start).folder == one.folder   # its own reference
@@ -140,7 +145,7 @@ def test_the_actor_goes_on_and_the_reference_stays(start):
 
 
 def test_a_reference_of_another_kind_is_refused(start, home):
-    helps, harms = (go(start, 1)[0].manifest['parent_folders'][k] for k in ('reward', 'cost'))
+    helps, harms = scores().values()
     other = home/'other'; lm(vocab=len(tokenizer())).save_pretrained(other)
     train_tokenizer(['quite another text of other words'] * 3, 290).save_pretrained(other)
     told = {k: v for k, v in SETTINGS.items() if k not in ('collect', 'scores')}
@@ -200,12 +205,17 @@ def test_wrong_files_of_people_are_refused_in_a_line(start):
 
 # --- other annotators, refusals
 def test_two_score_models_annotate_and_are_parents(start):
-    record, = go(start, 1)
-    models = {k: record.manifest['parent_folders'][k] for k in ('reward', 'cost')}
-    other, = go(start, 1, models)
-    by = [Record(p.parent).manifest['parent_folders'] for p in Path('runs/annotate').glob('*/DONE')]
-    assert other.folder != record.folder and len(runs('collect')) == 1           # the same answers, labelled by others
-    assert [{k: x[k] for k in models} for x in by if 'cost' in x] == [models]
+    models = scores()
+    with pytest.raises(ValueError, match='rounds=0'): go(start, 0, models)
+    go(start, 1, None)
+    for annotator in (models, models | dict(reward=Score(lambda p, a: [len(x) for x in a], 'reward', 'longer'))):
+        with pytest.raises(ValueError, match='no setting'): go(start, 1, annotator, scores=dict(stop=1))         # after annotation
+    by = [Record(p.parent) for p in Path('runs/annotate').glob('*/DONE')]
+    assert len(runs('collect')) == 1 and len(by) == 2                            # the same answers, labelled by others
+    parents = sorted(({k: Path(v) for k, v in r.manifest['parent_folders'].items() if k in models} for r in by), key=len)
+    assert parents == [dict(cost=models['cost']), models]
+    rows = [read_lines(r.path('preferences.jsonl')) for r in by]
+    assert [r['response_0'] for r in rows[0]] == [r['response_0'] for r in rows[1]] and rows[0] != rows[1]
 
 
 @pytest.mark.parametrize('n, annotator, settings, said', (
