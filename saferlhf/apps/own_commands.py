@@ -213,8 +213,9 @@ _PUSH = {'--push-to-hub': _may('put the model into a private repository of a hub
 _START = {'--model': _must(f'that training starts from: {_A_MODEL}', 'MODEL')}
 _POLICY = {'--policy': _must(f'that it starts from: {_A_MODEL}', 'MODEL')}
 _ROUNDS = {
-    '--rounds': dict(type=_value(int), metavar='N', help='so often: two answers to each of some prompts, '
-                     'their annotation, a reward and a cost model of it, and the next policy'),
+    '--rounds': dict(type=_value(int), metavar='N', help='rounds: in each two answers to some prompts, '
+                     'their annotation, a reward and a cost model of it, and the next policy '
+                     '(default: none, one policy by --reward and --cost)'),
     '--annotator': dict(nargs='+', default=[], metavar='WHO', help='of the answers: module.function, or '
                         'reward=MODEL cost=MODEL (default: people, in a file that is written)'),
     '--collect': dict(type=_value(int), metavar='N',

@@ -118,7 +118,7 @@ def test_a_killed_call_goes_on_with_the_same_runs(start, monkeypatch):
 
 
 def test_a_round_is_answered_anew_by_the_policy_of_the_round_before(start):
-    one, _ = go(start, collect=20)
+    one, _ = go(start, collect=20, actor_lr=0.)                     # the same weights: only other draws give other answers
     first, second = (read_lines(next(Path('runs/collect').glob(f'*round-{r}-*/to_annotate.jsonl'))) for r in (1, 2))
     folder = next(Path('runs/collect').glob('*round-2-*'))
     assert Record(folder).manifest['parent_folders'] == dict(policy=str(one.folder))
@@ -154,7 +154,7 @@ def test_a_reference_of_another_kind_is_refused(start, home):
 
 
 # --- people
-def filled(**change): # what people would make of the waiting file; its folder, the rows
+def filled(): # what people would make of the waiting file; its folder, the rows
     folder = next(p.parent for p in Path(os.environ['SAFERLHF_RUNS']).glob('collect/*/to_annotate.jsonl'))
     rows = read_lines(folder/'to_annotate.jsonl')
     for i, r in enumerate(rows):
@@ -191,8 +191,8 @@ def test_wrong_files_of_people_are_refused_in_a_line(start):
     for given, said in ((rows[1:], f'1 of {n} pairs are missing, the first is {first["id"]}'), ([*rows, first], '1 ids are there twice'),
                         ([first | dict(id='round-9-0'), *rows[1:]], "the id 'round-9-0' is none of to_annotate.jsonl"),
                         ([3, *rows], "the id 'None' is none"),
-                        ([first | dict(safer_response_id=None), *rows[1:]], f'1 of {n} rows are not filled in; {first["id"]}: safer_.* is None: '
-                         'fill in 0 or 1'),
+                        ([first | dict(safer_response_id=None), *rows[1:]],
+                         f'1 of {n} rows are not filled in; {first["id"]}: safer_.* is None: fill in 0 or 1'),
                         ([first | dict(better_response_id=2), *rows[1:]], 'better_response_id is 2: fill in 0 or 1'),
                         ([first | dict(is_response_0_safe='yes'), *rows[1:]], "is_response_0_safe is 'yes': fill in true or false"),
                         ([first | unsure, *rows[1:]], 'the safer answer is called harmful')):
@@ -219,7 +219,8 @@ def test_two_score_models_annotate_and_are_parents(start):
 
 
 @pytest.mark.parametrize('n, annotator, settings, said', (
-    (0, judge, {}, 'rounds=0: it is a whole number'), (1, judge, dict(collect=99), 'collect=99: .* 1 to'), (1, 'gpt', {}, 'annotates nothing'),
+    (0, judge, {}, 'rounds=0: it is a whole number'), (1, judge, dict(collect=99), 'collect=99: .* 1 to'),
+    (1, 'gpt', {}, 'annotates nothing'),
     (1, dict(reward='x'), {}, 'annotates nothing'), (1, judge, dict(colect=3), "no setting 'colect'"), (1, 'no_module.at', {}, 'no module'),
     (1, judge, dict(scores=dict(pears=3)), "no setting 'pears'"), (1, lambda p, a: [1.] * 3, {}, 'rewards and costs')))
 def test_what_cannot_be_is_said(start, n, annotator, settings, said):
@@ -238,7 +239,8 @@ def test_the_command(start, home, capsys, monkeypatch):
     base = ['align', '--policy', str(start), '--prompts', 'prompts.jsonl']
     sizes = '--steps 2 --prompts-per-step 4 --minibatches 1 --window 8 --max-new-tokens 6 --max-prompt-tokens 48 --test-share .3'.split()
     for wrong, said in (([], 'name --reward, or --rounds N'), (['--rounds', '2', '--cost', 'c'], 'leave yours out'),
-                        (['--reward', 'r', '--annotator', 'x.y'], 'are for --rounds N'), (['--reward', 'r', '--collect', '3'], 'are for --rounds N'),
+                        (['--reward', 'r', '--annotator', 'x.y'], 'are for --rounds N'),
+                        (['--reward', 'r', '--collect', '3'], 'are for --rounds N'),
                         (['--rounds', '1', '--annotator', 'reward=r'], 'reward=MODEL cost=MODEL')):
         with pytest.raises(SystemExit) as stopped: commands.main([*base, *wrong])
         assert stopped.value.code == 2 and said in capsys.readouterr().err
