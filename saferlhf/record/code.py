@@ -9,6 +9,7 @@ __all__ = ['source_hashes']
 import ast
 import hashlib
 import json
+from functools import cache
 from importlib.util import resolve_name
 from ..data import PACKAGE
 
@@ -54,6 +55,12 @@ def _imports(module, tree):
 # %% ../../nbs/record/04_code.ipynb #48ee8b93
 _BOOKKEEPING = 'record', 'apps' # wings that keep and show runs: no number depends on them
 
+@cache
+def _read(text): # bytes of a module, read again only when they change -> tree, sha256, '' when it says nothing
+    tree = ast.parse(text)
+    said = _meaning(tree)
+    return tree, hashlib.sha256(json.dumps(said).encode()).hexdigest() if said != ['Module'] else ''
+
 def source_hashes(modules)->dict: # names: ('ppo', 'hardware.packing'); module -> sha256, imported ones too
     "What the algorithm is, `record` and `apps` apart; FileNotFoundError for a module that does not exist."
     hashes, seen, todo = {}, set(), ['saferlhf.' + m.removeprefix('saferlhf.') for m in modules]
@@ -63,8 +70,7 @@ def source_hashes(modules)->dict: # names: ('ppo', 'hardware.packing'); module -
         if not _file(module):
             raise FileNotFoundError(f'no module {name!r} in {PACKAGE}: run nbdev-export or correct `sources`')
         seen.add(module)
-        tree, package = ast.parse(_file(module).read_bytes()), module.rpartition('.')[0]
+        (tree, sha), package = _read(_file(module).read_bytes()), module.rpartition('.')[0]
         todo += [*_imports(module, tree), *([package] if package and _file(package) else [])]
-        if (said := _meaning(tree)) != ['Module']:
-            hashes[name] = hashlib.sha256(json.dumps(said).encode()).hexdigest()
+        if sha: hashes[name] = sha
     return hashes

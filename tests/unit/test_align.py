@@ -247,7 +247,7 @@ def test_no_prompt_twice_in_a_step():
 
 
 def test_a_prompt_keeps_its_part():
-    train, test = module._split(PROMPTS, .3, 0)
+    train, test = module.split_prompts(PROMPTS, .3, 0)
     more = [dict(prompt=f'{r["prompt"].upper()} !') for r in PROMPTS]
-    again, held = module._split(more, .3, 0)
-    assert {p[:-2].lower() for p in held} == set(test) and module._split(PROMPTS, .3, 1)[1] != test
+    again, held = module.split_prompts(more, .3, 0)
+    assert {p[:-2].lower() for p in held} == set(test) and module.split_prompts(PROMPTS, .3, 1)[1] != test
