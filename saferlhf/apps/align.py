@@ -18,9 +18,9 @@ from .admit import (check_functions, check_kinds, check_objections, check_roles,
 from .defaults import defaults, spread_for
 from .defaults import table as settings_table
 from .own_data import as_lines, source_hash, source_name, split_rows, token_counts
-from .scorers import as_scorer, scorer_of
+from .scorers import Score, as_scorer, scorer_of
 from .settings import AlignSettings, settings_of
-from .stages import model_folder, opened
+from .stages import located, model_folder, opened
 from .watch import Kept, Watch, compared, listening, pairs, table, watched
 from ..data import load_prompts, load_sft
 from ..hardware.ranks import Spread, rank
@@ -30,6 +30,7 @@ from ..models import load_tokenizer, save_tokenizer
 from ..ppo import make_objective
 from ..record.card import write_card
 from ..record.config import plain
+from ..record.fetch import model_hash
 from ..record.files import atomic_write, read_json, read_lines
 from ..record.launch import launch
 from ..record.run import Record, Run
@@ -248,6 +249,9 @@ def codes(
     "For `Run.start`: which functions."
     out = {}
     for role, (name, function, _) in functions.items():
+        if isinstance(function, Score):           # two judges of one class are told apart by what they judge with
+            name, model, function = function.name, function.model, function.fn
+            if model is not None: name += f' {model_hash(located(model)[0])}'
         try: text = inspect.getsource(function)
         except (OSError, TypeError): text = ''
         out[f'{role} function {name}'] = hashlib.sha256(f'{name}\n{text}'.encode()).hexdigest()

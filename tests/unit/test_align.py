@@ -251,3 +251,11 @@ def test_a_prompt_keeps_its_part():
     more = [dict(prompt=f'{r["prompt"].upper()} !') for r in PROMPTS]
     again, held = module.split_prompts(more, .3, 0)
     assert {p[:-2].lower() for p in held} == set(test) and module.split_prompts(PROMPTS, .3, 1)[1] != test
+
+
+def test_two_judges_are_two_functions():
+    from saferlhf.apps.scorers import Score
+    from saferlhf.apps.align import codes
+    told = lambda fn, name='': codes(dict(reward=('saferlhf.apps.scorers:Score', Score(fn, 'reward', name), False)))
+    one, other = lambda p, a: [len(x) for x in a], lambda p, a: [-len(x) for x in a]
+    assert told(one, 'a') != told(one, 'b') and told(one) == told(one)
