@@ -249,7 +249,7 @@ def codes(
     "For `Run.start`: which functions."
     out = {}
     for role, (name, function, _) in functions.items():
-        if isinstance(function, Score):           # two judges of one class are told apart by what they judge with
+        if isinstance(function, Score):                # two judges of one class are told apart
             name, model, function = function.name, function.model, function.fn
             if model is not None: name += f' {model_hash(located(model)[0])}'
         try: text = inspect.getsource(function)

@@ -257,5 +257,5 @@ def test_two_judges_are_two_functions():
     from saferlhf.apps.scorers import Score
     from saferlhf.apps.align import codes
     told = lambda fn, name='': codes(dict(reward=('saferlhf.apps.scorers:Score', Score(fn, 'reward', name), False)))
-    one, other = lambda p, a: [len(x) for x in a], lambda p, a: [-len(x) for x in a]
+    one = lambda p, a: [len(x) for x in a]
     assert told(one, 'a') != told(one, 'b') and told(one) == told(one)
