@@ -214,6 +214,7 @@ def _from_package():
 
 def _from_hub():
     "The hub's weights in the cache of transformers."
+    cached_file(_HUB, 'config.json')                 # first: it is there, or the hub cannot be reached
     for file in ('chat_template.jinja', 'special_tokens_map.json', 'generation_config.json', 'README.md'):
         cached_file(_HUB, file, _raise_exceptions_for_missing_entries=False)
     needed = 'tokenizer_config.json', 'tokenizer.json', 'model.safetensors', 'config.json'
