@@ -6,6 +6,7 @@ import shutil
 import signal
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -226,3 +227,17 @@ def test_a_finished_run_keeps_its_card(home, monkeypatch):
     folder, *_ = trained(home, 'base_lm', None, dict(valid_loss=3.5)); before = (folder/'README.md').stat().st_mtime_ns
     finish(Run.attach(folder.parent), dict(valid_loss=4.))
     assert (folder/'README.md').stat().st_mtime_ns == before and 'random weights' in (folder/'README.md').read_text()
+
+
+def test_a_hub_that_cannot_be_reached_is_asked_once(home, monkeypatch):
+    asked = []
+    def gone(name, file, **_): asked.append(file); raise OSError(errno.ENETUNREACH, 'no network')
+    monkeypatch.setattr(fetching, 'cached_file', gone)
+    with pytest.raises(OSError, match='no network'): fetching._from_hub()
+    assert asked == ['config.json']
+
+
+def test_the_extra_has_what_reading_gguf_needs():     # transformers asks for accelerate there, and nothing else installs it
+    from configparser import ConfigParser
+    settings = ConfigParser(); settings.read(Path(__file__).parents[2]/'settings.ini', encoding='utf-8')
+    assert {'gguf', 'accelerate'} <= {x.split('>')[0] for x in settings['DEFAULT']['fetch_requirements'].split()}
