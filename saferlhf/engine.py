@@ -108,12 +108,13 @@ class TorchEngine:
 
     def step(self, norm=None):
         "As in `Engine`."
-        if self._moved is None: return self._update(self.norm() if norm is None else norm)
-        norm, self._moved = self._moved, None
-        return norm
+        moved, self._moved = self._moved, None
+        if moved is None: return self._update(self.norm() if norm is None else norm)
+        return moved if norm is None else norm
 
     def clear(self):
         "As in `Engine`."
+        self._moved = None
         self.optimizer.zero_grad(set_to_none=True)
 
     def dense_weights(self):

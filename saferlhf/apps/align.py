@@ -7,7 +7,6 @@ __all__ = ['split_prompts', 'derived', 'align', 'codes']
 
 # %% ../../nbs/apps/16_align.ipynb #b5ec0570
 import hashlib
-import inspect
 import shutil
 from dataclasses import is_dataclass, replace
 from functools import partial
@@ -18,7 +17,7 @@ from .admit import (check_functions, check_kinds, check_objections, check_roles,
 from .defaults import defaults, spread_for
 from .defaults import table as settings_table
 from .own_data import as_lines, source_hash, source_name, split_rows, token_counts
-from .scorers import Score, as_scorer, scorer_of
+from .scorers import Score, as_scorer, function_hash, scorer_of
 from .settings import AlignSettings, settings_of
 from .stages import located, model_folder, opened
 from .watch import Kept, Watch, compared, listening, pairs, table, watched
@@ -249,12 +248,10 @@ def codes(
     "For `Run.start`: which functions."
     out = {}
     for role, (name, function, _) in functions.items():
-        if isinstance(function, Score):                # two judges of one class are told apart
+        if isinstance(function, Score):
             name, model, function = function.name, function.model, function.fn
             if model is not None: name += f' {model_hash(located(model)[0])}'
-        try: text = inspect.getsource(function)
-        except (OSError, TypeError): text = ''
-        out[f'{role} function {name}'] = hashlib.sha256(f'{name}\n{text}'.encode()).hexdigest()
+        out[f'{role} function {name}'] = function_hash(function)
     return out
 
 def _files(**parts): # name -> rows; -> file in the run -> its text

@@ -14,7 +14,7 @@ import shlex
 import sys
 import tempfile
 import traceback
-from .own_commands import OWN, field_options, quiet, typed
+from .own_commands import OWN, field_options, quiet, spelt, typed
 
 
 # %% ../../nbs/apps/21_commands.ipynb #9aedb633
@@ -129,7 +129,8 @@ def _export(a):
 def _example(a):
     "Write example files from the shipped rows: answers, preferences and prompts. They hold offensive texts."
     from saferlhf.apps.own_data import example_files
-    print(*example_files(a.folder, a.rows), sep='\n')
+    paths = example_files(a.folder, a.rows)
+    print(*paths, 'next:', f'  saferlhf sft --model smollm2 --data {shlex.quote(str(paths[0]))}', sep='\n')
 
 # %% ../../nbs/apps/21_commands.ipynb #db64538d
 def _dry_run(a):
@@ -234,9 +235,12 @@ def _line(error): # -> what a person reads; the rest in a file that it names
     except OSError: return said                                                     # a full disk
     return f'{said} [all of it: {f.name}]'
 
+def _name(argv): # the command that was typed
+    words = sys.argv[1:] if argv is None else map(str, argv)
+    return next((x for x in words if not x.startswith('-')), '')
+
 def _run_command(argv):
-    argv = sys.argv[1:] if argv is None else [*map(str, argv)]
-    name = next((x for x in argv if not x.startswith('-')), '')
+    argv, name = sys.argv[1:] if argv is None else [*map(str, argv)], _name(argv)
     if name in OWN: argv = typed(argv)
     a, unknown = _parser(name).parse_known_args(argv)
     if unknown: a.refuse(f'unrecognized arguments: {" ".join(unknown)}')         # with this command's usage
@@ -266,7 +270,7 @@ def main(
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())          # Python flushes at its end
         return 141
-    except Exception as e: message, status = _line(e), 1
+    except Exception as e: message, status = spelt(_line(e), _name(argv)), 1
     print(f'saferlhf: {message}', file=sys.stderr)
     return status
 

@@ -8,7 +8,6 @@ __all__ = ['AnswerSettings', 'Verdicts', 'judge', 'table']
 # %% ../../nbs/apps/18_judge.ipynb #23b5557a
 import copy
 import hashlib
-import inspect
 import json
 import math
 import shutil
@@ -32,7 +31,7 @@ from ..train import setting
 from .chat import Speaker
 from .stages import located
 from .endpoint import Grader
-from .scorers import scorer_of
+from .scorers import function_hash, scorer_of
 
 # %% ../../nbs/apps/18_judge.ipynb #bb548aee
 @dataclass(frozen=True)
@@ -47,6 +46,7 @@ class AnswerSettings:
     name:str = setting('', scale=True)              # label of the run's folder
 
 def _asked(prompts, rows): # file, or a list -> prompts, each once, in the order of their hashes
+    if rows < 0: raise ValueError(f'rows={rows}: it is a number of prompts, or 0 for all')
     if isinstance(prompts, (list, tuple)): found = [*prompts]
     elif str(prompts).endswith('.txt'):
         found = [x for x in Path(prompts).read_text(encoding='utf-8').splitlines() if x.strip()]
@@ -62,6 +62,7 @@ def _label(record): return record.folder.name.rsplit('-', 1)[0]
 def _hash_of(path): return model_hash(path) if Path(path).is_dir() else str(path)       # a hub name
 
 def _answers(policy, prompts, config): # -> a run with answers.jsonl: prompt, response, truncated
+    if config.batch_size < 1: raise ValueError(f'batch_size={config.batch_size}: it is 1 or more')
     path, record = located(policy)
     ids = hashlib.sha256(repr([prompt_id(p) for p in prompts]).encode()).hexdigest()
     data = {'prompts': ids} | ({} if record else {'model': _hash_of(path)})
@@ -94,13 +95,7 @@ def _identity(score): # a text that changes with what decides a judge's numbers
     if score.model is not None:
         path, record = located(score.model)
         return record.manifest['hash'] if record else _hash_of(path)
-    fn = score.fn
-    try: file = inspect.getsourcefile(fn if inspect.isroutine(fn) else type(fn))
-    except TypeError: file = ''
-    try: text = Path(file).read_text(encoding='utf-8')
-    except OSError: text = repr(fn)                                        # no file: typed in, or built in
-    inside = [c.cell_contents for c in getattr(fn, '__closure__', None) or ()]
-    return hashlib.sha256(repr([text, score.name, inside, getattr(fn, '__dict__', {})]).encode()).hexdigest()
+    return f'{score.name} {function_hash(score.fn)}'
 
 class Verdicts(NamedTuple):
     "What a judge says of N pairs of answers."

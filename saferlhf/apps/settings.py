@@ -6,6 +6,7 @@
 __all__ = ['TuneSettings', 'ScoreSettings', 'AlignSettings', 'settable', 'settings_of']
 
 # %% ../../nbs/apps/05_settings.ipynb #47428c53
+import math
 from dataclasses import dataclass, fields
 from ..ppo import PPOConfig
 from ..record.config import nearest, resolve
@@ -50,13 +51,31 @@ def settable(command:str)->dict: # 'sft', 'reward', 'cost' or 'align'; -> name -
     "What a user can set."
     return {f.name: f for f in fields(_OWN[command]) if f.name not in _OF_THIS_PROJECT}
 
+_COUNTS = ('rows pairs batch_size max_prompt_tokens max_new_tokens steps prompts samples minibatches '
+           'micro_batch window epochs').split()
+_ABOVE = 'temperature clip_ratio clip_value lambda_init lambda_max'.split()
+_SHARES = 'warmup gamma gae_lambda'.split()
+_NOT_BELOW = ('lr actor_lr critic_lr kl_coef ptx_coef weight_decay regularization lambda_lr nu score_clip '
+              'look patience max_kl').split()
+
+def _check(config):
+    for f in fields(config):
+        x = getattr(config, f.name)
+        wrong = (f.name in _COUNTS + _ABOVE and not 0 < x < math.inf
+                 or f.name in _NOT_BELOW and not 0 <= x < math.inf or f.name in _SHARES and not 0 <= x <= 1)
+        range = 'from 0 to 1' if f.name in _SHARES else '0 or more' if f.name in _NOT_BELOW else 'above 0'
+        if wrong: raise ValueError(f'{f.name}={x}: it is a number {range}')
+    if getattr(config, 'schedule', 'cosine') not in ('cosine', 'constant'):
+        raise ValueError(f"schedule={config.schedule!r}: it is 'cosine' or 'constant'")
+    return config
+
 def settings_of(
     command:str,       # 'sft', 'reward', 'cost' or 'align'
     decided:dict,      # fields that the command itself decides, such as kind or threshold -> value
     *values:dict,      # field -> value, e.g. defaults and then what a user asks for; later ones win
 ):                     # `TuneSettings`, `ScoreSettings` or `AlignSettings`
-    "One configuration; ValueError for a field that nobody knows or a value of another type."
+    "One configuration; ValueError for an unknown field, a value of another type, or out of range."
     known = settable(command)
     for name in (k for d in values for k in d):
         if name not in known: raise ValueError(f'{command} has no setting {name!r}{nearest(name, known)}')
-    return resolve(_OWN[command], *values, decided)
+    return _check(resolve(_OWN[command], *values, decided))

@@ -111,11 +111,12 @@ class DeepSpeedEngine:
 
     def _backward(self, loss, last):
         self.engine.backward(finite('loss', loss))
-        if last: # the sum of all gradients' sizes, on all ranks, is finite where they are
+        if last: # a norm may overflow where gradients are finite
             sharded = getattr(self.engine.optimizer, 'averaged_gradients', {}).values() # of this rank
             grads = [*(p.grad for p in self.model.parameters()), *(g for gs in sharded for g in gs or ())]
-            sizes = (g.detach().abs().sum(dtype=torch.float32) for g in grads if g is not None)
-            finite('gradient', total(sum(sizes, torch.zeros((), device=self.device))))
+            squares = (torch.linalg.vector_norm(g.detach(), dtype=torch.float32).square()
+                       for g in grads if g is not None)
+            finite('gradient', total(sum(squares, torch.zeros((), device=self.device))))
 
     def step(self, norm=None):
         "As in `engine.TorchEngine`; `backward` has looked already."

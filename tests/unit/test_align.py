@@ -254,8 +254,15 @@ def test_a_prompt_keeps_its_part():
 
 
 def test_two_judges_are_two_functions():
-    from saferlhf.apps.scorers import Score
+    from functools import partial
     from saferlhf.apps.align import codes
+    from saferlhf.apps.scorers import Score, function_hash
     told = lambda fn, name='': codes(dict(reward=('saferlhf.apps.scorers:Score', Score(fn, 'reward', name), False)))
-    one = lambda p, a: [len(x) for x in a]
-    assert told(one, 'a') != told(one, 'b') and told(one) == told(one)
+    class Long:
+        def __init__(self, n): self.n = n
+        def __call__(self, p, a): return [min(len(x), self.n) for x in a]
+        def ask(self, p, a): return self(p, a)
+    far = lambda n: lambda p, a: [min(len(x), n) for x in a]
+    assert told(far(5), 'a') != told(far(5), 'b') and told(far(5)) == told(far(5))
+    for make in (Long, far, lambda n: Long(n).ask, lambda n: partial(far, n)):
+        assert function_hash(make(5)) == function_hash(make(5)) != function_hash(make(200))

@@ -345,6 +345,14 @@ def test_a_norm_that_overflows_is_refused_and_moves_nothing():
 
 
 # --- refused steps
+def moving(objective, config, lean=False): # a world whose critics learn, too
+    w = world(objective, config, lr=1e-2)
+    make = lambda e: TorchEngine(e.model, Optim(1e-2, warmup=0., schedule='constant', clip=1e9), lean=lean)
+    w.actor, w.critics = make(w.actor), {k: make(c) for k, c in w.critics.items()}
+    w.sampler = Sampler(w.actor, EOS, config.max_new_tokens, config.temperature, seed=3)
+    return w
+
+
 def weights(w): return [p.detach().clone() for e in (w.actor, *w.critics.values()) for p in e.params]
 
 
@@ -354,7 +362,7 @@ def weights(w): return [p.detach().clone() for e in (w.actor, *w.critics.values(
 def test_a_refused_update_moves_no_model(who, sees, minibatches, monkeypatch):
     from saferlhf import engine as seam
     config = replace(BASE, minibatches=minibatches)
-    first, other = (world(OBJECTIVES['lag'](), config, lr=1e-2) for _ in range(2))
+    first, other = (moving(OBJECTIVES['lag'](), config) for _ in range(2))
     bad = first.actor if who == 'actor' else first.critics[who]
     hook = bad.params[0].register_hook(lambda g: g * math.inf)
     before = weights(first)
@@ -362,6 +370,7 @@ def test_a_refused_update_moves_no_model(who, sees, minibatches, monkeypatch):
     try: assert math.isnan(step(first)['grad_norm']) and not sees
     except FloatingPointError: assert sees
     assert all(map(torch.equal, before, weights(first)))
+    step(other); assert not any(map(torch.equal, before[-1:], weights(other)[-1:])); other = moving(OBJECTIVES['lag'](), config)
     hook.remove()
     if sees:                                                                     # the next step is as if it had not been asked
         first.objective.state.load_state_dict(other.objective.state.state_dict())
@@ -372,7 +381,19 @@ def test_a_refused_update_moves_no_model(who, sees, minibatches, monkeypatch):
 def test_nothing_moves_after_a_bad_minibatch(monkeypatch):                       # on a GPU the second one does not know yet
     from saferlhf import engine as seam
     monkeypatch.setattr(seam, 'finite', lambda name, *xs: xs[0])
-    w, calls = world(OBJECTIVES['lag'](), replace(BASE, minibatches=2, micro_batch=10), lr=1e-2), []
+    w, calls = moving(OBJECTIVES['lag'](), replace(BASE, minibatches=2, micro_batch=10)), []
     w.actor.params[0].register_hook(lambda g: calls.append(1) or (g * math.nan if len(calls) == 1 else g))
     before = weights(w)
     assert math.isnan(step(w)['grad_norm']) and len(calls) == 2 and all(map(torch.equal, before, weights(w)))
+
+
+@pytest.mark.parametrize('who', ('actor', 'reward', 'cost'))
+def test_where_no_gradient_waits_a_bad_one_is_still_said(who, monkeypatch):       # a GPU that recomputes
+    from saferlhf import engine as seam
+    monkeypatch.setattr(seam, 'finite', lambda name, *xs: xs[0])
+    w = moving(OBJECTIVES['lag'](), replace(BASE, minibatches=2, micro_batch=10), lean=True)
+    bad, calls = w.actor if who == 'actor' else w.critics[who], []
+    before = [p.detach().clone() for p in bad.params]
+    bad.params[0].register_hook(lambda g: calls.append(1) or g * math.nan)
+    assert math.isnan(step(w)['grad_norm']) and calls and all(map(torch.equal, before, bad.params))
+    bad.clear(); assert bad._moved is None
