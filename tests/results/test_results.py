@@ -129,7 +129,7 @@ def test_report_runs_what_is_stale_and_names_what_is_missing(tmp_path, monkeypat
     cells = [v4.new_markdown_cell('# One'), told, v4.new_code_cell('40 + 2')]
     kernel = dict(kernelspec=dict(name='python3', display_name='python3', language='python'))
     nbformat.write(v4.new_notebook(cells=cells, metadata=kernel), papers/'one.ipynb')
-    with pytest.raises(FileNotFoundError, match='make reproduce PROFILE=cpu'): report('cpu', 0, papers)
+    with pytest.raises(FileNotFoundError, match='saferlhf reproduce --profile cpu'): report('cpu', 0, papers)
     (home/'data/results/cpu/times.csv').write_text('stage,seconds,seed,run_id\nsft,1,0,sft/a\n')
     out = report('cpu', 0, papers); first = next((tmp_path/'runs/notebooks').glob('*.ipynb')).stat().st_mtime_ns
     assert out == tmp_path/'runs/report-cpu.html' and '42' in out.read_text() and 'sft/a' in out.read_text()

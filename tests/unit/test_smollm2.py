@@ -88,7 +88,7 @@ def align(base, home):
             out = models[k](ids, mask).end_scores
             seen.append((k, ids, mask, out)); return out
         return score
-    multiplier = Multiplier(init=1., lr=.02, threshold=-5., window=8)
+    multiplier = Multiplier(init=1., lr=.002, threshold=-50., window=8)      # far under what any answer costs
     sampler, before = Sampler(actor, tok.eos_token_id, ANSWER, seed=1), actor.model.state_dict()['model.norm.weight'].clone()
     ptx = text_batch([dict(prompt=p, response=GOOD) for p in ASKED[:4]], tok, PROMPT, ANSWER)
     metrics = [ppo_step(actor, reference, critics, {k: scorer(k) for k in models}, sampler, prompt_batch(ASKED, tok, PROMPT), ptx,
