@@ -196,19 +196,29 @@ def test_an_interrupted_stage_goes_on_bit_for_bit(smoke, monkeypatch, tmp_path, 
 
 def test_two_ranks_make_the_same_run(smoke, monkeypatch, tmp_path):
     "The template of a policy, with its models in shards on two ranks: same name, same numbers, read back by the same cells."
+    import torch
     from faults.drive import execute
     from saferlhf.hardware.precision import fast_precision
-    monkeypatch.setenv('SAFERLHF_RUNS', str(tmp_path)); monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv('SAFERLHF_HOME', str(smoke.home)); monkeypatch.setenv('SAFERLHF_SPREAD', '{"gpus": 2, "zero": 3}')
-    whole = smoke.folders()['policy-1']
-    parents = json.loads((whole/'manifest.json').read_text())['parent_folders']
-    run = execute('policy', dict(profile='smoke', seed=0, round=1, parents=parents, overrides=STAGES['policy-1'].overrides))
-    assert run.folder.name == whole.name and run.done and run.manifest['spread']['gpus'] == 2
+    # in 32 bits on every machine: how far 16 bits round apart depends on the processor
+    (tmp_path/'sitecustomize.py').write_text("""import torch
+for name in dir(torch.cpu):
+    if name.endswith('_supported'): setattr(torch.cpu, name, lambda *a: False)""")
+    for name in dir(torch.cpu):
+        if name.endswith('_supported'): monkeypatch.setattr(torch.cpu, name, lambda *a: False)
+    monkeypatch.setenv('PYTHONPATH', os.pathsep.join(filter(None, [str(tmp_path), os.environ.get('PYTHONPATH')])))
+    monkeypatch.chdir(tmp_path); monkeypatch.setenv('SAFERLHF_HOME', str(smoke.home))
+    assert fast_precision() == 'fp32'
+    parents = json.loads((smoke.folders()['policy-1']/'manifest.json').read_text())['parent_folders']
+    def made(ranks, spread):
+        monkeypatch.setenv('SAFERLHF_RUNS', str(tmp_path/ranks)); monkeypatch.setenv('SAFERLHF_SPREAD', spread)
+        return execute('policy', dict(profile='smoke', seed=0, round=1, parents=parents, overrides=STAGES['policy-1'].overrides))
+    whole, run = made('one', ''), made('two', '{"gpus": 2, "zero": 3}')
+    assert run.folder.name == whole.folder.name and run.done and run.manifest['spread']['gpus'] == 2
     assert (run.folder/'model/tokenizer.json').exists()
-    one, two = (pd.read_json(f/'metrics.jsonl', lines=True).drop(columns='seconds') for f in (whole, run.folder))
+    one, two = (pd.read_json(r.folder/'metrics.jsonl', lines=True).drop(columns='seconds') for r in (whole, run))
     assert list(one.columns) == list(two.columns) and len(one) == len(two)
     far = (one - two).abs() / (1 + one.abs())
-    assert far.max(axis=None) < (1e-4 if fast_precision() == 'fp32' else .05), far.max()
+    assert far.max(axis=None) < 1e-4, far.max()
 
 
 def test_a_sample_of_the_fault_suite(smoke, tmp_path):
