@@ -121,7 +121,7 @@ def described(command:str)->dict: # 'sft', 'reward', 'cost' or 'align'; -> field
     return out
 
 # %% ../../nbs/apps/06_defaults.ipynb #dea60dfd
-_LEAST, _PASSES = 20, 4           # steps, and passes over the prompts: in Table 4 there are 3 to 4
+_LEAST, _PASSES = dict(gpu=20, cpu=10), 4   # steps; passes over the prompts: in Table 4 there are 3 to 4
 _LONGEST = dict(gpu=(512, 512), cpu=(96, 64))                             # tokens of prompts, of answers
 _ANSWERS = dict(gpu=128, cpu=48)                                          # where no answer is known
 
@@ -140,15 +140,15 @@ def _positions(shape, prompt): # tokens of prompts -> most tokens of prompts, an
 
 def _power(x): return 2 ** int(math.log2(x)) if x >= 1 else 1             # of two, at most x
 
-def _batch(table, rows, passes, unit): # Default of the table; rows; of data -> at least about 20 steps
-    most = _power(rows * passes / _LEAST)
+def _batch(table, rows, passes, unit, place): # Default of the table; rows; of data -> enough steps
+    most = _power(rows * passes / _LEAST[place])
     if most >= table.value: return table._replace(unit=unit)
-    why = f'{table.value} in the table; {rows:,} {unit.split()[0]} are enough for {_LEAST} steps of these'
+    why = f'{table.value} in the table; {rows:,} {unit.split()[0]} are enough for {_LEAST[place]} steps of these'
     return Default(most, unit, 'data', why)
 
 def _rollouts(out, rows, place): # the same for PPO: prompts, steps, window, look
-    out['prompts'] = p = _batch(out['prompts'], rows, _PASSES, 'prompts a step')
-    steps = max(_LEAST if place == 'gpu' else 8, min(_STEPS[place], _PASSES * rows // p.value))
+    out['prompts'] = p = _batch(out['prompts'], rows, _PASSES, 'prompts a step', place)
+    steps = max(20 if place == 'gpu' else 8, min(_STEPS[place], _PASSES * rows // p.value))
     why = f'{_STEPS[place]} in {_RUNS[place]}; at most {_PASSES} passes over {rows:,} prompts'
     whose = out['actor_lr'].source if steps == _STEPS[place] else 'data'
     few = Default(steps, 'rollouts', whose if whose in ('measured', 'data') else 'guess', why)
@@ -225,7 +225,7 @@ def defaults(
         if out[field].value > most: out[field] = Default(most, 'tokens', 'data', 'all positions of the model')
     if command == 'align': out = _rollouts(out, rows, place)
     else:
-        out['batch_size'] = _batch(out['batch_size'], rows, out['epochs'].value, 'rows')
+        out['batch_size'] = _batch(out['batch_size'], rows, out['epochs'].value, 'rows', place)
         most = 'rows' if command == 'sft' else 'pairs'
         out[most] = Default(max(rows, out[most].value), most, 'data', 'all of them')
     if command == 'align':
