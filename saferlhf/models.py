@@ -7,6 +7,7 @@ __all__ = ['TINY', 'gather_logps', 'token_logps', 'Scores', 'ScoreModel', 'tiny_
            'load_tokenizer', 'save_tokenizer', 'load_lm', 'positions']
 
 # %% ../nbs/method/03_models.ipynb #1052774a
+from copy import deepcopy
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np
@@ -15,9 +16,10 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig,
-                          MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedTokenizerFast)
+                          PreTrainedTokenizerFast)
+from .hardware.adapters import Body, Role, base_of, is_adapter, read_head, role_of, save_adapter
 from .hardware.packing import check_ids, host, layout, packed_forward, packs, say_once
-from .hardware.weights import one_line, read_config, read_model, read_tensors, stored
+from .hardware.weights import head_names, one_line, read_config, read_model, score_layout, stored_head
 from .text import PAPER_TEMPLATE, end_of_turn
 
 # %% ../nbs/method/03_models.ipynb #5c7ea394
@@ -166,39 +168,13 @@ class ScoreModel(nn.Module):
         self.score_head.bias.add_(by)
         return self
 
-# %% ../nbs/method/03_models.ipynb #ca475ecf
-def _is_score(config): # '' or the layout of a score model
-    name = next(iter(config.architectures or ()), '')
-    return 'score_head.' if name.endswith('ForScore') else \
-        'score.' if name.endswith('ForSequenceClassification') else ''
-
-def _stored_head(path, config): # name -> fp32 tensor; empty for a language model
-    "The score head; ValueError if it is not there, not finite or of more than one label."
-    names = stored(path)
-    layout = _is_score(config) or next((x for x in _SPARE[:2] if f'{x}weight' in names), '')
-    if not layout: return {}
-    head = {k.removeprefix(layout): v for k, v in read_tensors(path, layout).items()}
-    if 'weight' not in head or not all(v.is_floating_point() and v.isfinite().all() for v in head.values()):
-        raise ValueError(f'{path}: the tensor {layout}weight, its score head, is missing, not finite or not '
-                         'of a float type; save the whole model again')
-    if layout == 'score.':
-        if len(head['weight']) > 1:
-            raise ValueError(f'{path} is a classifier of {len(head["weight"])} labels: a score model has one')
-        config.score_blank = config.pad_token_id
-    return {k: v.float() for k, v in head.items()}
-
 # %% ../nbs/method/03_models.ipynb #b36fe1f7
-_SPARE = ('score_head.', 'score.', 'normalizer.')     # of the two layouts of score models
-
-def _output(config): # names of a language model's output matrix begin so
-    cls = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    return 'lm_head.', *(k.rsplit('.', 1)[0] + '.' for k in getattr(cls, '_tied_weights_keys', None) or ())
-
 def _load_score_model(
     path,                    # local folder or hub name: a score model or a causal LM
     kind:str|None=None,      # as in `ScoreModel`; None: as stored, 'reward' for a fresh head
     dtype=torch.float32,     # of the body; the head is always fp32
     score_dim:int|None=None, # None: as stored, 1 for a fresh head
+    lora=None, bodies:dict|None=None, # as of `load_lm`
 )->ScoreModel:
     "Read a score model or a reward model of transformers, or put a fresh head on a language model."
     config = read_config(path)
@@ -208,12 +184,18 @@ def _load_score_model(
     known = getattr(config, 'score_type', None)
     if {kind, known} == {'reward', 'cost'}:
         raise ValueError(f'{path} holds a {known} model, not a {kind} model: their signs differ')
-    head, kind = _stored_head(path, config), kind or known or 'reward'
+    head = read_head(path) if is_adapter(path) else stored_head(path, config)
+    kind = kind or known or 'reward'
     named = len(head['weight']) if head else 1
     if head and score_dim not in (None, named):
         raise ValueError(f'{path} holds {named} scores per token, {score_dim} were asked for')
-    spare = _SPARE if head else _output(config)
-    body = read_model(AutoModel, path, config, dtype, lambda name: name.startswith(spare))
+    def read(base):
+        c = config if base == path else read_config(base)
+        if bodies is not None and not score_layout(c): return load_lm(base, dtype)    # a policy may share it
+        spare = head_names(c, bool(score_layout(c) or head and base == path))
+        return read_model(AutoModel, base, c, dtype, lambda name: name.startswith(spare))
+    adapted = lora or bodies is not None or is_adapter(path)
+    body = _role(path, read, lora, bodies, headless=True) if adapted else read(path)
     packs(body)
     model = ScoreModel(body, kind, score_dim or named, bias='bias' in head)
     if head and head['weight'].shape != model.score_head.weight.shape:
@@ -233,11 +215,18 @@ def _save_score_model(
     state_dict=None,  # name -> whole tensor, where the model's own are sharded
 ):
     "Write config.json and model.safetensors in the released layout, with a normaliser that changes nothing."
-    path, config, head, n = Path(path), model.body.config, model.score_head, model.score_head.out_features
+    path, head, n = Path(path), model.score_head, model.score_head.out_features
+    role, whole = isinstance(model.body, Role), getattr(model.body, 'shared', model.body)
+    config = deepcopy(whole.config)                                   # others may share it
     path.mkdir(parents=True, exist_ok=True)
     config.update(dict(score_dim=n, score_type=model.kind, bias=head.bias is not None, do_normalize=False,
-                       architectures=[type(model.body).__name__.removesuffix('Model') + 'ForScore']))
+                       architectures=[type(whole).__name__.removesuffix('Model') + 'ForScore']))
     state = model.state_dict() if state_dict is None else state_dict
+    parts = {k: {n.removeprefix(f'{k}.'): v for n, v in state.items() if n.startswith(f'{k}.')}
+             for k in ('body', 'score_head')} if role else {}
+    if role:
+        save_adapter(model.body, path, parts['score_head'], parts['body'])
+        return config.save_pretrained(path)
     body = f'{model.body.base_model_prefix}.'
     tensors = {body + k.removeprefix('body.') if k.startswith('body.') else k: v for k, v in state.items()}
     tensors |= {'normalizer.mean': torch.zeros(n), 'normalizer.var': torch.ones(n),
@@ -330,12 +319,21 @@ def save_tokenizer(tokenizer, folder): # of a model that is saved already
 
 # %% ../nbs/method/03_models.ipynb #04daa7fb
 def load_lm(
-    path,                # local folder or hub name
+    path,                # local folder or hub name; of an adapter the folder
     dtype=torch.float32, # checkpoints in 16 bits are widened for training
-):                       # -> a causal LM
+    lora=None,           # a `Lora`: it gets an adapter that is trained, unless it has one
+    bodies:dict|None=None, # base -> `Body`: roles on one base share it
+):                       # -> a causal LM, or a `Role` that behaves as one
     "A causal LM in eval mode: dropout is off in all of RL. ValueError, of one line, for anything else."
+    if lora or bodies is not None or is_adapter(path): return _role(path, load_lm, lora, bodies, dtype=dtype)
     config = read_config(path)
-    if _is_score(config): raise ValueError(f'{path} is a score model, not a language model')
+    if score_layout(config): raise ValueError(f'{path} is a score model, not a language model')
     model = read_model(AutoModelForCausalLM, path, config, dtype).eval()
     packs(model)
     return model
+
+def _role(path, read, lora, bodies, headless=False, **kw): # read: of the base's folder -> its model
+    base, bodies = base_of(path), {} if bodies is None else bodies
+    key = str(Path(base).resolve()) if Path(base).is_dir() else str(base)
+    if key not in bodies: bodies[key] = Body(read(base, **kw), key)
+    return role_of(bodies[key], path if is_adapter(path) else None, lora, headless)

@@ -70,7 +70,9 @@ def by_length(
         else: out.append([i])
     return out
 
-def _device(model): return next(module_of(model).parameters()).device
+def _device(model):
+    m = module_of(model)
+    return m.device if hasattr(m, 'device') else next(m.parameters()).device
 
 @torch.no_grad()
 def score_texts(

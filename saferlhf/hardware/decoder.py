@@ -11,6 +11,7 @@ from contextlib import nullcontext
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from .adapters import merged_weight
 from .kernels import add_norm, attend_cache, gate, rotate_append
 from .packing import Layout, attend
 
@@ -32,6 +33,10 @@ def why_not(model)->str: # a causal LM of transformers -> '' when it can
 
 _Block = namedtuple('_Block', 'norm1 qkv o norm2 up down')   # weights; a matrix with its bias or None
 
+def _bias(m): return m.bias.detach()
+
+_SOURCE = {merged_weight: lambda m: m.weight, _bias: lambda m: m.bias}   # how it is read -> the parameter
+
 # %% ../../nbs/hardware/08_decoder.ipynb #8145d9f9
 class Decoder:
     "Weights and cache for `slots` sequences of at most `tokens` tokens."
@@ -47,28 +52,36 @@ class Decoder:
         self.eps, self.act, self.scale = c.rms_norm_eps, _ACTS[_activation(c)], D ** -.5
         self.norm_shift = 1. if gemma else 0.
         self.embed_scale = torch.tensor(c.hidden_size ** .5, dtype=self.dtype).item() if gemma else 1.
-        self.gathered, self.copies = gathered, []                       # copies: (buffer, its sources, shift)
+        self.gathered, self.copies = gathered, []         # copies: (buffer, the layers it is made of, shift)
+        self.activate = getattr(model, 'activate', lambda: None)        # of a body that others share
+        self.activate(); self.of = self._of(model)
         self.blocks = [self._block(x) for x in body.layers]
-        self.norm, self.embed = self._norm(body.norm), self._weights([body.embed_tokens.weight])
-        self.head = self._weights([model.lm_head.weight])
+        self.norm, self.embed = self._norm(body.norm), self._weights([body.embed_tokens])
+        self.head = self._weights([model.lm_head])
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False   # partial sums: 32 bits
         at = torch.arange(tokens, device=self.device)
         self.cos, self.sin = (x[0].contiguous() for x in body.rotary_emb(at.to(w.dtype), at[None]))
         self.keys, self.values = torch.zeros(2, len(self.blocks), slots, c.num_key_value_heads, tokens, D,
             device=self.device, dtype=self.dtype if at.is_cuda else torch.float32)  # as a CPU attends
 
-    def _weights(self, sources, shift=0.): # stacked, shifted and sharded ones are copies, others shared
-        if len(sources) == 1 and not shift and not self.gathered: return sources[0].detach()
-        shapes = [getattr(p, 'ds_shape', p.shape) for p in sources]            # of the parameter, not a shard
+    def _weights(self, ms, shift=0., read=merged_weight): # of layers
+        "Stacked, shifted, sharded and adapted ones are copies, others are shared."
+        moves = shift or self.gathered or any(getattr(m, 'pair', None) for m in ms)
+        if len(ms) == 1 and not moves: return read(ms[0])
+        shapes = [getattr(p, 'ds_shape', p.shape) for p in map(_SOURCE[read], ms)]   # whole, not of a shard
         buffer = torch.empty(sum(x[0] for x in shapes), *shapes[0][1:], device=self.device, dtype=self.dtype)
-        self.copies.append((buffer, sources, shift))
+        self.copies.append((buffer, ms, shift, read))
         return buffer
 
-    def _norm(self, m): return self._weights([m.weight], self.norm_shift)
+    def _norm(self, m): return self._weights([m], self.norm_shift)
 
     def _linear(self, *ms):
-        return (self._weights([m.weight for m in ms]),
-                None if ms[0].bias is None else self._weights([m.bias for m in ms]))
+        return self._weights(ms), None if ms[0].bias is None else self._weights(ms, read=_bias)
+
+    @staticmethod
+    def _of(model): # what tells one model, or role, from another
+        m = model.base_model.layers[0].self_attn.o_proj
+        return m.weight.data_ptr(), getattr(model, 'name', '')
 
     def _block(self, layer):
         a, m = layer.self_attn, layer.mlp
@@ -79,15 +92,16 @@ class Decoder:
     def fits(self, model, slots, tokens)->bool: # a causal LM; sequences at a time, and tokens of each
         "Whether it was made for this model and is large enough."
         first = model.base_model.layers[0].self_attn.o_proj.weight
-        return ((self.gathered is not None or first.data_ptr() == self.blocks[0].o[0].data_ptr())
+        return ((self.gathered is not None or self._of(model) == self.of)
                 and slots <= self.slots and tokens <= self.tokens and first.dtype == self.dtype)
 
     @torch.no_grad()
     def refresh(self):
         "Take over the model's new weights, in place."
-        for buffer, sources, shift in self.copies:
-            with self.gathered(sources) if self.gathered else nullcontext():
-                torch.cat([p.detach() for p in sources], out=buffer)
+        self.activate()
+        for buffer, ms, shift, read in self.copies:
+            with self.gathered([*map(_SOURCE[read], ms)]) if self.gathered else nullcontext():
+                torch.cat([read(m) for m in ms], out=buffer)
             if shift: buffer.add_(shift)
 
     def _forward(self, ids, mix): # (N,); mix: (layer, qkv (N, (heads + 2 kv_heads) D)) -> (N, heads D)

@@ -30,10 +30,14 @@ def fast_precision()->str: # 'bf16' or 'fp32'
 
 def sixteen_bits(model): # nn.Module -> the same
     "Round the weights to bf16, apart from modules that the model wants in fp32."
-    exact = set(getattr(model, '_keep_in_fp32_modules', None) or ())
-    for name, p in model.named_parameters():
-        if exact.isdisjoint(name.split('.')): p.data = p.data.bfloat16()
+    for m in _with_bodies(model):
+        exact = set(getattr(m, '_keep_in_fp32_modules', None) or ())
+        for name, p in m.named_parameters():
+            if exact.isdisjoint(name.split('.')) and p.dtype != torch.bfloat16: p.data = p.data.bfloat16()
     return model
+
+def _with_bodies(model): # and those that its adapters share with others, see `14_adapters`
+    return [model] + [b for m in model.modules() if (b := vars(m).get('shared')) is not None]
 
 # %% ../../nbs/hardware/03_precision.ipynb #0bac2d0d
 def prepare(
@@ -42,8 +46,13 @@ def prepare(
     recompute:bool=False, # activation checkpointing: keep a layer's input only, run it again going backward
 ):                        # the same
     "Make the layers fast, or small."
-    for layer in [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]:
-        if compile:                                                   # with the roundings of plain code
+    layers = [m for part in _with_bodies(model) for m in part.modules()
+              if isinstance(m, GradientCheckpointingLayer)]
+    for layer in layers:
+        done = vars(layer).setdefault('_prepared', set())             # a body is prepared once
+        if compile and 'compile' not in done:                         # with the roundings of plain code
             layer.forward = torch.compile(layer.forward, options=dict(emulate_precision_casts=True))
-        if recompute: layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        if recompute and 'recompute' not in done:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        done |= {k for k, x in dict(compile=compile, recompute=recompute).items() if x}
     return model
