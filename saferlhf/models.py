@@ -300,6 +300,7 @@ _DATE = '{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}'
 def load_tokenizer(path): # local folder or hub name -> a fast tokenizer of transformers
     """A tokenizer with a chat template (its own, else the paper's) whose EOS ends a turn in it. ValueError
     without one. A missing pad token is set to EOS: harmless, since masks come from lengths."""
+    if is_adapter(path) and not (Path(path)/'tokenizer.json').is_file(): path = base_of(path)
     with one_line(path): t = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     if not t.is_fast: raise ValueError(f'{path}: only fast tokenizers (tokenizer.json) can be used')
     if not t.chat_template: t.chat_template = PAPER_TEMPLATE

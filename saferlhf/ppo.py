@@ -54,6 +54,10 @@ class PPOConfig:
     normalise:bool = setting(False, source='Eq. E15')    # divide the shaped score by 1 + nu
     score_clip:float = setting(0.)                       # largest size of a shaped score; 0: none
     probes:int = setting(0, scale=True)                  # looks of the gold annotators while it trains
+    lora_rank:int = setting(0)                            # of the trained roles' adapters; 0: all weights
+    lora_alpha:float = setting(0.)                        # its scale times its rank; 0: twice the rank
+    lora_targets:str = setting('')                        # names of its layers; '': all of the transformer
+    lora_whole:str = setting('')                          # roles that train all weights: actor, critics
 
 # %% ../nbs/method/10_ppo.ipynb #5fadf804
 def actor_optim(config:PPOConfig)->Optim: # the peak rate

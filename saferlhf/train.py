@@ -62,6 +62,9 @@ class SFTConfig:
     warmup:float = setting(0.03, source='script')         # share of the steps
     max_prompt_tokens:int = setting(256, scale=True)      # template included
     max_new_tokens:int = setting(256, scale=True)         # EOS included; the script allows 512 for both
+    lora_rank:int = setting(0)                            # of the adapter that is trained; 0: all weights
+    lora_alpha:float = setting(0.)                        # its scale times its rank; 0: twice the rank
+    lora_targets:str = setting('')                        # names of its layers; '': all of the transformer
 
 # %% ../nbs/method/09_train.ipynb #e1147c53
 @dataclass(frozen=True)
@@ -82,6 +85,9 @@ class ScoreConfig:
     help_weight:float = setting(0.5)                      # on helpfulness in a single preference, mean
     collected:float = setting(1., scale=True)             # share of the collected pairs in use
     hand:bool = setting(True)                             # labelled pairs at hand too
+    lora_rank:int = setting(0)                            # of the adapter that is trained; 0: all weights
+    lora_alpha:float = setting(0.)                        # its scale times its rank; 0: twice the rank
+    lora_targets:str = setting('')                        # names of its layers; '': all of the transformer
 
 def model_optim(
     config, # SFTConfig or ScoreConfig

@@ -24,6 +24,7 @@ from .watch import Kept, Watch, compared, listening, pairs, table, watched
 from ..data import load_prompts, load_sft
 from ..hardware.ranks import Spread, rank
 from ..hardware.seeds import seed_all
+from ..hardware.adapters import stored_rank
 from ..hardware.weights import read_config
 from ..models import load_tokenizer, save_tokenizer
 from ..ppo import make_objective
@@ -68,7 +69,7 @@ def derived(
     folder = model_folder(start)
     tokenizer = load_tokenizer(folder)
     counts = token_counts([dict(prompt=p, response='') for p in prompts], tokenizer)[0]
-    found = defaults('align', read_config(folder), len(prompts), (counts, []))
+    found = defaults('align', read_config(folder), len(prompts), (counts, []), rank=stored_rank(folder))
     if n := start.config.get('max_new_tokens'):
         same = dict(value=n, source='data', why='as in fine-tuning')
         found['max_new_tokens'] = found['max_new_tokens']._replace(**same)

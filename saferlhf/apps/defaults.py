@@ -90,6 +90,7 @@ _CHOICES = dict(
     ptx='the rows that fine-tuning read', patience='training goes to its last step', score_clip='none',
     max_kl='no stop', force='a weak score model is refused', labels='all that the file has',
     chosen_is='only said where a file says no more than "chosen"', zero='where the safety labels put it',
+    lora_rank='all weights are trained', lora_alpha='twice the rank', lora_targets='every layer of the transformer', lora_whole='all trained roles are adapters where one is',
     objective='the method of the paper', minibatches='one step for each pass')
 
 def _fixed(command): # field -> Default that needs neither model nor data
@@ -143,7 +144,8 @@ def _power(x): return 2 ** int(math.log2(x)) if x >= 1 else 1             # of t
 def _batch(table, rows, passes, unit, place): # Default of the table; rows; of data -> enough steps
     most = _power(rows * passes / _LEAST[place])
     if most >= table.value: return table._replace(unit=unit)
-    why = f'{table.value} in the table; {rows:,} {unit.split()[0]} are enough for {_LEAST[place]} steps of these'
+    steps = _LEAST[place]
+    why = f'{table.value} in the table; {rows:,} {unit.split()[0]} are enough for {steps} steps of these'
     return Default(most, unit, 'data', why)
 
 def _rollouts(out, rows, place): # the same for PPO: prompts, steps, window, look
@@ -210,6 +212,7 @@ def defaults(
     memory_gb:float|None=None, # None: of this machine
     gpu:bool|None=None,  # whether it has one
     spread:Spread|None=None, # how it is run; None: $SAFERLHF_SPREAD
+    rank:int=0,          # of the adapter that the model has; 0: it is whole
 )->dict:                 # field -> Default, every field of `settable`
     "What each field starts with. ValueError for an unknown command or without rows."
     if command not in _COMMANDS:
@@ -218,6 +221,7 @@ def defaults(
     here = memory(); gpu, gb = here[1] if gpu is None else gpu, memory_gb or here[0]
     place = 'gpu' if gpu else 'cpu'
     out = _fixed(command) | _sized(command, _size(shape), gpu)
+    if rank: out['lora_rank'] = Default(rank, '', 'data', 'that of the adapter which the model has')
     budgets = 'max_prompt_tokens', 'max_new_tokens'
     for field, lengths, longest in zip(budgets, tokens, _LONGEST[place], strict=True):
         out[field] = _budget(lengths, longest, _ANSWERS[place], place)

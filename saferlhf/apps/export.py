@@ -10,8 +10,9 @@ import shutil
 from pathlib import Path
 import torch
 from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+from ..hardware.adapters import is_adapter, merged
 from ..hardware.weights import read_config
-from ..models import ScoreModel, load_tokenizer
+from ..models import ScoreModel, load_lm, load_tokenizer, save_tokenizer
 
 # %% ../../nbs/apps/03_export.ipynb #bce5c43a
 _MEANING = dict(
@@ -64,11 +65,15 @@ def export(
                                 'that trains one, see `saferlhf status`, or of a model')
     config = read_config(folder)
     kind = getattr(config, 'score_type', None) or (getattr(config, 'saferlhf', None) or {}).get('kind')
+    if kind is None and is_adapter(folder):
+        merged(load_lm(folder)).save_pretrained(out)
+        save_tokenizer(load_tokenizer(folder), out)
+        return f'{out}: the adapter in the weights of its base'
     if kind is None:
         shutil.copytree(folder, out, dirs_exist_ok=True)
         return f'{out}: as it is'
     if kind not in _MEANING: raise ValueError(f'{folder} is a {kind}: export its reward or cost model')
-    model = ScoreModel.from_pretrained(folder, kind)
+    model = merged(ScoreModel.from_pretrained(folder, kind))
     made, tokenizer = _classifier(model, folder), _own_pad(model, folder)
     made.config.id2label, made.config.label2id = {0: kind}, {kind: 0}
     made.config.saferlhf = dict(kind=kind, meaning=_MEANING[kind])

@@ -21,10 +21,11 @@ from .settings import ScoreSettings, TuneSettings, settable, settings_of
 from ..engine import load
 from ..hardware.precision import fast_precision
 from ..hardware.ranks import Spread
+from ..hardware.adapters import base_of, is_adapter, stored_rank
 from ..hardware.weights import read_config
 from ..models import ScoreModel, load_lm, load_tokenizer
 from ..record.card import write_card
-from ..record.fetch import fetch, model_hash
+from ..record.fetch import check_base, fetch, model_hash
 from ..record.files import atomic_write, read_lines
 from ..record.run import Record, Run
 from ..reproduction.prompts import shuffled
@@ -75,14 +76,18 @@ def located(
     "Where a model lies. FileNotFoundError, ValueError and RuntimeError say what is wrong with it."
     folder = model.folder if isinstance(model, Record) else _find(model)
     if folder.name == 'model' and (folder.parent/'manifest.json').exists(): folder = folder.parent
-    if not (folder/'manifest.json').exists(): return folder, None
+    if not (folder/'manifest.json').exists(): return _checked(folder), None
     record = Record(folder)
     if not record.done: raise ValueError(f'{folder} is not finished: run its command again first')
     wanted = record.manifest['data'].get('base') if 'outside' in record.manifest else None
     if wanted and model_hash(model_folder(record)) != wanted:
         raise ValueError(f'{record.manifest["outside"]} is not the model any more that {folder} was made of: '
                          'name the folder itself')
-    return model_folder(record), record
+    return _checked(model_folder(record)), record
+
+def _checked(folder): # of a model -> the same; ValueError for an adapter whose base has changed
+    if is_adapter(folder): check_base(folder, base_of(folder))
+    return folder
 
 def opened(
     model,   # as of `located`
@@ -95,7 +100,8 @@ def model_folder(
     record:Record, # of a finished run that made or holds a model
 )->Path:           # what `load_lm`, `ScoreModel.from_pretrained` and `load_tokenizer` read
     "Where a run's model lies; FileNotFoundError when it has none."
-    if (folder := record.folder/'model').joinpath('config.json').is_file(): return folder
+    folder = record.folder/'model'
+    if is_adapter(folder) or (folder/'config.json').is_file(): return folder
     gone = f': {record.manifest["outside"]} is gone' if 'outside' in record.manifest else ''
     raise FileNotFoundError(f'{record.folder} holds no model{gone}')
 
@@ -105,7 +111,7 @@ _MOST_TESTED = 2000                                              # held-out rows
 def _configure(command, read, tokenizer, folder, settings): # -> its configuration; says what is cut
     counts = token_counts(read.train + read.test, tokenizer)
     decided = {} if command == 'sft' else dict(kind=command)
-    found = defaults(command, read_config(folder), len(read.train), counts)
+    found = defaults(command, read_config(folder), len(read.train), counts, rank=stored_rank(folder))
     config = settings_of(command, decided, {k: d.value for k, d in found.items()}, settings)
     for k in ('epochs', 'batch_size', 'lr', 'max_prompt_tokens', 'max_new_tokens'):
         if not getattr(config, k) > 0: raise ValueError(f'{k}={getattr(config, k)}: it is a number above 0')

@@ -36,7 +36,7 @@ def sixteen_bits(model): # nn.Module -> the same
             if exact.isdisjoint(name.split('.')) and p.dtype != torch.bfloat16: p.data = p.data.bfloat16()
     return model
 
-def _with_bodies(model): # and those that its adapters share with others, see `14_adapters`
+def _with_bodies(model): # and those that its adapters share with others, see `06_adapters`
     return [model] + [b for m in model.modules() if (b := vars(m).get('shared')) is not None]
 
 # %% ../../nbs/hardware/03_precision.ipynb #0bac2d0d

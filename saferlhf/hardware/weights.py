@@ -122,7 +122,7 @@ def head_names(config, score:bool)->tuple: # of a checkpoint; whether it holds s
     return 'lm_head.', *(k.rsplit('.', 1)[0] + '.' for k in getattr(cls, '_tied_weights_keys', None) or ())
 
 def stored_head(path, config)->dict: # as in `stored`; its configuration -> name -> fp32 tensor
-    "The score head, empty for a language model. ValueError if it is missing, not finite or of several labels."
+    "The score head; none in a language model. ValueError if it is missing, not finite or of several labels."
     names = stored(path)
     layout = score_layout(config) or next((x for x in _SPARE[:2] if f'{x}weight' in names), '')
     if not layout: return {}

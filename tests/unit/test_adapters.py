@@ -1,0 +1,240 @@
+"Roles that share a frozen body: the files and numbers of peft, the first steps of full training, engines, resume, what is refused."
+import json
+import shutil
+
+import peft
+import pytest
+import torch
+from tiny import close, finished, lm, prompt_rows, scorer, sentences, tokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from saferlhf.apps.align import align
+from saferlhf.apps.export import export
+from saferlhf.apps.stages import cost, located, reward, sft
+from saferlhf.engine import Optim, Spread, TorchEngine, load
+from saferlhf.hardware.adapters import Lora, Role, base_of, merged
+from saferlhf.models import ScoreModel, load_lm, token_logps
+from saferlhf.objectives import Multiplier, ppo_lag
+from saferlhf.ppo import PPOConfig, ppo_step
+from saferlhf.record.fetch import model_hash
+from saferlhf.record.files import read_lines
+from saferlhf.record.resume import Saver
+from saferlhf.reproduction.training import policy_models
+from saferlhf.rollout import Sampler
+
+IDS = torch.tensor([[5, 9, 2, 7, 4, 33, 12]])
+MASK = torch.ones_like(IDS)
+OPTIM = Optim(lr=.05, warmup=0., schedule='constant')
+
+
+def logits(model): return model(input_ids=IDS).logits
+
+
+def trained(engine, steps=3): # of a language model or a score model
+    for _ in range(steps):
+        m = engine.model
+        loss = engine(IDS, MASK).end_scores.mean() if isinstance(m, ScoreModel) else -token_logps(engine, IDS, MASK, 4).mean()
+        engine.backward(loss); engine.step()
+    return engine
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp('adapters')
+    for arch in ('llama', 'gpt2', 'gemma', 'qwen3'): lm(arch).save_pretrained(path/arch)
+    return path
+
+
+# --- the numbers and files of peft
+@pytest.mark.parametrize('arch', ['llama', 'gpt2', 'gemma', 'qwen3'])
+def test_roles_of_one_body(folder, tmp_path, arch):
+    bodies, whole = {}, load_lm(folder/arch)
+    z = logits(whole)
+    actor, reference = load_lm(folder/arch, lora=Lora(4), bodies=bodies), load_lm(folder/arch, bodies=bodies)
+    judge = ScoreModel.from_pretrained(folder/arch, 'cost', lora=Lora(2), bodies=bodies)
+    assert len(bodies) == 1 and torch.equal(logits(actor), z)
+    before = {k: v.clone() for k, v in whole.state_dict().items()}
+    a, c = trained(load(lambda: actor, OPTIM, 9)), trained(load(lambda: judge, OPTIM, 9))
+    za, s = logits(actor), judge(IDS, MASK).end_scores
+    assert torch.equal(logits(reference), z) and (za - z).abs().max() > .01
+    assert not any('lora' in k for k in before) and len(a.params) == 2 * len(actor.body.layers)
+    body = {k.replace('.base_layer', ''): v for k, v in actor.body.model.state_dict().items() if 'lora' not in k}
+    assert all(torch.equal(v, body[k]) for k, v in before.items())
+    a.save(tmp_path/'actor'); c.save(tmp_path/'cost')
+    assert torch.equal(logits(load_lm(tmp_path/'actor')), za)
+    again = ScoreModel.from_pretrained(tmp_path/'cost')
+    assert torch.equal(again(IDS, MASK).end_scores, s) and again.kind == 'cost'
+    theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder/arch), tmp_path/'actor')
+    close(logits(theirs).detach(), za.detach(), 1e-6)
+    classifier = AutoModelForSequenceClassification.from_pretrained(folder/arch, num_labels=1, pad_token_id=0)
+    theirs = peft.PeftModel.from_pretrained(classifier, tmp_path/'cost')
+    close(theirs(input_ids=IDS, attention_mask=MASK).logits[0].detach(), s.detach(), 1e-6)
+    one = merged(load_lm(tmp_path/'actor'))
+    assert not isinstance(one, Role) and 'lora' not in ' '.join(one.state_dict())
+    close(logits(one).detach(), za.detach())
+    one.save_pretrained(tmp_path/'whole'); close(logits(load_lm(tmp_path/'whole')).detach(), za.detach())
+    batch = prompt_rows(4)
+    x, y = (Sampler(m, 1, 8, seed=3).generate(batch) for m in (a, one))
+    assert torch.equal(x.responses, y.responses)
+    close(x.logp, y.logp)
+
+
+def test_an_adapter_of_peft_is_read(folder, tmp_path): # made by somebody else, without configuration and tokenizer of the model
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=['q_proj', 'down_proj'], use_rslora=True, task_type='CAUSAL_LM')
+    theirs = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(folder/'llama'), config)
+    for n, p in theirs.named_parameters():
+        if 'lora_B' in n: torch.nn.init.normal_(p, std=.1)
+    theirs.save_pretrained(tmp_path/'a')
+    assert not (tmp_path/'a/config.json').exists()
+    close(logits(load_lm(tmp_path/'a')).detach(), logits(theirs).detach(), 1e-6)
+
+
+# --- training
+def test_the_first_steps_are_those_of_full_training(folder): # A the identity, alpha = rank = width, the same modules
+    width, bodies = 32, {}
+    names = 'q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj'
+    optim = Optim(lr=1e-3, warmup=0., schedule='constant', clip=1e9)
+    role = load_lm(folder/'llama', lora=Lora(width, width, ','.join(names)), bodies=bodies)
+    with torch.no_grad():
+        for layer in role.body.layers.values(): layer.lora_A['role0'].weight.copy_(torch.eye(width))
+    low, full = TorchEngine(role, optim, 4), TorchEngine(load_lm(folder/'llama'), optim, 4)
+    fixed = [m for (n, _), m in zip(full.model.named_parameters(), full.masters, strict=True) if not any(k in n for k in names)]
+    for k in range(3):
+        losses = []
+        for e in (low, full):
+            loss = -token_logps(e, IDS, MASK, 4).mean()
+            e.backward(loss); losses.append(loss.item())
+            for p in fixed: p.grad = None
+            for layer in role.body.layers.values(): layer.lora_A['role0'].weight.grad = None
+            e.step()
+        close(*losses, 1e-6 if k < 2 else 1e-5)
+    close(logits(low.model).detach(), logits(full.model).detach(), 1e-4)
+
+
+def test_the_gradient_of_a_role_that_is_not_active_any_more(folder): # checkpointing runs layers again: with the right adapter
+    bodies, how = {}, dict(recompute=True)
+    make = lambda: load_lm(folder/'llama', lora=Lora(4), bodies=bodies)
+    a, b = (load(make, OPTIM, 9, **how) for _ in range(2))
+    trained(a, 1); trained(b, 2)
+    def gradient(other):
+        loss = -token_logps(a, IDS, MASK, 4).mean()
+        if other: logits(other.model)
+        a.backward(loss); g = [m.grad.clone() for m in a.masters]; a.clear()
+        return g
+    alone, after = gradient(None), gradient(b)
+    assert all(map(torch.equal, alone, after)) and sum(float(g.abs().sum()) for g in alone) > 0
+
+
+SIZES = dict(prompts=6, window=6, minibatches=2, micro_batch=2, max_new_tokens=6, max_prompt_tokens=48, actor_lr=.01, critic_lr=.01,
+             lora_rank=2)
+
+
+@pytest.fixture
+def stages(tmp_path, monkeypatch): # sft, reward and cost as adapters on one base
+    monkeypatch.setenv('SAFERLHF_RUNS', str(tmp_path/'runs'))
+    base = finished('base_lm', lm(vocab=len(tokenizer())))
+    rows = [dict(prompt=p, response=r) for p, r in zip(sentences(30), sentences(30, 1), strict=True)]
+    pairs = [dict(prompt=p, response_0=x, response_1=y, better_response_id=i % 2, safer_response_id=(i // 2) % 2,
+                  is_response_0_safe=i % 3 > 0, is_response_1_safe=i % 4 > 0)
+             for i, (p, x, y) in enumerate(zip(sentences(40), sentences(40, 2), sentences(40, 3), strict=True)) if x != y]
+    how = dict(epochs=1., batch_size=8, max_prompt_tokens=48, max_new_tokens=6, test_share=.3)
+    start = sft(base, rows, how | dict(lora_rank=2, lr=.01))
+    return base, dict(policy=start, reward=reward(start, pairs, how), cost=cost(start, pairs, how))
+
+
+def test_the_five_commands_with_adapters(stages, tmp_path, capsys):
+    base, models = stages
+    for record in models.values():
+        told = json.loads(record.path('model/adapter_config.json').read_text(encoding='utf-8'))
+        assert told['r'] == 2 and record.config['lora_rank'] == 2
+        told = json.loads(record.path('model/config.json').read_text(encoding='utf-8'))
+        assert told['base_sha256'] == model_hash(base/'model')
+        assert not record.path('model/model.safetensors').exists()
+    prompts = [dict(prompt=p) for p in sorted(set(sentences(40)))]
+    settings = {k: v for k, v in SIZES.items() if k != 'lora_rank'}
+    record = align(*models.values(), prompts, 0., settings | dict(steps=2, look=1, test_share=.3, force=True))
+    assert 'that of the adapter which the model has' in capsys.readouterr().out
+    rows = read_lines(record.path('metrics.jsonl'))
+    assert len(rows) == 2 and rows[0]['grad_norm'] > 0 and abs(rows[0]['ratio'] - 1) < 1e-3
+    a, b = (load_lm(models['policy'].path('model')), load_lm(record.path('model')))
+    assert base_of(record.path('model')).resolve() == (base/'model').resolve() and not torch.equal(a.adapter[1], b.adapter[1])
+    export(record.folder, tmp_path/'policy'); export(models['cost'].folder, tmp_path/'cost')
+    z = merged(load_lm(record.path('model')))(input_ids=IDS).logits
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path/'policy')(input_ids=IDS).logits, z)
+    ours = ScoreModel.from_pretrained(models['cost'].path('model'))(IDS, MASK).end_scores
+    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path/'cost')(input_ids=IDS, attention_mask=MASK).logits[0]
+    close(theirs.detach(), ours.detach())
+    shutil.move(tmp_path/'runs', tmp_path/'elsewhere')                        # a moved folder of runs is still whole
+    assert torch.equal(load_lm(tmp_path/'elsewhere'/record.folder.relative_to(tmp_path/'runs')/'model').adapter[1], b.adapter[1])
+
+
+def six(stages, **how):
+    folders = {k.replace('policy', 'sft'): r.path('model') for k, r in stages[1].items()} | dict(actor=stages[1]['policy'].path('model'))
+    config, objective = PPOConfig(steps=4, **SIZES | how), ppo_lag(Multiplier(window=6))
+    torch.manual_seed(0)
+    return config, objective, policy_models(folders, objective, config, Spread())
+
+
+def steps(made, first, last):
+    config, objective, (actor, reference, critics, scorers) = made
+    sampler = Sampler(actor, 1, config.max_new_tokens)
+    asked = prompt_rows(6) | dict(prompts=sentences(6))
+    return [{k: float(v) for k, v in ppo_step(actor, reference, critics, scorers, sampler, asked, None, objective, config, k).items()}
+            for k in range(first, last)]
+
+
+def test_six_roles_on_one_body_and_exact_resume(stages, tmp_path):
+    made = six(stages)
+    actor, reference, critics, scorers = made[2]
+    engines = [actor, reference, *critics.values(), *(s.model for s in scorers.values())]
+    bodies = {id(getattr(e.model, 'body', None) if isinstance(e.model, Role) else e.model.body.body) for e in engines}
+    assert len(bodies) == 1 and len(actor.model.body.roles) == 6
+    frozen = {k: v.clone() for k, v in actor.model.body.model.state_dict().items() if 'lora' not in k}
+    whole = steps(made, 0, 4)
+    assert all(torch.equal(v, actor.model.body.model.state_dict()[k]) for k, v in frozen.items())
+    def part(first, last):
+        made = six(stages)
+        things = {'actor': made[2][0], 'multiplier': made[1].state} | {f'critic-{k}': c for k, c in made[2][2].items()}
+        with Saver(tmp_path/'saved', things, steps=2) as save:
+            assert save.restore() == first
+            out = steps(made, first, last); save(last - 1, True)
+        return out
+    assert part(0, 2) + part(2, 4) == whole
+
+
+def test_a_role_that_trains_all_weights(stages):
+    _, _, (actor, _, critics, _) = six(stages, lora_whole='actor')
+    assert not isinstance(actor.model, Role) and all(isinstance(c.model.body, Role) for c in critics.values())
+    with pytest.raises(ValueError, match='actor, critics or both'): six(stages, lora_whole='judge')
+
+
+# --- what is refused
+def test_refusals(folder, tmp_path):
+    with pytest.raises(ValueError, match="no layer is named 'qproj'"): load_lm(folder/'llama', lora=Lora(2, targets='qproj'))
+    with pytest.raises(ValueError, match='rank is 1 or more'): Lora(0)
+    trained(load(lambda: load_lm(folder/'llama', lora=Lora(2)), OPTIM, 9), 1).save(tmp_path/'a')
+    with pytest.raises(ValueError, match='adapter of rank 2'): load_lm(tmp_path/'a', lora=Lora(3))
+    def told(**changes):
+        path = tmp_path/'a/adapter_config.json'
+        path.write_text(json.dumps(json.loads(path.read_text(encoding='utf-8')) | changes), encoding='utf-8')
+    told(use_dora=True)
+    with pytest.raises(ValueError, match='only plain LoRA is read, not use_dora=True'): load_lm(tmp_path/'a')
+    told(use_dora=False)
+    config = json.loads((tmp_path/'a/config.json').read_text(encoding='utf-8')) | dict(base_sha256='0' * 64)
+    (tmp_path/'a/config.json').write_text(json.dumps(config), encoding='utf-8')
+    with pytest.raises(ValueError, match='was trained on the base 000000000000'): located(tmp_path/'a')
+    told(base_model_name_or_path='/nowhere/at/all')
+    with pytest.raises(FileNotFoundError, match='/nowhere/at/all, which is not there'): load_lm(tmp_path/'a')
+    told(base_model_name_or_path=str(folder/'gpt2'))
+    with pytest.raises(ValueError, match='(?i)target|does not fit'): load_lm(tmp_path/'a')
+    (tmp_path/'a/adapter_model.safetensors').write_bytes(b'x')
+    with pytest.raises(ValueError, match='its adapter cannot be read'): load_lm(tmp_path/'a')
+
+
+def test_a_score_model_of_another_body(folder, tmp_path): # its critic is an adapter on the score model's own body
+    scorer(kind='cost').save_pretrained(tmp_path/'cost')
+    bodies = {}
+    judge = ScoreModel.from_pretrained(tmp_path/'cost', 'cost', bodies=bodies)
+    critic = ScoreModel.from_pretrained(tmp_path/'cost', 'critic', lora=Lora(2), bodies=bodies)
+    assert len(bodies) == 1 and torch.equal(judge(IDS, MASK).scores, critic(IDS, MASK).scores)
+    close(judge(IDS, MASK).scores.detach(), ScoreModel.from_pretrained(tmp_path/'cost')(IDS, MASK).scores.detach(), 1e-6)
