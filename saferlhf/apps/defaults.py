@@ -90,7 +90,8 @@ _CHOICES = dict(
     ptx='the rows that fine-tuning read', patience='training goes to its last step', score_clip='none',
     max_kl='no stop', force='a weak score model is refused', labels='all that the file has',
     chosen_is='only said where a file says no more than "chosen"', zero='where the safety labels put it',
-    lora_rank='all weights are trained', lora_alpha='twice the rank', lora_targets='every layer of the transformer', lora_whole='all trained roles are adapters where one is',
+    lora_rank='all weights are trained', lora_alpha='twice the rank', lora_targets='every layer of the transformer',
+    lora_whole='all trained roles are adapters where one is',
     objective='the method of the paper', minibatches='one step for each pass')
 
 def _fixed(command): # field -> Default that needs neither model nor data

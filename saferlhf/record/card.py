@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from ..data import data_path, sources
 from ..models import load_tokenizer
 from .config import plain
-from .fetch import model_hash
+from .fetch import model_hash, seal_adapter
 from .files import atomic_write
 from .run import Record
 from ..text import encode_prompt
@@ -159,7 +159,8 @@ def write_card(
     base:Path|None,         # folder of the model that training started from; None: from scratch
     summary:dict|None=None, # what was measured, as for `Run.finish`; None: nothing yet
 )->Path:                    # the card
-    "Write model/README.md from what the run holds. OSError when it cannot be written."
+    "Write model/README.md from what the run holds, and seal an adapter. OSError when it cannot be written."
+    seal_adapter(run.path('model'))
     stage, (files, names, licences) = run.manifest['stage'], _data(run.manifest)
     mine = 'data/train.jsonl' in run.manifest['data']              # rows of the user's, kept in the run
     own = dict(name=run.id, license='apache-2.0')

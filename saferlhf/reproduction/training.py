@@ -27,7 +27,6 @@ from ..models import ScoreModel, load_lm, load_tokenizer, save_tokenizer, token_
 from ..objectives import Objective
 from ..ppo import PPOConfig, actor_optim, critic_optim, make_objective, ppo_step
 from ..record.card import write_card
-from ..record.fetch import seal_adapter
 from ..record.files import read_lines
 from ..record.launch import launch
 from ..record.resume import agree
@@ -73,7 +72,6 @@ def _keep_model(run, engine, tokenizer):
     engine.save(run.path('model'))
     if rank() == 0:
         save_tokenizer(tokenizer, run.path('model'))
-        seal_adapter(run.path('model'))
         run.note(template=template_name(tokenizer))
         write_card(run, start_of(run))
 

@@ -132,6 +132,7 @@ SIZES = dict(prompts=6, window=6, minibatches=2, micro_batch=2, max_new_tokens=6
 @pytest.fixture
 def stages(tmp_path, monkeypatch): # sft, reward and cost as adapters on one base
     monkeypatch.setenv('SAFERLHF_RUNS', str(tmp_path/'runs'))
+    monkeypatch.setattr('saferlhf.reproduction.training.fast_precision', lambda: 'fp32')
     base = finished('base_lm', lm(vocab=len(tokenizer())))
     rows = [dict(prompt=p, response=r) for p, r in zip(sentences(30), sentences(30, 1), strict=True)]
     pairs = [dict(prompt=p, response_0=x, response_1=y, better_response_id=i % 2, safer_response_id=(i // 2) % 2,
@@ -155,7 +156,7 @@ def test_the_five_commands_with_adapters(stages, tmp_path, capsys):
     record = align(*models.values(), prompts, 0., settings | dict(steps=2, look=1, test_share=.3, force=True))
     assert 'that of the adapter which the model has' in capsys.readouterr().out
     rows = read_lines(record.path('metrics.jsonl'))
-    assert len(rows) == 2 and rows[0]['grad_norm'] > 0 and abs(rows[0]['ratio'] - 1) < 1e-3
+    assert len(rows) == 2 and rows[0]['grad_norm'] > 0 and abs(rows[0]['ratio'] - 1) < 1e-4
     a, b = (load_lm(models['policy'].path('model')), load_lm(record.path('model')))
     assert base_of(record.path('model')).resolve() == (base/'model').resolve() and not torch.equal(a.adapter[1], b.adapter[1])
     export(record.folder, tmp_path/'policy'); export(models['cost'].folder, tmp_path/'cost')
