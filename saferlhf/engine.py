@@ -119,7 +119,7 @@ class TorchEngine:
 
     def dense_weights(self):
         "As in `Engine`."
-        return nullcontext(self.model)
+        return self.model.dense() if hasattr(self.model, 'dense') else nullcontext(self.model)
 
     def gathered(self, params):
         "As in `Engine`: they always are."

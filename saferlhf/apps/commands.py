@@ -42,6 +42,7 @@ _SPREAD = _GPUS | {
     '--recompute': dict(action='store_true', help='activation checkpointing: less memory, more time'),
     '--micro-batch': _WHOLE | dict(default=0, metavar='ROWS', help='rows of a backward pass on each rank, '
                                    'in fine-tuning and score models (default: 0, all)'),
+    '--merge-in-place': dict(action='store_true', help='adapters: merge into the body while sampling'),
     '--keep-sampler-weights': dict(action='store_true',
                                    help="under ZeRO 3, keep the sampler's weights between rollouts")}
 
@@ -286,6 +287,7 @@ def _spread(a): # as JSON for the stages; '' for one rank
     if wrong := [x for x in a.offload if '=' not in x]:
         raise ValueError(f'write --offload ROLE=WHAT, e.g. reference=weights, not {wrong}')
     a.offload, default = dict(x.split('=', 1) for x in a.offload), Spread()
-    names = 'gpus', 'nodes', 'hostfile', 'zero', 'offload', 'recompute', 'micro_batch', 'keep_sampler_weights'
+    names = ('gpus', 'nodes', 'hostfile', 'zero', 'offload', 'recompute', 'micro_batch',
+             'keep_sampler_weights', 'merge_in_place')
     told = {k: v for k in names if (v := getattr(a, k, getattr(default, k))) != getattr(default, k)}
     return json.dumps(Spread.of(told).plain()) if told else ''

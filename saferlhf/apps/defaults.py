@@ -90,8 +90,8 @@ _CHOICES = dict(
     ptx='the rows that fine-tuning read', patience='training goes to its last step', score_clip='none',
     max_kl='no stop', force='a weak score model is refused', labels='all that the file has',
     chosen_is='only said where a file says no more than "chosen"', zero='where the safety labels put it',
-    lora_rank='all weights are trained', lora_alpha='twice the rank', lora_targets='every layer of the transformer',
-    lora_whole='all trained roles are adapters where one is',
+    lora_rank='all weights are trained', lora_alpha='twice the rank',
+    lora_targets='every layer of the transformer', lora_whole='all trained roles are adapters where one is',
     objective='the method of the paper', minibatches='one step for each pass')
 
 def _fixed(command): # field -> Default that needs neither model nor data
@@ -176,7 +176,7 @@ def _size(shape): # parameters; of a family that `count` does not know, about
     width, layers = get('hidden_size', 'n_embd', 'd_model'), get('num_hidden_layers', 'n_layer', 'num_layers')
     return max(1, 12 * layers * width ** 2 + width * get('vocab_size'))
 
-def _room(shape, config, gb, spread): # -> rows of a backward pass (0: all), recompute, why
+def _room(shape, config, gb, spread): # -> rows of a backward pass (0: all), fields of a spread, why
     ppo = isinstance(config, PPOConfig)
     rows = math.ceil(config.prompts * config.samples / config.minibatches if ppo else config.batch_size)
     sizes = [m for m in (64, 32, 16, 8, 4, 2, 1) if m <= max(1, rows // spread.ranks)]
@@ -184,14 +184,17 @@ def _room(shape, config, gb, spread): # -> rows of a backward pass (0: all), rec
     try:
         ways = [(m, fit(shape, replace(config, micro_batch=m) if ppo else config, spread.ranks, gb, away,
                         spread.zero, advise=False, micro_batch=0 if ppo else m)) for m in sizes]
-    except ValueError: return min(8, sizes[0]), False, 'plans do not know this family: a small number'
+    except ValueError: return min(8, sizes[0]), {}, 'plans do not know this family: a small number'
     good = [(m, w) for m, w in ways if w['fits']]
     plain = [(m, w) for m, w in good if m >= min(4, sizes[0]) and not w['recompute']]
     best = (plain or good or [None])[0]
     least = min(w['gpu'] for _, w in ways)
-    if not best: return min(4, sizes[0]), True, f'nothing fits in {gb:.0f} GB: {least:.1f} GB are needed'
+    if not best:
+        why = f'nothing fits in {gb:.0f} GB: {least:.1f} GB are needed'
+        return min(4, sizes[0]), dict(recompute=True), why
     again = ', with recompute' if best[1]['recompute'] else ''
-    return best[0], best[1]['recompute'], f'about {best[1]["gpu"]:.1f} of {gb:.0f} GB{again}'
+    found = {k: best[1][k] for k in ('recompute', 'merge_in_place')}
+    return best[0], found, f'about {best[1]["gpu"]:.1f} of {gb:.0f} GB{again}'
 
 def spread_for(
     command:str, config, # 'sft', 'reward', 'cost' or 'align'; its settings
@@ -200,10 +203,10 @@ def spread_for(
 )->Spread:               # with micro-batches and recomputation
     "How a stage is spread where nobody has said otherwise: what is asked for stays."
     spread, gb = spread or Spread.wanted(), memory_gb or memory()[0]
-    rows, again, _ = _room(shape, config, gb, spread)
+    rows, found, _ = _room(shape, config, gb, spread)
     asked = asdict(spread)
     if command != 'align' and not spread.micro_batch and rows < config.batch_size: asked['micro_batch'] = rows
-    return Spread.of(asked | dict(recompute=spread.recompute or again))
+    return Spread.of(asked | {k: asked[k] or wanted for k, wanted in found.items()})
 
 # %% ../../nbs/apps/06_defaults.ipynb #e1725e3a
 def defaults(

@@ -37,6 +37,22 @@ def count(
                (3 * s.L, s.D * s.F), (2 * s.L + 1, s.D), (0 if head else 2, s.D)]    # a score head: 32 bits
     return sum(k * n for k, n in weights if n <= most)
 
+# %% ../../nbs/apps/01_plan.ipynb #516d0828
+def _matrices(shape): # name -> (in, out) of the linear layers of one layer
+    s = _sizes(shape)
+    wide, narrow = s.H * s.d, s.K * s.d
+    return dict(q_proj=(s.D, wide), k_proj=(s.D, narrow), v_proj=(s.D, narrow), o_proj=(wide, s.D),
+                gate_proj=(s.D, s.F), up_proj=(s.D, s.F), down_proj=(s.F, s.D))
+
+def _adapter(shape, config): # elements of a role's adapter
+    named = {t.strip() for t in config.lora_targets.split(',')} - {''}
+    sizes = [sum(x) for k, x in _matrices(shape).items() if k in named or not named]
+    return _sizes(shape).L * config.lora_rank * sum(sizes)
+
+def _adapted(config, role): # whether it is an adapter on a body that others share
+    of = 'critics' if role.startswith('critic') else role
+    return config.lora_rank > 0 and of not in getattr(config, 'lora_whole', '').replace(' ', '').split(',')
+
 # %% ../../nbs/apps/01_plan.ipynb #d7e01555
 def _pinned(elements, size): # bytes of page-locked memory: each `_PORTION` is rounded up to a power of two
     whole, rest = divmod(elements, _PORTION)
@@ -124,6 +140,8 @@ def _rows(config, gpus, few=0): # rows of a step on a GPU, of a backward pass; b
 def _acting(shape, config, n, rows, stage, dense): # -> what always stays, phase -> what it adds
     S, T, s, t = config.max_prompt_tokens, config.max_new_tokens, _sizes(shape), 64
     stacked = 2 * (n['actor'] if stage == 3 else s.L * s.D * ((s.H + 2 * s.K) * s.d + 2 * s.F))
+    if _adapted(config, 'actor') and dense != 'in place':                   # all with the adapter in them
+        stacked = 2 * s.L * sum(a * b for a, b in _matrices(shape).values())
     decoder = {'KV cache': 4 * rows * t * math.ceil((S + T) / t) * s.L * s.K * s.d, 'decoder': stacked}
     stays = stage != 3 or dense == 'kept'
     prefill = dict(activations=rows * S * (6 * s.F + 4 * s.D), logits=2 * s.V * rows)
@@ -145,18 +163,22 @@ def _predict(
     gpus=1, zero=0, offload=None, # sharing a step; stage; role -> what the host holds
     recompute=False, compile=False, # trained models keep their layers' inputs only; layers are compiled
     engine='',              # 'torch' or 'deepspeed'; '': torch on one GPU without ZeRO and offload
-    dense='freed',          # or 'kept': at ZeRO 3, the decoder's weights and cache, between rollouts
+    dense='freed', # 'kept': at ZeRO 3, the decoder's copy stays; 'in place': adapters are merged into bodies
     few=0,                  # rows or pairs of a backward pass, where the configuration has none; 0: all
 ): # who holds what in every phase -> table: phase, role, part, gpu (bytes on each), host (bytes for each GPU)
-    if dense not in ('freed', 'kept'): raise ValueError(f"dense is 'freed' or 'kept', not {dense!r}")
+    if dense not in ('freed', 'kept', 'in place'):
+        raise ValueError(f"dense is 'freed', 'kept' or 'in place', not {dense!r}")
     offload, roles, policy = offload or {}, _roles(config), isinstance(config, PPOConfig)
     if set(offload) - set(roles): raise ValueError(f'{list(offload)}: this stage has the roles {list(roles)}')
     torch_alone = engine == 'torch' or not engine and gpus == 1 and not zero and not offload
     stage, S, T = None if torch_alone else zero, config.max_prompt_tokens, config.max_new_tokens
-    n = {role: count(shape, head) for role, (head, _) in roles.items()}
+    n = {role: _adapter(shape, config) + (0 if head else _sizes(shape).D) if _adapted(config, role) else
+         count(shape, head) for role, (head, _) in roles.items()}
     rows, micro, micros = _rows(config, gpus, few)
     always, moments = _acting(shape, config, n, rows, stage, dense) if policy else ([], {})
     always = _lines('all', dict(workspace=_WORKSPACE)) + always
+    if any(_adapted(config, role) for role in roles): always += _lines('body', dict(weights=2 * count(shape)))
+    if dense == 'in place': always += _lines('body', dict(weights=2 * count(shape)), host=True)
     states, lean = {}, recompute and torch_alone
     for role, (head, trained) in roles.items():
         passes = micros * (2 if role == 'actor' and config.ptx_coef else 1)
@@ -214,30 +236,39 @@ def fit(
     zero:int|None=None,   # only this stage; None: the lowest that fits
     advise:bool=True,     # say what to change when nothing fits
     micro_batch:int=0,    # rows or pairs of a backward pass on a GPU, in SFT and score models; 0: all
-)->dict:                  # fits, gpu and host (GB needed), zero, offload, recompute, table, advice (lines)
+)->dict: # fits, gpu and host (GB needed), zero, offload, recompute, merge_in_place, table, advice (lines)
     "The simplest way in which a stage fits, or the leanest one and what to change."
-    ways = [(k, z, again, off) for z in (range(4) if zero is None else [zero])
-            for k, off in enumerate(_offloads(config, z)) for again in (False, True)]
+    stages = range(3 if config.lora_rank else 4) if zero is None else [zero]   # a shared body is not sharded
+    here = (False, True) if isinstance(config, PPOConfig) and _adapted(config, 'actor') else (False,)
+    ways = [(k, z, again, merge, off) for z in stages for k, off in enumerate(_offloads(config, z))
+            for again in (False, True) for merge in here]
     best = None
-    for _, z, again, off in sorted(ways, key=lambda w: (len(w[3]) > 0, *w[:3])):
-        table = _predict(shape, config, gpus, z, off, again, few=micro_batch)
+    for _, z, again, merge, off in sorted(ways, key=lambda w: (len(w[4]) > 0, *w[:4])):
+        dense = 'in place' if merge else 'freed'
+        table = _predict(shape, config, gpus, z, off, again, dense=dense, few=micro_batch)
         _, gpu, host = _peak(table)     # GB; the allocator does not see the context and the gaps
         gpu, host = float(gpu) * (1 + _FRAGMENTS) + _CONTEXT / 1e9, float(host) * min(gpus, _NODE)
-        found = dict(gpu=gpu, host=host, zero=z, offload=off, recompute=again, table=table, advice=[],
-                     fits=gpu <= gpu_memory and host <= host_memory)
+        found = dict(gpu=gpu, host=host, zero=z, offload=off, recompute=again, merge_in_place=merge,
+                     table=table, advice=[], fits=gpu <= gpu_memory and host <= host_memory)
         if found['fits']: return found
         if best is None or host <= host_memory and gpu < best['gpu']: best = found
     if advise: best['advice'] = _changes(shape, config, gpus, gpu_memory, host_memory, zero)
     return best
 
 # %% ../../nbs/apps/01_plan.ipynb #27687ff3
+def _cost(shape, config): # what adapters change, in words
+    share = _adapter(shape, config) / count(shape)
+    return f'lora_rank={config.lora_rank}: adapters, {share:.2%} of the weights of a trained model train'
+
 def _changes(shape, config, gpus, gpu_memory, host_memory, zero): # single changes that are enough
     now = dict(config=config, gpus=gpus, gpu_memory=gpu_memory, host_memory=host_memory, zero=zero)
     larger = [G for G in (24, 40, 48, 80, 96, 141, 192) if G > gpu_memory]
+    lora = replace(config, lora_rank=16)
     ways = [{f'{gpus << k} GPUs instead of {gpus}': dict(gpus=gpus << k) for k in range(1, 8)},
             {f'{k * host_memory:g} GB on each host': dict(host_memory=k * host_memory)
              for k in (2, 4, 8, 16, 32)},
-            {f'GPUs of {G} GB': dict(gpu_memory=G) for G in larger}]        # in each, from little to much
+            {f'GPUs of {G} GB': dict(gpu_memory=G) for G in larger},
+            {} if config.lora_rank or zero == 3 else {_cost(shape, lora): dict(config=lora)}]
     for field in ('prompts' if isinstance(config, PPOConfig) else 'batch_size', 'micro_batch'):
         most, least = getattr(config, field, 0), 1 if field == 'micro_batch' else gpus
         fewer = [most >> k for k in range(1, 12) if most >> k >= least]
@@ -268,6 +299,7 @@ def savings(
         half = dict(config=replace(config, **{field: most // 2}))
         if most >= 32: ways[f'{field}={most // 2} instead of {most}'] = half
     if not recompute: ways['recompute'] = dict(recompute=True)
+    if not config.lora_rank and zero < 3: ways['lora_rank=16'] = dict(config=replace(config, lora_rank=16))
     if gpus > 1 and zero < 3: ways[f'zero=3 instead of {zero}'] = dict(zero=3)
     now, found = needs(), sorted((needs(**change), text) for text, change in ways.items())
     helps = [f'{text} needs {gb:.1f} GB' for gb, text in found if gb < .95 * now][:4]
@@ -284,6 +316,7 @@ def _report(found, gpus, gpu_memory, host_memory): # who holds what at the fulle
     wide.loc['sum'] = wide.sum()
     moved = ', '.join(f'{role}: {what}' for role, what in found['offload'].items()) or 'nothing'
     activations = 'recomputed' if found['recompute'] else 'kept'
+    activations += ', adapters merged in place' if found['merge_in_place'] else ''
     return '\n'.join([
         f': fullest in "{phase}", GB on each of {gpus} GPUs', wide.round(2).to_string(),
         f'ZeRO {found["zero"]}, activations {activations}, on the host: {moved}',

@@ -8,6 +8,7 @@ __all__ = ['merged_weight', 'Lora', 'Body', 'Role', 'is_adapter', 'stored_rank',
 
 # %% ../../nbs/hardware/06_adapters.ipynb #3e6f50d4
 import json
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -63,6 +64,7 @@ class Body:
     def __init__(self, model, path=''): # causal LM or headless; the folder that it was read from
         self.model, self.path, self.layers = model.eval(), str(path), {}
         self.roles, self.active = {}, None          # name -> peft's configuration; whose pairs are in place
+        self.merge_in_place, self._kept = False, {} # as in `Spread`; layer -> its weight, on the host
         self._names = {n.rsplit('.', 1)[-1] for n in _linear_layers(model)}
         for p in model.parameters(): p.requires_grad_(False)
 
@@ -100,6 +102,20 @@ class Body:
         for layer in self.layers.values(): layer.__dict__['pair'] = self.pair(layer, name)
         self.active = name
 
+    @contextmanager
+    def merged(self, name): # of a role
+        "Its adapter lies in the body's own weights; afterwards they are the bits that they were."
+        self.activate(name)
+        weights = {n: m.base_layer.weight for n, m in self.layers.items()}
+        if not self._kept:
+            for n, w in weights.items(): self._kept[n] = w.cpu().pin_memory() if w.is_cuda else w.clone()
+        with torch.no_grad():
+            for n, w in weights.items(): w.copy_(merged_weight(self.layers[n]))
+            self.activate('')
+            try: yield
+            finally:
+                for n, w in weights.items(): w.copy_(self._kept[n], non_blocking=True)
+
 # %% ../../nbs/hardware/06_adapters.ipynb #6fc0d552
 class Role(nn.Module):
     "A model of transformers that is a shared body with an adapter, or the body alone."
@@ -121,6 +137,12 @@ class Role(nn.Module):
     def activate(self):
         "What follows goes through this role's adapter."
         self.body.activate(self.name)
+
+    @contextmanager
+    def dense(self):
+        "A context giving the model with all its weights, as `Engine.dense_weights`."
+        if not (self.name and self.body.merge_in_place): yield self; return
+        with self.body.merged(self.name): yield self.shared
 
     def forward(self, *args, **kw):
         self.activate()

@@ -45,6 +45,7 @@ class Spread:
     recompute:bool=False # activation checkpointing in trained models
     micro_batch:int=0    # rows per backward pass on a rank, in SFT and score models; 0: all. PPO has its own
     keep_sampler_weights:bool=False # under ZeRO-3: the sampler's gathered copy stays between rollouts
+    merge_in_place:bool=False # adapters: the sampler's merged weights lie in the body during a rollout
     hostfile:str=''      # of DeepSpeed's launcher, for several nodes
 
     def __post_init__(self):

@@ -138,7 +138,8 @@ class DeepSpeedEngine:
     def dense_weights(self):
         "As in `engine.TorchEngine`: the model with its weights gathered and without a collective in it."
         from deepspeed.runtime.zero.stage3 import unwrap_model_for_generation
-        with unwrap_model_for_generation(self.engine) if self.zero == 3 else nullcontext(): yield self.model
+        dense = getattr(self.model, 'dense', lambda: nullcontext(self.model))     # of an adapter
+        with unwrap_model_for_generation(self.engine) if self.zero == 3 else dense(): yield self.model
 
     def gathered(self, params):
         "As in `engine.TorchEngine`: gathered from their shards under ZeRO-3, on all ranks together."

@@ -36,7 +36,8 @@ def _home(): # of what is fetched, and of hashes
     return Path(os.environ.get('SAFERLHF_CACHE') or '~/.cache/saferlhf').expanduser()
 
 _TEXTS = ('config.json', 'adapter_config.json', 'tokenizer.json', 'tokenizer_config.json',
-          'chat_template.jinja', 'tokenizer.model', 'vocab.json', 'merges.txt', 'special_tokens_map.json', 'added_tokens.json')
+          'chat_template.jinja', 'tokenizer.model', 'vocab.json', 'merges.txt', 'special_tokens_map.json',
+          'added_tokens.json')
 _WRITTEN_BY = 'transformers_version', '_name_or_path', 'name_or_path', 'is_local', 'local_files_only'
 
 def _meaning(path):
@@ -96,7 +97,7 @@ def model_hash(folder:str|Path)->str: # of a checkpoint; 64 hexadecimal digits
 
 # %% ../../nbs/record/08_fetch.ipynb #9864dad9
 def seal_adapter(folder:Path): # of a model, whole or an adapter
-    "Write into an adapter's config.json which weights it was trained on: peft warns of keys it does not know."
+    "Write into an adapter's config.json (peft would warn of its own) which weights it was trained on."
     if not is_adapter(folder): return
     path = folder/'config.json'
     told = json.loads(path.read_text(encoding='utf-8')) | dict(base_sha256=model_hash(base_of(folder)))

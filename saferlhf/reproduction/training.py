@@ -78,9 +78,9 @@ def _keep_model(run, engine, tokenizer):
 # %% ../../nbs/reproduction/06_training.ipynb #2a35c793
 class Makers:
     "How a stage makes its models: whole, or as adapters on bodies that they share."
-    def __init__(self, config): # with `lora_rank`, `lora_alpha`, `lora_targets`
+    def __init__(self, config, spread:Spread): # with `lora_rank`, `lora_alpha`, `lora_targets`
         lora = Lora(config.lora_rank, config.lora_alpha, config.lora_targets) if config.lora_rank else None
-        self.lora, self.bodies = lora, {} if lora else None
+        self.lora, self.bodies, self.spread = lora, {} if lora else None, spread
         self.dtype = torch.bfloat16 if fast_precision() == 'bf16' else torch.float32      # of bodies
 
     def lm(self,
@@ -94,9 +94,13 @@ class Makers:
         return lambda: self._made(ScoreModel.from_pretrained, path, train, kind=kind)
 
     def _made(self, read, path, train, **kw):
+        if self.spread.zero == 3 and (self.lora or is_adapter(path)):
+            raise ValueError('zero=3 shards whole models: take 0, 1 or 2 with adapters, or `saferlhf export` them')
         if train and not self.lora or train == 'whole': return merged(read(path, **kw))
         if self.lora or is_adapter(path): kw['dtype'] = self.dtype
-        return read(path, lora=self.lora if train else None, bodies=self.bodies, **kw)
+        model = read(path, lora=self.lora if train else None, bodies=self.bodies, **kw)
+        for body in (self.bodies or {}).values(): body.merge_in_place = self.spread.merge_in_place
+        return model
 
 # %% ../../nbs/reproduction/06_training.ipynb #3b8e6ddc
 @_once
@@ -114,7 +118,7 @@ def fine_tune(
     "Supervised fine-tuning on every rank: it goes on where it was interrupted, and leaves the run's model."
     seed_all(run.seed)
     order = batch_indices([len(r['response']) for r in rows], config.batch_size, run.seed, config.epochs)
-    engine = load(Makers(config).lm(base, 'adapter'), model_optim(config), len(order),
+    engine = load(Makers(config, spread).lm(base, 'adapter'), model_optim(config), len(order),
                   precision=fast_precision(), **spread.load('model'))
     def step(i):
         batch = text_batch([rows[k] for k in order[i]], tokenizer, config.max_prompt_tokens,
@@ -175,7 +179,7 @@ def train_pairs(
     "A reward or a cost model on every rank: it goes on where it was interrupted, and leaves the run's model."
     seed_all(run.seed + 1000 * round)
     steps, batch = score_batches(pairs, tokenizer, config, run.seed + round)
-    engine = load(Makers(config).score(base, config.kind, 'adapter'), model_optim(config), steps,
+    engine = load(Makers(config, spread).score(base, config.kind, 'adapter'), model_optim(config), steps,
                   precision=fast_precision(), **spread.load('model'))
     step = lambda i: score_step(engine, batch(i), config.kind, config.regularization, spread.micro_batch)
     loop(step, steps, run.log, show=('loss', 'rank_accuracy', 'sign_accuracy'),
@@ -208,7 +212,7 @@ def policy_models(
     others:dict|None=None, # 'reward', 'cost' -> a scorer as in `ppo_step`, where no score model of ours reads
 )->tuple:                 # actor, reference, critics, scorers
     "The engines of a PPO step."
-    updates, make = config.steps * config.epochs * config.minibatches, Makers(config)
+    updates, make = config.steps * config.epochs * config.minibatches, Makers(config, spread)
     whole = {r.strip() for r in config.lora_whole.split(',')} - {''}
     if whole - {'actor', 'critics'}:
         raise ValueError(f'lora_whole={config.lora_whole!r}: it is actor, critics or both')

@@ -1,4 +1,5 @@
 "Roles that share a frozen body: the files and numbers of peft, the first steps of full training, engines, resume, what is refused."
+import hashlib
 import json
 import shutil
 
@@ -19,7 +20,7 @@ from saferlhf.ppo import PPOConfig, ppo_step
 from saferlhf.record.fetch import model_hash
 from saferlhf.record.files import read_lines
 from saferlhf.record.resume import Saver
-from saferlhf.reproduction.training import policy_models
+from saferlhf.reproduction.training import Makers, policy_models
 from saferlhf.rollout import Sampler
 
 IDS = torch.tensor([[5, 9, 2, 7, 4, 33, 12]])
@@ -232,6 +233,11 @@ def test_refusals(folder, tmp_path):
     with pytest.raises(ValueError, match='its adapter cannot be read'): load_lm(tmp_path/'a')
 
 
+def test_zero_3_is_refused(stages):
+    made = Makers(PPOConfig(**SIZES), Spread.of(dict(gpus=2, zero=3)))
+    with pytest.raises(ValueError, match='zero=3 shards whole models'): made.lm(stages[0]/'model')()
+
+
 def test_a_score_model_of_another_body(folder, tmp_path): # its critic is an adapter on the score model's own body
     scorer(kind='cost').save_pretrained(tmp_path/'cost')
     bodies = {}
@@ -239,3 +245,23 @@ def test_a_score_model_of_another_body(folder, tmp_path): # its critic is an ada
     critic = ScoreModel.from_pretrained(tmp_path/'cost', 'critic', lora=Lora(2), bodies=bodies)
     assert len(bodies) == 1 and torch.equal(judge(IDS, MASK).scores, critic(IDS, MASK).scores)
     close(judge(IDS, MASK).scores.detach(), ScoreModel.from_pretrained(tmp_path/'cost')(IDS, MASK).scores.detach(), 1e-6)
+
+
+def test_merging_in_place_gives_the_bits_back(folder):
+    bodies = {}
+    actor = trained(load(lambda: load_lm(folder/'llama', lora=Lora(4), bodies=bodies), OPTIM, 9))
+    other = load_lm(folder/'llama', lora=Lora(2), bodies=bodies)
+    body = actor.model.body
+    def sha(): return hashlib.sha256(b''.join(v.numpy().tobytes() for v in body.model.state_dict().values())).hexdigest()
+    before, batch, z = sha(), prompt_rows(5), logits(other)
+    beside = Sampler(actor, 1, 8, seed=3); want = [beside.generate(batch), beside.generate(batch, first=1)]
+    first = body.layers['layers.0.self_attn.o_proj'].base_layer.weight.data_ptr()
+    assert beside._decoder.blocks[0].o[0].data_ptr() != first
+    body.merge_in_place = True
+    here = Sampler(actor, 1, 8, seed=3); got = [here.generate(batch), here.generate(batch, first=1)]
+    assert here._decoder.blocks[0].o[0].data_ptr() == first
+    for a, b in zip(want, got, strict=True): assert torch.equal(a.responses, b.responses) and torch.equal(a.logp, b.logp)
+    assert sha() == before and torch.equal(logits(other), z)
+    with pytest.raises(KeyboardInterrupt):
+        with actor.dense_weights(): assert sha() != before; raise KeyboardInterrupt
+    assert sha() == before

@@ -7,6 +7,7 @@ import pytest
 import torch
 from saferlhf.engine import Optim, TorchEngine, adamw, load, reduce_mean, schedule
 from saferlhf.models import TINY, ScoreModel, load_lm, tiny_model, token_logps
+from saferlhf.hardware.adapters import Lora
 from saferlhf.hardware.precision import fast_precision, prepare
 from saferlhf.hardware.ranks import gather
 from saferlhf.hardware.zero import _config
@@ -38,7 +39,22 @@ def all_stages(path): # in a process of its own: ZeRO-3 changes how models are m
     from saferlhf.hardware.zero import deepspeed
     deepspeed(); logging.disable(logging.WARNING)
     more = dict(resumed=resumed, refused=refused, narrow=narrow)
-    return {zero: trajectory(path, 'deepspeed', zero) | {k: f(path, zero) for k, f in more.items()} for zero in range(4)}
+    out = {zero: trajectory(path, 'deepspeed', zero) | {k: f(path, zero) for k, f in more.items()} for zero in range(4)}
+    for zero in range(3): out[zero]['adapters'] = adapters(path, 'deepspeed', zero)
+    return out
+
+
+def adapters(path, engine, zero=0): # losses and norms of two roles on one body
+    bodies, out, b = {}, [], prompt_rows(5, seed=0)
+    torch.manual_seed(0)
+    how = dict(lora=Lora(4), bodies=bodies)
+    policy = load(lambda: load_lm(path/'lm', **how), OPTIM, 4, engine=engine, zero=zero)
+    critic = load(lambda: ScoreModel.from_pretrained(path/'lm', 'critic', **how), OPTIM, 4, engine=engine, zero=zero)
+    for _ in range(4):
+        s = critic(b['input_ids'], b['attention_mask']).end_scores
+        for e, loss in ((policy, -token_logps(policy, b['input_ids'], b['attention_mask'], 3).mean()), (critic, (s - 1).square().mean())):
+            e.backward(loss); out += [loss.item(), float(e.step())]
+    return out
 
 
 def narrow(path, zero): # losses in 16 bits, of a policy and a score model
@@ -112,6 +128,13 @@ def test_deepspeed_equals_torch(stages, plain, zero):
     for name in ('loss', 'norm', 'score', 'rate'): close(stages[zero][name], plain[name], 1e-5)
     close(stages[zero]['weights'], plain['weights'], 1e-4)
     assert plain['loss'][0] - plain['loss'][-2] > .1 and min(plain['norm']) > OPTIM.clip # it learns, and clipping matters
+
+
+@pytest.mark.parametrize('zero', range(3))
+def test_adapters_are_the_same_on_deepspeed(stages, path, zero):
+    want = adapters(path, 'torch')
+    close(stages[zero]['adapters'], want, 1e-5)
+    assert want[0] - want[12] > .1
 
 
 @pytest.mark.parametrize('zero', range(4))
