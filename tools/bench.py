@@ -15,6 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from saferlhf.engine import Optim, load
+from saferlhf.hardware.adapters import Body, Lora, role_of
 from saferlhf.hardware.ranks import Spread, device
 from saferlhf.models import ScoreModel
 from saferlhf.record.execute import execute
@@ -106,6 +107,23 @@ def six_models(
     critics = {k: load(lambda: random_model(size, 'critic'), optim, **how(f'critic-{k}')) for k in scores}
     scorers = {k: lambda ids, mask, e=e: e(ids, mask).end_scores for k, e in scores.items()}
     return actor, reference, critics, scorers
+
+
+def six_adapters(
+    size:str, lora:Lora, # of the body; of all roles
+    compile:bool=False,  # the body's layers
+    merge_in_place:bool=False, # as in `Spread`
+)->tuple:                # as from `six_models`
+    "The engines of a PPO step, all adapters on one body."
+    body, optim = Body(random_model(size)), Optim(lr=1e-6, warmup=0., schedule='constant')
+    body.merge_in_place = merge_in_place
+    def made(kind='', optim=None):
+        model = role_of(body, None, lora, headless=bool(kind))
+        for p in model.adapter: torch.nn.init.normal_(p, std=1e-3)   # as after training: B is not 0
+        return load(lambda: ScoreModel(model, kind) if kind else model, optim, precision='bf16', compile=compile)
+    actor, reference, scores = made(optim=optim), made(), {k: made(k) for k in ('reward', 'cost')}
+    critics = {k: made('critic', optim) for k in scores}
+    return actor, reference, critics, {k: lambda ids, mask, e=e: e(ids, mask).end_scores for k, e in scores.items()}
 
 
 def prompts(B:int, S:int, vocab:int)->dict: # B random prompts of S tokens, as from `prompt_batch`
@@ -215,6 +233,7 @@ def chosen(
 STEP = dict(size='1.1B', prompt_tokens=64, new_tokens=448, generate_tokens=48)
 FULL = {'sampler': STEP | dict(batches=[16, 128, 512], mean=128, slots=128, queues=[512, 2048]),
         'ppo_step': STEP | dict(batches=[16, 64], micro_batch=16, compile=True),
+        'adapters': dict(size='7B', batch=16, micro_batch=8, prompt_tokens=64, new_tokens=448, rank=16),
         'training': dict(size='1.1B', pairs=16, length=512, shortest=64, compile=True)}
 
 if __name__ == '__main__':

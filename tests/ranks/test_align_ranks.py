@@ -17,19 +17,19 @@ SIZES = dict(steps=4, prompts=4, minibatches=1, window=8, look=2, max_new_tokens
 PROMPTS = [dict(prompt=p) for p in sorted(set(sentences(40)))]
 
 
-def aligned(runs, monkeypatch, spread=''):
+def aligned(runs, monkeypatch, rank, spread=''):
     monkeypatch.setenv('SAFERLHF_RUNS', str(runs)); monkeypatch.setenv('SAFERLHF_SPREAD', spread)
-    return align(*own_models(dict(beats_rule=dict(rank=True), zero='labels')).values(), PROMPTS, 0., SIZES)
+    return align(*own_models(dict(beats_rule=dict(rank=True), zero='labels')).values(), PROMPTS, 0., SIZES | dict(lora_rank=rank))
 
 
-@pytest.mark.parametrize('zero', (0, 3))
-def test_two_ranks_align_as_one(tmp_path, monkeypatch, capsys, zero):
+@pytest.mark.parametrize('zero,rank', [(0, 0), (3, 0), (1, 4)])                    # the last one with adapters
+def test_two_ranks_align_as_one(tmp_path, monkeypatch, capsys, zero, rank):
     where = Path(saferlhf.__file__).parents[1], ROOT/'tests', ROOT/'tests/ranks'
     monkeypatch.setenv('PYTHONPATH', os.pathsep.join(map(str, where))); monkeypatch.setenv('OMP_NUM_THREADS', '1')
     monkeypatch.setattr('saferlhf.reproduction.training.fast_precision', lambda: 'fp32')
     monkeypatch.setattr(module, '_on_rank', ranked_align.on_rank)
-    one = aligned(tmp_path/'one', monkeypatch); capsys.readouterr()
-    two = aligned(tmp_path/'two', monkeypatch, json.dumps(dict(gpus=2, zero=zero)))
+    one = aligned(tmp_path/'one', monkeypatch, rank); capsys.readouterr()
+    two = aligned(tmp_path/'two', monkeypatch, rank, json.dumps(dict(gpus=2, zero=zero)))
     said = capsys.readouterr(); said = said.out + said.err
     assert len(read_lines(two.path('data/test.jsonl'))) % 2 == 1                  # an odd number: ranks fill up
     for name in ('looks', 'alarms', 'samples', 'metrics'):
