@@ -217,16 +217,16 @@ def _save_score_model(
     "Write config.json and model.safetensors in the released layout, with a normaliser that changes nothing."
     path, head, n = Path(path), model.score_head, model.score_head.out_features
     role, whole = isinstance(model.body, Role), getattr(model.body, 'shared', model.body)
-    config = deepcopy(whole.config)                                   # others may share it
     path.mkdir(parents=True, exist_ok=True)
-    config.update(dict(score_dim=n, score_type=model.kind, bias=head.bias is not None, do_normalize=False,
-                       architectures=[type(whole).__name__.removesuffix('Model') + 'ForScore']))
+    more = dict(score_dim=n, score_type=model.kind, bias=head.bias is not None, do_normalize=False,
+                       architectures=[type(whole).__name__.removesuffix('Model') + 'ForScore'])
     state = model.state_dict() if state_dict is None else state_dict
-    parts = {k: {n.removeprefix(f'{k}.'): v for n, v in state.items() if n.startswith(f'{k}.')}
-             for k in ('body', 'score_head')} if role else {}
     if role:
-        save_adapter(model.body, path, parts['score_head'], parts['body'])
-        return config.save_pretrained(path)
+        head, adapter = ({n.removeprefix(k): v for n, v in state.items() if n.startswith(k)}
+                         for k in ('score_head.', 'body.'))
+        return save_adapter(model.body, path, head, more, adapter)
+    config = deepcopy(whole.config)                                    # a caller's stays as it is
+    config.update(more)
     body = f'{model.body.base_model_prefix}.'
     tensors = {body + k.removeprefix('body.') if k.startswith('body.') else k: v for k, v in state.items()}
     tensors |= {'normalizer.mean': torch.zeros(n), 'normalizer.var': torch.ones(n),

@@ -12,8 +12,8 @@ import re
 from pathlib import Path
 from .heldout import weakness
 from .scorers import imported
+from ..hardware.weights import read_config
 from ..ppo import make_objective
-from ..record.files import read_json
 from ..record.run import Record
 
 # %% ../../nbs/apps/15_admit.ipynb #649850ed
@@ -34,9 +34,9 @@ def scoring_function(what)->tuple: # as of `is_function`; -> its name, itself, w
 
 # %% ../../nbs/apps/15_admit.ipynb #87a515b0
 def _kind(record): # 'reward', 'cost', 'lm', or 'classifier' (of transformers: nobody wrote its sign down)
-    config = read_json(record.folder/'model/config.json')
-    named = next(iter(config.get('architectures') or ()), '')
-    if named.endswith('ForScore'): return config.get('score_type') or 'classifier'
+    config = read_config(record.folder/'model')
+    named = next(iter(config.architectures or ()), '')
+    if named.endswith('ForScore'): return getattr(config, 'score_type', None) or 'classifier'
     return 'classifier' if named.endswith('ForSequenceClassification') else 'lm'
 
 def check_kinds(start:Record, scores:dict): # the policy; 'reward', 'cost' -> Record

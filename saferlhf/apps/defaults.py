@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from .plan import count, fit, savings
 from .settings import settable, settings_of
+from ..hardware.adapters import base_of
 from ..hardware.precision import fast_precision
 from ..hardware.ranks import Spread
 from ..ppo import PPOConfig
@@ -265,6 +266,7 @@ def less_memory(
     s = Spread.of(m.get('spread', {}))
     try:
         config = run.config if is_dataclass(run.config) else settings_of(command, run.config)
-        shape = json.loads((Path(folders[0])/'model/config.json').read_text(encoding='utf-8'))
+        folder = Path(base_of(Path(folders[0])/'model'))
+        shape = json.loads((folder/'config.json').read_text(encoding='utf-8'))
         return savings(shape, config, s.ranks, s.zero, s.offload, s.recompute, s.micro_batch)
     except (OSError, ValueError): return ''

@@ -58,9 +58,9 @@ def export(
 )->str:          # what was written
     "Write a score model as transformers' classifier of one label, a policy as it is; or ValueError."
     source, out = Path(source), Path(out)
-    folder = source/'model' if (source/'model/config.json').exists() else source
+    folder = source/'model' if (source/'model').is_dir() else source
     if out.exists() and (not out.is_dir() or any(out.iterdir())): raise ValueError(f'{out} is there already')
-    if not (folder/'config.json').is_file():
+    if not is_adapter(folder) and not (folder/'config.json').is_file():
         raise FileNotFoundError(f'{source} holds no model (config.json): name the folder of a finished run '
                                 'that trains one, see `saferlhf status`, or of a model')
     config = read_config(folder)

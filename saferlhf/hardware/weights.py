@@ -14,7 +14,7 @@ import transformers
 from safetensors import safe_open
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 from transformers.utils import cached_file
-from .adapters import base_of, is_adapter
+from .adapters import base_of, is_adapter, more_of
 from .packing import text_config
 
 # %% ../../nbs/hardware/11_weights.ipynb #0df6ec3f
@@ -43,8 +43,11 @@ def _file(path, name): # of a folder or hub name; None where there is no such fi
 
 def read_config(path): # local folder or hub name -> a configuration of transformers
     "ValueError for what is no causal model of text, for packed numbers, for foreign code."
-    if is_adapter(path) and not (Path(path)/'config.json').is_file(): path = base_of(path)
-    with one_line(path): adapter = not is_adapter(path) and _file(path, 'adapter_config.json')
+    if is_adapter(path):
+        c = read_config(base_of(path))
+        c.update(more_of(path))
+        return c
+    with one_line(path): adapter = _file(path, 'adapter_config.json')
     if adapter: raise ValueError(f'{path} is an adapter on the hub: download it, and name its folder')
     with one_line(path): c = AutoConfig.from_pretrained(path, trust_remote_code=False)
     known = any(hasattr(transformers, a) for a in c.architectures or ())

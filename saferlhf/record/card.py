@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 from ..data import data_path, sources
+from ..hardware.adapters import stored_rank
 from ..models import load_tokenizer
 from .config import plain
 from .fetch import model_hash, seal_adapter
@@ -134,12 +135,13 @@ def _of_run(run): # lines: where it was made, and from which runs
             f'* configuration: `{json.dumps(plain(run.config))}`']
 
 # %% ../../nbs/record/09_card.ipynb #c7ce4d6d
-def _head(stage, origin, names, license, own): # YAML
+def _head(stage, origin, names, license, own, rank): # YAML
     kind = 'text-classification' if stage in _SCORES else 'text-generation'
     return ModelCardData(
         license=license, language=None if own else 'en', datasets=names,
         tags=['safe-rlhf', 'saferlhf', stage],
-        library_name='saferlhf' if stage in _SCORES else 'transformers', pipeline_tag=kind,
+        library_name='saferlhf' if stage in _SCORES else 'peft' if rank else 'transformers',
+        pipeline_tag=kind,
         base_model=origin['name'].replace(' ', '-') if 'sha256' in origin else None,
         saferlhf_base=origin).to_yaml()
 
@@ -148,7 +150,9 @@ def _parts(run, base, origin, now, files, own): # title -> lines
     read = '' if own else f'Prompt buckets {seen[0]} to {seen[-1]} were read; '
     measured = ['| what | value | 95 % interval | labels | n |', '| --- | --- | --- | --- | --- |']
     table = ['| file | SHA-256 | data sets (licences) |', '| --- | --- | --- |', *files]
-    return {'Base': _of_base(base, origin), 'Form of a prompt': _form(run.path('model')),
+    rank = stored_rank(run.path('model'))
+    how = [f'* an adapter of rank {rank} on that: peft loads it, `saferlhf export` merges it'] if rank else []
+    return {'Base': _of_base(base, origin) + how, 'Form of a prompt': _form(run.path('model')),
             'Scores': [f'* {x}' for x in _scores(stage, config, now)] if stage in _SCORES else [],
             'Measured': [*measured, *_measured(now)] if now else ['Nothing yet.'],
             'Data': [f'{read}the run id covers these files:'.capitalize(), '', *table],
@@ -172,6 +176,7 @@ def write_card(
     text = [f'# {title}']
     for name, lines in parts.items(): text += ['', f'## {name}', '', *lines] if lines else []
     card = run.path('model/README.md')
-    atomic_write(card, f'---\n{_head(stage, origin, names, license, mine)}\n---\n' + '\n'.join(text) + '\n')
+    head = _head(stage, origin, names, license, mine, stored_rank(run.path('model')))
+    atomic_write(card, f'---\n{head}\n---\n' + '\n'.join(text) + '\n')
     return card
 

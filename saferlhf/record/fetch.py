@@ -27,7 +27,7 @@ from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file
 from ..data import sha256
-from ..hardware.adapters import base_of, is_adapter
+from ..hardware.adapters import base_of, is_adapter, more_of
 from ..models import load_tokenizer
 from .files import atomic_write, flush
 
@@ -35,7 +35,7 @@ from .files import atomic_write, flush
 def _home(): # of what is fetched, and of hashes
     return Path(os.environ.get('SAFERLHF_CACHE') or '~/.cache/saferlhf').expanduser()
 
-_TEXTS = ('config.json', 'adapter_config.json', 'tokenizer.json', 'tokenizer_config.json',
+_TEXTS = ('config.json', 'adapter_config.json', 'saferlhf.json', 'tokenizer.json', 'tokenizer_config.json',
           'chat_template.jinja', 'tokenizer.model', 'vocab.json', 'merges.txt', 'special_tokens_map.json',
           'added_tokens.json')
 _WRITTEN_BY = 'transformers_version', '_name_or_path', 'name_or_path', 'is_local', 'local_files_only'
@@ -97,11 +97,10 @@ def model_hash(folder:str|Path)->str: # of a checkpoint; 64 hexadecimal digits
 
 # %% ../../nbs/record/08_fetch.ipynb #9864dad9
 def seal_adapter(folder:Path): # of a model, whole or an adapter
-    "Write into an adapter's config.json (peft would warn of its own) which weights it was trained on."
+    "Note beside an adapter which weights it was trained on."
     if not is_adapter(folder): return
-    path = folder/'config.json'
-    told = json.loads(path.read_text(encoding='utf-8')) | dict(base_sha256=model_hash(base_of(folder)))
-    atomic_write(path, json.dumps(told, indent=2, sort_keys=True))
+    told = more_of(folder) | dict(base_sha256=model_hash(base_of(folder)))
+    atomic_write(folder/'saferlhf.json', json.dumps(told, indent=1))
 
 def check_base(
     adapter:str|Path, base:str|Path, # folder with adapter_config.json; folder of the model it is put on
@@ -109,8 +108,7 @@ def check_base(
     "ValueError when the adapter was trained on other weights; FileNotFoundError when there is no adapter."
     path = Path(adapter)/'adapter_config.json'
     if not path.is_file(): raise FileNotFoundError(f'{adapter} is no adapter: it has no adapter_config.json')
-    ours = Path(adapter)/'config.json'
-    wanted = _meaning(ours if ours.is_file() else path).get('base_sha256')
+    wanted = more_of(adapter).get('base_sha256')
     if wanted is None: print(f'{adapter} does not say which weights it was trained on: not checked')
     elif wanted != (found := model_hash(base)):
         raise ValueError(f'the adapter {adapter} was trained on the base {wanted[:12]}, but {base} is '

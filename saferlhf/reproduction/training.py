@@ -95,7 +95,7 @@ class Makers:
 
     def _made(self, read, path, train, **kw):
         if self.spread.zero == 3 and (self.lora or is_adapter(path)):
-            raise ValueError('zero=3 shards whole models: for adapters take 0, 1, 2, or `saferlhf export` them')
+            raise ValueError('zero=3 shards whole models: for adapters take 0 to 2, or `saferlhf export` them')
         if train and not self.lora or train == 'whole': return merged(read(path, **kw))
         if self.lora or is_adapter(path): kw['dtype'] = self.dtype
         model = read(path, lora=self.lora if train else None, bodies=self.bodies, **kw)

@@ -70,6 +70,7 @@ def test_roles_of_one_body(folder, tmp_path, arch):
     classifier = AutoModelForSequenceClassification.from_pretrained(folder/arch, num_labels=1, pad_token_id=0)
     theirs = peft.PeftModel.from_pretrained(classifier, tmp_path/'cost')
     close(theirs(input_ids=IDS, attention_mask=MASK).logits[0].detach(), s.detach(), 1e-6)
+    close(logits(AutoModelForCausalLM.from_pretrained(tmp_path/'actor')).detach(), za.detach(), 1e-6)
     one = merged(load_lm(tmp_path/'actor'))
     assert not isinstance(one, Role) and 'lora' not in ' '.join(one.state_dict())
     close(logits(one).detach(), za.detach())
@@ -149,9 +150,10 @@ def test_the_five_commands_with_adapters(stages, tmp_path, capsys):
     for record in models.values():
         told = json.loads(record.path('model/adapter_config.json').read_text(encoding='utf-8'))
         assert told['r'] == 2 and record.config['lora_rank'] == 2
-        told = json.loads(record.path('model/config.json').read_text(encoding='utf-8'))
+        told = json.loads(record.path('model/saferlhf.json').read_text(encoding='utf-8'))
         assert told['base_sha256'] == model_hash(base/'model')
         assert not record.path('model/model.safetensors').exists()
+        assert 'an adapter of rank 2 on that' in record.path('model/README.md').read_text(encoding='utf-8')
     prompts = [dict(prompt=p) for p in sorted(set(sentences(40)))]
     settings = {k: v for k, v in SIZES.items() if k != 'lora_rank'}
     record = align(*models.values(), prompts, 0., settings | dict(steps=2, look=1, test_share=.3, force=True))
@@ -222,8 +224,7 @@ def test_refusals(folder, tmp_path):
     told(use_dora=True)
     with pytest.raises(ValueError, match='only plain LoRA is read, not use_dora=True'): load_lm(tmp_path/'a')
     told(use_dora=False)
-    config = json.loads((tmp_path/'a/config.json').read_text(encoding='utf-8')) | dict(base_sha256='0' * 64)
-    (tmp_path/'a/config.json').write_text(json.dumps(config), encoding='utf-8')
+    (tmp_path/'a/saferlhf.json').write_text(json.dumps(dict(base_sha256='0' * 64)), encoding='utf-8')
     with pytest.raises(ValueError, match='was trained on the base 000000000000'): located(tmp_path/'a')
     told(base_model_name_or_path='/nowhere/at/all')
     with pytest.raises(FileNotFoundError, match='/nowhere/at/all, which is not there'): load_lm(tmp_path/'a')

@@ -90,9 +90,10 @@ def test_the_base_is_part_of_a_runs_id(home, monkeypatch):
 
 def test_an_adapter_on_another_base_is_refused(home, capsys):
     with pytest.raises(FileNotFoundError, match='no adapter_config.json'): check_base(home, base(home/'a'))
-    (home/'adapter_config.json').write_text(json.dumps(dict(base_sha256=model_hash(home/'a')))); check_base(home, home/'a')
+    (home/'adapter_config.json').write_text('{}')
+    (home/'saferlhf.json').write_text(json.dumps(dict(base_sha256=model_hash(home/'a')))); check_base(home, home/'a')
     with pytest.raises(ValueError, match='was trained on the base .* load the base it was trained on'): check_base(home, base(home/'b', 1))
-    (home/'adapter_config.json').write_text('{}'); check_base(home, home/'b'); assert 'not checked' in capsys.readouterr().out
+    (home/'saferlhf.json').write_text('{}'); check_base(home, home/'b'); assert 'not checked' in capsys.readouterr().out
 
 # where it comes from
 
