@@ -57,6 +57,7 @@ class PPOConfig:
     lora_rank:int = setting(0)                            # of the trained roles' adapters; 0: all weights
     lora_alpha:float = setting(0.)                        # its scale times its rank; 0: twice the rank
     lora_targets:str = setting('')                        # names of its layers; '': all of the transformer
+    lora_first:int = setting(0)                           # layers below this one have none: run once for all
     lora_whole:str = setting('')                          # roles that train all weights: actor, critics
 
 # %% ../nbs/method/10_ppo.ipynb #5fadf804

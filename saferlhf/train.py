@@ -65,6 +65,7 @@ class SFTConfig:
     lora_rank:int = setting(0)                            # of the adapter that is trained; 0: all weights
     lora_alpha:float = setting(0.)                        # its scale times its rank; 0: twice the rank
     lora_targets:str = setting('')                        # names of its layers; '': all of the transformer
+    lora_first:int = setting(0)                           # layers below this one have none: run once for all
 
 # %% ../nbs/method/09_train.ipynb #e1147c53
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ class ScoreConfig:
     lora_rank:int = setting(0)                            # of the adapter that is trained; 0: all weights
     lora_alpha:float = setting(0.)                        # its scale times its rank; 0: twice the rank
     lora_targets:str = setting('')                        # names of its layers; '': all of the transformer
+    lora_first:int = setting(0)                           # layers below this one have none: run once for all
 
 def model_optim(
     config, # SFTConfig or ScoreConfig

@@ -93,6 +93,7 @@ _CHOICES = dict(
     chosen_is='only said where a file says no more than "chosen"', zero='where the safety labels put it',
     lora_rank='all weights are trained', lora_alpha='twice the rank',
     lora_targets='every layer of the transformer', lora_whole='all trained roles are adapters where one is',
+    lora_first='all layers have one',
     objective='the method of the paper', minibatches='one step for each pass')
 
 def _fixed(command): # field -> Default that needs neither model nor data

@@ -47,7 +47,7 @@ def _matrices(shape): # name -> (in, out) of the linear layers of one layer
 def _adapter(shape, config): # elements of a role's adapter
     named = {t.strip() for t in config.lora_targets.split(',')} - {''}
     sizes = [sum(x) for k, x in _matrices(shape).items() if k in named or not named]
-    return _sizes(shape).L * config.lora_rank * sum(sizes)
+    return (_sizes(shape).L - config.lora_first) * config.lora_rank * sum(sizes)
 
 def _adapted(config, role): # whether it is an adapter on a body that others share
     of = 'critics' if role.startswith('critic') else role

@@ -8,14 +8,16 @@ __all__ = ['merged_weight', 'Lora', 'Body', 'Role', 'is_adapter', 'stored_rank',
 
 # %% ../../nbs/hardware/06_adapters.ipynb #3e6f50d4
 import json
-from contextlib import contextmanager
+import re
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
+from .packing import text_config
 
 # %% ../../nbs/hardware/06_adapters.ipynb #1ff79982
 @cache
@@ -48,16 +50,18 @@ class Lora:
     rank:int = 16       # r
     alpha:float = 0.    # s = alpha / rank; 0: twice the rank
     targets:str = ''    # names of layers, with commas between; '': every linear layer of the transformer
+    first:int = 0       # layers of the transformer below this one have no adapter
 
     def __post_init__(self):
-        if not (self.rank >= 1 and self.alpha >= 0):
-            raise ValueError(f'an adapter of rank {self.rank} and alpha {self.alpha}: its rank is 1 or more, '
-                             'its alpha 0 or more')
+        if not (self.rank >= 1 and self.alpha >= 0 and self.first >= 0):
+            raise ValueError(f'an adapter of rank {self.rank}, alpha {self.alpha}, from layer {self.first}: '
+                             'its rank is 1 or more, alpha and layer are 0 or more')
 
-def _linear_layers(model): # name -> layer, of the transformer's layers
+def _linear_layers(model): # names, in the transformer's layers
     from transformers.pytorch_utils import Conv1D
-    return {n: m for n, m in model.base_model.named_modules()
-            if isinstance(m, (nn.Linear, Conv1D)) and '.' in n}
+    return [n for n, m in model.base_model.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and '.' in n]
+
+def _depth(name): return int(re.search(r'\.(\d+)\.', f'.{name}')[1]) # of a layer of the transformer
 
 class Body:
     "A frozen model of transformers, and the adapters of the roles that share it."
@@ -65,15 +69,21 @@ class Body:
         self.model, self.path, self.layers = model.eval(), str(path), {}
         self.roles, self.active = {}, None          # name -> peft's configuration; whose pairs are in place
         self.merge_in_place, self._kept = False, {} # as in `Spread`; layer -> its weight, on the host
-        self._names = {n.rsplit('.', 1)[-1] for n in _linear_layers(model)}
+        self.first, self.lower = 0, None            # lowest layer with an adapter; `_Lower` once it is used
+        self._linear = _linear_layers(model)
         for p in model.parameters(): p.requires_grad_(False)
 
     def config(self, lora:Lora): # as peft's
         "peft's configuration of a fresh adapter; ValueError for a target that no layer has."
         from peft import LoraConfig
-        names = [t.strip() for t in lora.targets.split(',') if t.strip()] or sorted(self._names)
-        if unknown := sorted({*names} - self._names):
-            raise ValueError(f'no layer is named {unknown[0]!r}: there are {", ".join(sorted(self._names))}')
+        known = sorted({n.rsplit('.', 1)[-1] for n in self._linear})
+        names = [t.strip() for t in lora.targets.split(',') if t.strip()] or known
+        if unknown := sorted({*names} - {*known}):
+            raise ValueError(f'no layer is named {unknown[0]!r}: there are {", ".join(known)}')
+        depth = text_config(self.model).num_hidden_layers
+        if lora.first >= depth: raise ValueError(f'lora_first={lora.first}: this model has {depth} layers')
+        if lora.first: # then each by its whole name
+            names = [n for n in self._linear if _depth(n) >= lora.first and n.rsplit('.', 1)[-1] in names]
         return LoraConfig(r=lora.rank, lora_alpha=lora.alpha or 2 * lora.rank, target_modules=names,
                           lora_dropout=0., bias='none', base_model_name_or_path=self.path)
 
@@ -88,6 +98,7 @@ class Body:
         inject_adapter_in_model(config, inner, name)
         for p, grad in trained: p.requires_grad_(grad)
         self.layers = {n: m for n, m in inner.named_modules() if isinstance(m, _layer_class())}
+        self.first = min(map(_depth, self.layers))
         self.roles[name], self.active = config, None
         return name
 
@@ -115,6 +126,32 @@ class Body:
             try: yield
             finally:
                 for n, w in weights.items(): w.copy_(self._kept[n], non_blocking=True)
+
+# %% ../../nbs/hardware/06_adapters.ipynb #f7ebf142
+class _Lower:
+    "The layers below the first adapter: what they made of the last inputs is kept, since all roles share it."
+    def __init__(self, body, kept=4): # inputs that are remembered
+        self.kept, self.found, self.hit, self.key = kept, {}, None, None
+        layers = next(m for m in body.model.base_model.modules() if isinstance(m, nn.ModuleList))
+        for k, layer in enumerate(layers[:body.first]):
+            layer.forward = partial(self._through, layer.forward, k == body.first - 1)
+
+    def _through(self, plain, last, h, *args, **kw): # instead of a layer's own forward pass
+        if self.hit is not None: return self.hit if last else h
+        out = plain(h, *args, **kw)
+        if last and self.key is not None:
+            self.found[self.key] = out.detach()
+            while len(self.found) > self.kept: del self.found[next(iter(self.found))]
+        return out
+
+    @contextmanager
+    def of(self, kw): # arguments of a packed pass; others are not remembered
+        packed = 'lay' in kw and 'input_ids' in kw
+        inputs = (kw['input_ids'], kw['position_ids'], kw['lay'].bounds) if packed else ()
+        self.key = tuple(x.cpu().numpy().tobytes() for x in inputs) or None
+        self.hit = self.found.get(self.key)
+        try: yield
+        finally: self.key = self.hit = None
 
 # %% ../../nbs/hardware/06_adapters.ipynb #6fc0d552
 class Role(nn.Module):
@@ -146,7 +183,8 @@ class Role(nn.Module):
 
     def forward(self, *args, **kw):
         self.activate()
-        out = self.shared(*args, **kw)
+        if self.body.first and self.body.lower is None: self.body.lower = _Lower(self.body)
+        with self.body.lower.of(kw) if self.body.first else nullcontext(): out = self.shared(*args, **kw)
         for x in (out.get('last_hidden_state'), out.get('logits')):
             if x is not None and x.requires_grad: x.register_hook(lambda _: self.activate())
         return out

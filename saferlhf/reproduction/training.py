@@ -79,7 +79,8 @@ def _keep_model(run, engine, tokenizer):
 class Makers:
     "How a stage makes its models: whole, or as adapters on bodies that they share."
     def __init__(self, config, spread:Spread): # with `lora_rank`, `lora_alpha`, `lora_targets`
-        lora = Lora(config.lora_rank, config.lora_alpha, config.lora_targets) if config.lora_rank else None
+        told = config.lora_rank, config.lora_alpha, config.lora_targets, config.lora_first
+        lora = Lora(*told) if config.lora_rank else None
         self.lora, self.bodies, self.spread = lora, {} if lora else None, spread
         self.dtype = torch.bfloat16 if fast_precision() == 'bf16' else torch.float32      # of bodies
 
@@ -95,7 +96,7 @@ class Makers:
 
     def _made(self, read, path, train, **kw):
         if self.spread.zero == 3 and (self.lora or is_adapter(path)):
-            raise ValueError('zero=3 shards whole models: for adapters take 0 to 2, or `saferlhf export` them')
+            raise ValueError('zero=3 shards whole models: for adapters take 0 to 2, or `saferlhf export` it')
         if train and not self.lora or train == 'whole': return merged(read(path, **kw))
         if self.lora or is_adapter(path): kw['dtype'] = self.dtype
         model = read(path, lora=self.lora if train else None, bodies=self.bodies, **kw)

@@ -266,3 +266,34 @@ def test_merging_in_place_gives_the_bits_back(folder):
     with pytest.raises(KeyboardInterrupt):
         with actor.dense_weights(): assert sha() != before; raise KeyboardInterrupt
     assert sha() == before
+
+
+def test_lower_layers_run_once_for_all_roles(folder, monkeypatch):
+    bodies, seen = {}, []
+    roles = [load_lm(folder/'llama', lora=Lora(2, first=1), bodies=bodies) for _ in range(2)]
+    body = roles[0].body
+    assert set(body.layers) and all(n.startswith('layers.1.') for n in body.layers)
+    engines = [trained(load(lambda r=r: r, OPTIM, 9), k) for k, r in enumerate(roles, 1)]
+    lower = body.model.base_model.layers[0]
+    inner = lower.self_attn.forward
+    monkeypatch.setattr(lower.self_attn, 'forward', lambda *a, **k: seen.append(1) or inner(*a, **k))
+    def both(ids): return [token_logps(e, ids, MASK, 4).detach() for e in engines]
+    first = both(IDS + 1)
+    assert len(seen) == 1                                                      # the second role passed on what the first one made
+    alone = [token_logps(merged(load_lm_again(r, folder)), IDS + 1, MASK, 4).detach() for r in roles]
+    for a, b in zip(first, alone, strict=True): close(a, b)
+    assert not torch.equal(*first) and both(IDS + 2)[0].shape == first[0].shape and len(seen) == 2
+    e = engines[0]
+    e.backward(-token_logps(e, IDS + 1, MASK, 4).mean()); e.step()
+    assert len(seen) == 2 and not torch.equal(both(IDS + 1)[0], first[0])
+    with pytest.raises(ValueError, match='lora_first=9: this model has 2 layers'): load_lm(folder/'llama', lora=Lora(2, first=9))
+
+
+def load_lm_again(role, folder): # from its files: the adapter knows its layers
+    path = folder/f'again-{role.name}'
+    role.save_pretrained(path)
+    again = load_lm(path)
+    assert again.body.first == 1 and torch.equal(again.adapter[1], role.adapter[1])
+    theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder/'llama'), path)
+    close(logits(theirs).detach(), logits(again).detach(), 1e-6)
+    return again
