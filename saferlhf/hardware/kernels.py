@@ -143,7 +143,7 @@ def _turn(x1, x2, cos, sin, m, type: tl.constexpr): # the two halves, rotated; p
 
 @_jit
 def _cap(x, C: tl.constexpr): # C tanh(x / C); 0: x
-    if C: x = C * (2 * tl.sigmoid(2 * x / C) - 1)
+    if C > 0: x = C * (2 * tl.sigmoid(2 * x / C) - 1)
     return x
 
 @_jit
