@@ -24,7 +24,9 @@ _ACTS = {'silu': 'silu', 'gelu_pytorch_tanh': 'gelu'}       # transformers' name
 def _activation(config):
     return getattr(config, 'hidden_activation', None) or getattr(config, 'hidden_act', None)
 
-def why_not(model, tokens:int=1)->str: # a causal LM of transformers; of the longest sequence -> '' when it can
+def why_not(
+    model, tokens:int=1, # a causal LM of transformers; those of the longest sequence
+)->str:                  # '' when it can
     "Why a model cannot be decoded by `Decoder`."
     c, act = model.config, _activation(model.config)
     strange = ', '.join(sorted({kind for kind, _ in ropes(c)} - _ROPES))
@@ -57,7 +59,7 @@ class Decoder:
         self.eps, self.act, self.scale = c.rms_norm_eps, _ACTS[_activation(c)], a.scaling
         self.norm_shift = 1. if gemma else 0.
         self.norm_dtype = torch.float32 if gemma or c.model_type in _OLMOS else self.dtype
-        self.cap = c.attn_logit_softcapping or 0. if c.model_type == 'gemma2' else 0. # others' code reads none
+        self.cap = (c.model_type == 'gemma2' and c.attn_logit_softcapping) or 0.    # others' code reads none
         self.logit_cap = getattr(c, 'final_logit_softcapping', None)
         self.embed_scale = torch.tensor(c.hidden_size ** .5, dtype=self.dtype).item() if gemma else 1.
         self.gathered, self.copies = gathered, []         # copies: (buffer, its layers, shift, how)
@@ -69,7 +71,7 @@ class Decoder:
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False   # partial sums: 32 bits
         self._tables(c, body.rotary_emb, D, K)
         self.keys, self.values = torch.zeros(2, len(self.blocks), slots, K, tokens, D, device=self.device,
-            dtype=self.dtype if torch.device(self.device).type == 'cuda' else torch.float32) # as a CPU attends
+            dtype=self.dtype if self.embed.is_cuda else torch.float32)              # as a CPU attends
 
     def _tables(self, c, rotary, D, K): # configuration; the module that makes them; size of a head; key heads
         "Cosines and sines of all positions for each kind of layer, and the order of the numbers in a head."
@@ -116,7 +118,7 @@ class Decoder:
         up = [m.gate_up_proj] if hasattr(m, 'gate_up_proj') else [m.gate_proj, m.up_proj]
         norms = [self._norm(getattr(layer, f'{k}_layernorm', None))
                  for k in ('input', 'post_attention', 'pre_feedforward', 'post_feedforward')]
-        if norms[3] is None: norms[1:3] = None, norms[1]          # its name tells where it is, not what follows
+        if norms[3] is None: norms[1:3] = None, norms[1]      # before the MLP, where nothing follows it
         heads = [self._norm(x) for x in (a.q_norm, a.k_norm)] if hasattr(a, 'q_norm') else None
         return _Block(norms[0], self._linear(*qkv), heads, self._linear(a.o_proj), norms[1], norms[2],
                       self._linear(*up), self._linear(m.down_proj), norms[3])

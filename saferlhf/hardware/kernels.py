@@ -57,8 +57,8 @@ def add_norm(
 # %% ../../nbs/hardware/07_kernels.ipynb #33bd1e24
 def _plain_norm_heads(qkv, wq, wk, keys, eps):
     *qk, v = qkv.split([qkv.shape[1] - 2 * keys, keys, keys], 1)
-    normed = [_plain_norm(x.reshape(-1, len(w)), w, eps).view_as(x) for x, w in zip(qk, (wq, wk), strict=True)]
-    return torch.cat([*normed, v], 1)
+    def normed(x, w): return _plain_norm(x.reshape(-1, len(w)), w, eps).view_as(x)
+    return torch.cat([*map(normed, qk, (wq, wk)), v], 1)
 
 @_jit
 def _norm_part(x, w, n, eps, BLOCK: tl.constexpr): # n numbers, where they are
@@ -134,7 +134,7 @@ def _plain_attend_cache(qkv, k_cache, v_cache, pos, cos, sin, scale, seen=None, 
 
 # %% ../../nbs/hardware/07_kernels.ipynb #9906ca14
 @_jit
-def _turn(x1, x2, cos, sin, m, type: tl.constexpr): # the two halves, rotated; products are rounded, then added
+def _turn(x1, x2, cos, sin, m, type: tl.constexpr): # two halves, rotated; products are rounded, then added
     c, s = tl.load(cos, m, 0.).to(tl.float32), tl.load(sin, m, 0.).to(tl.float32)
     fine: tl.constexpr = cos.dtype.element_ty
     a, b = (x1 * c).to(fine).to(tl.float32), (x2 * s).to(fine).to(tl.float32)

@@ -63,7 +63,7 @@ def capped_attention(
     s = cap * ((q @ k.mT).float() * (scale / cap)).tanh()
     return s.masked_fill(~mask, float('-inf')).softmax(-1).to(v.dtype) @ v
 
-def _capped(q, k, v, scale, cap): # (B, h, L, D), (B, kv, L, D) twice: as many sequences at a time as 1 GB holds
+def _capped(q, k, v, scale, cap): # (B, h, L, D), (B, kv, L, D) twice: as many at a time as 1 GB holds
     h, L = q.shape[1:3]
     earlier = torch.ones(L, L, dtype=torch.bool, device=q.device).tril()
     k, v = (x.repeat_interleave(h // x.shape[1], 1) for x in (k, v))
@@ -80,7 +80,8 @@ def attend(
     if q.is_cuda and dtype != torch.float32 and not cap:
         return torch.ops.aten._flash_attention_forward(q, k, v, lay.bounds, lay.bounds, L, L, 0., True, False,
                                                        scale=scale)[0]
-    if dtype == torch.bfloat16 and not q.is_cuda: q, k, v = q.float(), k.float(), v.float() # slower in 16 bits
+    if dtype == torch.bfloat16 and not q.is_cuda:                             # a CPU is slower in 16 bits
+        q, k, v = q.float(), k.float(), v.float()
     full = len(q) == B * L                                                    # all sequences are equally long
     def pad(x): # (N, h, D) -> (B, h, L, D)
         if not full: x = x.new_zeros(B * L, *x.shape[1:]).index_copy(0, lay.slot, x)
