@@ -178,7 +178,8 @@ class Sampler:
     )->Rollout:        # B * samples rows
         "Sample until every row has ended."
         if not hasattr(self.model, 'dense_weights'): return self._generate(self.model, batch, samples, first)
-        if not self._sharded() or why_not(self.model.model):
+        tokens = batch['input_ids'].shape[1] + self.max_new_tokens
+        if not self._sharded() or why_not(self.model.model, tokens):
             with self.model.dense_weights() as model: return self._generate(model, batch, samples, first)
         out = self._generate(self.model.model, batch, samples, first)    # gathered layer by layer into a copy
         if not self.keep: self._free()
@@ -193,7 +194,7 @@ class Sampler:
         number = torch.arange(first, first + samples, device=ids.device).repeat(len(ids) // samples)
         u = uniforms(self.seed, keys[:, None], number[:, None], torch.arange(T + 1, device=ids.device))
         self._check(model, batch, ids.shape[1] + T)
-        if why := why_not(model): warnings.warn(f'sampling the slower way: {why}', stacklevel=3)
+        if why := why_not(model, ids.shape[1] + T): warnings.warn(f'sampling the slower way: {why}', stacklevel=3)
         way = self._fast if not why else self._plain if packs(model) else self._whole
         answers = way(model, ids, mask, u)
         lengths = answers.lengths.cpu()

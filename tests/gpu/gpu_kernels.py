@@ -1,8 +1,8 @@
 "Every kernel against its plain form: on a GPU as it is, on a CPU with TRITON_INTERPRET=1. Prints the largest error of each."
 import torch
 from saferlhf.hardware.kernels import (_on_gpu, _pieces_choose, _plain_add_norm, _plain_attend_cache, _plain_gate,
-                                       _plain_rotate_append, add_norm, attend_cache, choose, gate, plain_choose,
-                                       rotate_append)
+                                       _plain_norm_heads, _plain_rotate_append, add_norm, attend_cache, choose, gate,
+                                       norm_heads, plain_choose, rotate_append)
 
 device = 'cuda' if torch.cuda.is_available() else 'cpu'
 types = (torch.float32, torch.bfloat16) if device == 'cuda' else (torch.float32,)
@@ -27,8 +27,19 @@ def check(name, cases):
 def norms(dtype):
     for n, d in ((1, 7), (5, 192), (3, 2048)):
         x, h, w = (torch.randn(*s, device=device, dtype=dtype) for s in ((n, d), (n, d), (d,)))
-        yield error(add_norm(x, h, w, 1e-6), _plain_add_norm(x, h, w, 1e-6))
-        yield error(add_norm(x, None, w, 1e-6), _plain_add_norm(x, None, w, 1e-6))
+        for weight in (w, w.float(), None):                                      # one in 32 bits rounds once, as Gemma does
+            yield error(add_norm(x, h, weight, 1e-6), _plain_add_norm(x, h, weight, 1e-6))
+            yield error(add_norm(x, None, weight, 1e-6), _plain_add_norm(x, None, weight, 1e-6))
+
+
+def heads(dtype):
+    for H, K, D in ((4, 2, 32), (3, 1, 96), (16, 16, 128)):
+        for nq, nk in ((D, D), (H * D, K * D)):                                  # each head alone, all together
+            qkv, wq, wk = (torch.randn(*s, device=device, dtype=dtype) for s in ((5, (H + 2 * K) * D), (nq,), (nk,)))
+            for w in ((wq, wk), (wq.float(), wk.float())):
+                got, want = norm_heads(qkv.clone(), *w, K * D, 1e-6), _plain_norm_heads(qkv, *w, K * D, 1e-6)
+                assert torch.equal(got[:, -K * D:], qkv[:, -K * D:])
+                yield error([got], [want])
 
 
 def gates(dtype):
@@ -39,30 +50,33 @@ def gates(dtype):
 
 
 def attention(dtype):
-    for H, K, D, L in ((4, 2, 32, 70), (8, 1, 64, 300), (6, 6, 32, 9), (32, 4, 64, 512), (8, 8, 128, 140), (2, 1, 256, 77)):
+    for H, K, D, L in ((4, 2, 32, 70), (8, 1, 64, 300), (6, 6, 32, 9), (32, 4, 64, 512), (8, 8, 128, 140), (2, 1, 256, 77),
+                       (4, 4, 96, 150), (6, 2, 80, 70)):
         N = 5
         qkv, ks, vs = (torch.randn(*s, device=device, dtype=dtype) for s in ((N, (H + 2 * K) * D), (N + 2, K, L, D), (N + 2, K, L, D)))
         pos = torch.tensor([0, 1, L // 2, L - 2, L - 1], device=device)          # an empty cache, and one with a single slot left
         angle = torch.randn(N, D // 2, device=device).repeat(1, 2)
-        cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+        turn = torch.float32 if D == 96 else dtype                               # OLMo's tables stay in 32 bits
+        cos, sin, cap = angle.cos().to(turn), angle.sin().to(turn), 2. if K == 1 else 0.
         caches = [(ks.clone(), vs.clone()) for _ in range(2)]
         for k, v in caches[:1]:                                                  # what lies beyond the used part must not matter
             for b in range(N): k[b, :, pos[b] + 1:], v[b, :, pos[b] + 1:] = float('nan'), float('nan')
-        got = attend_cache(qkv, *caches[0], pos, cos, sin, D ** -.5)
-        want = _plain_attend_cache(qkv, *caches[1], pos, cos, sin, D ** -.5)
+        got = attend_cache(qkv, *caches[0], pos, cos, sin, D ** -.5, cap=cap)
+        want = _plain_attend_cache(qkv, *caches[1], pos, cos, sin, D ** -.5, cap=cap)
         used = torch.arange(L, device=device) <= pos[:, None]
         yield error([got, *(x[:N].transpose(1, 2)[used] for x in caches[0])], [want, *(x[:N].transpose(1, 2)[used] for x in caches[1])])
 
 
 def prompts(dtype):
-    for H, K, D, L in ((4, 2, 32, 20), (32, 4, 64, 50), (3, 1, 128, 20)):
+    for H, K, D, L in ((4, 2, 32, 20), (32, 4, 64, 50), (3, 1, 128, 20), (3, 3, 96, 20)):
         N, slots = 17, 6
         sizes = (N, (H + 2 * K) * D), (slots, K, L, D), (slots, K, L, D)
         qkv, ks, vs = (torch.randn(*s, device=device, dtype=dtype) for s in sizes)
         angle = torch.randn(N, D // 2, device=device).repeat(1, 2)
         place = torch.randperm(slots * 12, device=device)[:N]                    # slots and positions without order
         caches = [(ks.clone(), vs.clone()) for _ in range(2)]
-        got, want = (f(qkv.clone(), angle.cos().to(dtype), angle.sin().to(dtype), place // 12, place % 12, *c)
+        turn = torch.float32 if D == 96 else dtype
+        got, want = (f(qkv.clone(), angle.cos().to(turn), angle.sin().to(turn), place // 12, place % 12, *c)
                      for f, c in zip((rotate_append, _plain_rotate_append), caches, strict=True))
         yield error([*got, *caches[0]], [*want, *caches[1]])
 
@@ -85,5 +99,5 @@ def tokens(dtype):
 
 
 assert _on_gpu(torch.zeros(1, device=device)), 'no GPU and no interpreter: nothing would be compared'
-for name, cases in dict(add_norm=norms, gate=gates, attend_cache=attention, rotate_append=prompts, choose=tokens).items():
+for name, cases in dict(add_norm=norms, norm_heads=heads, gate=gates, attend_cache=attention, rotate_append=prompts, choose=tokens).items():
     check(name, cases)

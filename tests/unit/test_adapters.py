@@ -25,6 +25,7 @@ from saferlhf.rollout import Sampler
 
 IDS = torch.tensor([[5, 9, 2, 7, 4, 33, 12]])
 MASK = torch.ones_like(IDS)
+ARCHS = 'llama', 'gpt2', 'gemma', 'qwen3', 'phi3', 'gemma2'
 OPTIM = Optim(lr=.05, warmup=0., schedule='constant')
 
 
@@ -42,12 +43,12 @@ def trained(engine, steps=3): # of a language model or a score model
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp('adapters')
-    for arch in ('llama', 'gpt2', 'gemma', 'qwen3'): lm(arch).save_pretrained(path/arch)
+    for arch in ARCHS: lm(arch).save_pretrained(path/arch)
     return path
 
 
 # --- the numbers and files of peft
-@pytest.mark.parametrize('arch', ['llama', 'gpt2', 'gemma', 'qwen3'])
+@pytest.mark.parametrize('arch', ARCHS)
 def test_roles_of_one_body(folder, tmp_path, arch):
     bodies, whole = {}, load_lm(folder/arch)
     z = logits(whole)
@@ -79,6 +80,7 @@ def test_roles_of_one_body(folder, tmp_path, arch):
     x, y = (Sampler(m, 1, 8, seed=3).generate(batch) for m in (a, one))
     assert torch.equal(x.responses, y.responses)
     close(x.logp, y.logp)
+    with torch.no_grad(): close(x.logp, token_logps(actor, x.ids, x.attention_mask, x.mask.shape[1]) * x.mask, 2e-5)
 
 
 def test_an_adapter_of_peft_is_read(folder, tmp_path): # made by somebody else, without configuration and tokenizer of the model

@@ -187,7 +187,7 @@ def same(a, b, tol=2e-5):
     close(a.logp, b.logp, tol); close(a.policy_logp, b.policy_logp, tol)
 
 
-@pytest.mark.parametrize('arch', ('llama', 'mistral', 'qwen2', 'gemma'))
+@pytest.mark.parametrize('arch', ('llama', 'qwen2', 'qwen3', 'gemma', 'gemma2', 'gemma3_text', 'olmo2', 'phi3'))
 @pytest.mark.parametrize('slots', (None, 1, 4, 7))
 def test_slots_change_nothing(arch, slots): # lengths from 1 to all, and a vocabulary that is a multiple of nothing
     batch, how = prompt_rows(9, V), dict(temperature=1.2, seed=5)
