@@ -218,7 +218,7 @@ def test_folders_that_are_no_model_of_text(read, tmp_path):
                                                    auto_map=dict(AutoModelForCausalLM='m.Own')),
                         'weird': dict(auto_map={}, model_type='weird'),
                         'an encoder and a decoder': dict(model_type='t5', is_encoder_decoder=True)}.items(): refused(why, **config)
-    (tmp_path/'adapter_config.json').write_text('{}'); refused('is an adapter')
+    (tmp_path/'adapter_config.json').write_text('{}'); refused('its adapter cannot be read')
     with pytest.raises(ValueError, match='there is no folder .*nowhere'): read(tmp_path/'nowhere')
 
 
