@@ -113,7 +113,7 @@ def test_chat_and_judge_pass_on_what_they_were_told(monkeypatch, capsys):
     assert commands.main(['chat', 'p', '--beside', 's', '--json', '--temperature', '.7']) == 0
     base = ['judge', 'a', 'b', '--prompts', 'x.jsonl', '--by', 'runs/cost/c', 'my.rule']
     assert commands.main([*base, '--rows', '9', '--labels', 'unsafe=1', 'a=b=-1', '--yes']) == commands.main(base) == 0
-    assert seen[0] == ('p', 's', None, None, '', True, dict(temperature=.7))
+    assert seen[0] == ('p', 's', None, None, '', True, dict(temperature=.7), {})
     assert seen[1] == ('a', 'b', 'x.jsonl', ['runs/cost/c', 'my.rule'], dict(rows=9), dict(yes=True, labels={'unsafe': 1, 'a=b': -1}), '')
     assert seen[2][4:] == ({}, {}, '')
     assert 'WORD=1' in told([*base, '--labels', 'unsafe'], capsys)
@@ -155,7 +155,7 @@ def test_each_command_names_the_next_one(home, monkeypatch, capsys):
     cost = finished('cost', dict(base=sft.folder)); finished('cost', dict(base=start.folder))      # of another start
     both = f'--policy {here} --reward {short(reward)} --cost {short(cost)} --prompts prompts.jsonl'
     assert after('cost', cost, data='x') == [f'limit {both}', f'align {both} --limit 0'] == after('reward', reward, data='x')
-    limit = finished('limit', dict(policy=sft.folder), choices={'paper': -.6, 'half': -.437, 'safest': -.5}, relative=False)
+    limit = finished('limit', dict(policy=sft.folder), choices={'paper': -.6, 'half': -.437, 'safest': -.5}, relative=False, cost=[.2], samples=8)
     given = dict(policy='p', reward='', cost='c', prompts='x')
     assert after('limit', limit, **given) == ['align --policy p --reward REWARD --cost c --prompts x --limit -0.44']
     policy = finished('policy', dict(sft=sft.folder))
