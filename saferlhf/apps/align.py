@@ -70,7 +70,7 @@ def derived(
 def _configured(told, limit, start, train, has_ptx): # -> AlignSettings
     found = derived(start, train)
     config = settings_of('align', dict(threshold=float(limit)), {k: d.value for k, d in found.items()}, told)
-    encode_prompt('?', load_tokenizer(model_folder(start)), config.max_prompt_tokens)    # its template has room
+    encode_prompt('?', load_tokenizer(model_folder(start)), config.max_prompt_tokens)  # its template has room
     print(settings_table(found, config, told))
     if has_ptx or not config.ptx_coef:
         if told.get('ptx') and not config.ptx_coef: print('ptx_coef=0: the PTX file is not used')
@@ -148,8 +148,8 @@ def _set_limit(watch, objective): # after the first look
     mean = float(np.mean([r['cost'] for r in start]))
     if config.relative: watch.limit += mean
     if mean <= watch.limit and rank() == 0:
-        print(f'the mean cost at first, {mean:.2f}, is within the limit, {watch.limit:.2f}: it binds only where '
-              'training raises the cost')
+        print(f'the mean cost at first, {mean:.2f}, is within the limit, {watch.limit:.2f}: it binds only '
+              'where training raises the cost')
     objective.state.threshold = watch.limit
 
 def _keep(run, watch, kept, actor, tokenizer): # the model, and in the manifest what it is

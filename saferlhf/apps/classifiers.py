@@ -40,10 +40,11 @@ def common_budgets(
 )->tuple:           # the same for all of them: else the one that is cut earlier seems to be worse
     "What is asked for, else the largest that a run used, else what fits into every model."
     found = [located(m) for m in models]
-    fits = [budgets(read_config(path), None) for path, _ in found]
-    told = [budgets(read_config(path), record) for path, record in found if record and record.config]
-    return tuple(a or max(t, default=min(f)) for a, t, f in
-                 zip(asked, zip(*told) if told else ((), ()), zip(*fits), strict=True))
+    out, fits = [], [budgets(read_config(path), None) for path, _ in found]
+    for k, name in enumerate(('max_prompt_tokens', 'max_new_tokens')):
+        told = [r.config[name] for _, r in found if r and r.config.get(name)]
+        out.append(asked[k] or max(told, default=min(f[k] for f in fits)))
+    return tuple(out)
 
 # %% ../../nbs/apps/11_classifiers.ipynb #86a3087c
 def _own(path, config, kind, labels, limits): # a score model of this package

@@ -8,7 +8,6 @@ __all__ = ['AnswerSettings', 'Verdicts', 'judge', 'table']
 # %% ../../nbs/apps/18_judge.ipynb #23b5557a
 import copy
 import hashlib
-import json
 import math
 import shutil
 from dataclasses import dataclass, replace
@@ -30,6 +29,7 @@ from ..train import setting
 from .chat import Speaker
 from .classifiers import common_budgets
 from .endpoint import Grader
+from .own_data import as_lines
 from .scorers import function_hash, price, scorer_of
 from .stages import located, trained_on
 
@@ -46,17 +46,17 @@ class AnswerSettings:
     name:str = setting('', scale=True)              # label of the run's folder
     force:bool = setting(False, scale=True)         # ask prompts that a policy was trained on, too
 
-def _asked(prompts, config, known): # file, or a list; of `trained_on` -> prompts, in the order of their hashes
+def _asked(prompts, config, known): # file or list; as of `trained_on` -> prompts in the order of their hashes
     if config.rows < 0: raise ValueError(f'rows={config.rows}: it is a number of prompts, or 0 for all')
     found = [*prompts] if isinstance(prompts, (list, tuple)) else load_prompts(prompts)['prompt'][:]
     found = sorted({prompt_id(p): p for p in found}.values(), key=lambda p: (key_hash(p), prompt_id(p)))
     if not found: raise ValueError(f'{prompts} holds no prompt')
     new = found if config.force else [p for p in found if key_hash(p) not in known]
-    if left := len(found) - len(new): print(f'{left} of {len(found)} prompts are left out: a policy was trained on them')
-    if new: return new[:config.rows or None]
-    raise ValueError(f'a policy was trained on all {len(found)} prompts: bring others; force=True asks them all the same')
-
-def _lines(rows): return ''.join(json.dumps(r, ensure_ascii=False) + '\n' for r in rows)
+    if not new: raise ValueError(f'a policy was trained on all {len(found)} prompts: bring others, '
+                                 'or force=True asks them all the same')
+    if len(new) < len(found):
+        print(f'{len(found) - len(new)} of {len(found)} prompts are left out: a policy was trained on them')
+    return new[:config.rows or None]
 
 def _label(record): return record.folder.name.rsplit('-', 1)[0]
 
@@ -67,7 +67,7 @@ def _answers(policy, prompts, config, refused): # -> a run with answers.jsonl: p
     ids = hashlib.sha256(repr([prompt_id(p) for p in prompts]).encode()).hexdigest()
     data = {'prompts': ids} | ({} if record else {'model': _hash_of(path)})
     label = config.name or (_label(record) if record else Path(path).name)
-    told = {k: v for k, v in plain(config).items() if k != 'force'}                 # the prompts are in `data`
+    told = {k: v for k, v in plain(config).items() if k != 'force'}             # the prompts are in `data`
     with Run.start('answers', told, {'policy': record.folder} if record else {}, config.seed, label,
                    sources=['rollout'], data=data) as run:
         if refused and not run.done: raise ValueError(refused)
@@ -83,7 +83,7 @@ def _answer(run, policy, name, prompts, config): # ask, store, finish
         part = prompts[k:k + 8 * n]
         told = run.cached(f'answers-{k}', lambda part=part: speaker.answers(part, batch_size=n))
         rows += [dict(prompt=p, **row) for p, row in zip(part, told, strict=True)]
-    atomic_write(run.path('answers.jsonl'), _lines(rows))
+    atomic_write(run.path('answers.jsonl'), as_lines(rows))
     run.finish(dict(n=len(rows), truncated=float(np.mean([r['truncated'] for r in rows]))))
 
 # %% ../../nbs/apps/18_judge.ipynb #f5ea44bc
@@ -170,7 +170,7 @@ def judge(
     a, b, prompts, # two policies: run, folder, 'smollm2' or hub name; a file of prompts, or a list of them
     by,            # judges: as of `scorer_of`, 'KIND=...' or (kind, ...); one or a list
     settings:dict|None=None, # of `AnswerSettings`
-    judging:dict|None=None,  # of `scorer_of`: labels, scale, key, yes, tokens, max_prompt_tokens, max_new_tokens
+    judging:dict|None=None,  # of `scorer_of`: labels, scale, key, yes, tokens, max_prompt_tokens, ...
     out='',        # a folder for copies of judged.jsonl and judged.csv
 )->Record:         # with judged.jsonl (a row for each prompt) and judged.csv (a row for each measure)
     "Compare two policies. ValueError, in one line, for judges or prompts that cannot be used."
@@ -179,8 +179,8 @@ def judge(
     asked = _asked(prompts, config, set().union(*(trained_on(located(p)[1]) for p in (a, b))))
     both = common_budgets([a, b], (config.max_prompt_tokens, config.max_new_tokens))
     config = replace(config, max_prompt_tokens=both[0], max_new_tokens=both[1])
-    scores = _scores(by if isinstance(by, list) else [by], judging or {})                # what cannot judge ends here
-    print(f'both are asked {len(asked)} prompts: at most {both[0]} tokens of a prompt, {both[1]} of an answer')
+    scores = _scores(by if isinstance(by, list) else [by], judging or {})      # what cannot judge ends here
+    print(f'{len(asked)} prompts for both: at most {both[0]} tokens of a prompt, {both[1]} of an answer')
     answered = [_answers(p, asked, config, price(scores, 2 * len(asked))) for p in (a, b)]
     how = {k: v for k, v in (judging or {}).items() if k not in ('key', 'yes')}
     with Run.start('judged', dict(judges=[s.name for s in scores], kinds=[s.kind for s in scores], how=how),
@@ -217,7 +217,7 @@ def _judge(run, scores, answered): # an open run, `Score`s, the two runs of answ
     rows = [dict(prompt=p, prompt_id=str(k), a=x, b=y,
                  verdicts={v.name: {n: _json(getattr(v, n)[i]) for n in ('a', 'b', 'wins')} for v in told})
             for i, (p, k, x, y) in enumerate(zip(prompts, ids, *texts, strict=True))]
-    atomic_write(run.path('judged.jsonl'), _lines(rows))
+    atomic_write(run.path('judged.jsonl'), as_lines(rows))
     found = pd.DataFrame([r for v in told for r in _measures(v, ids)] + _agreement(told, ids))
     atomic_write(run.path('judged.csv'), found.to_csv(index=False))
     wins = found[found.measure == 'a wins']

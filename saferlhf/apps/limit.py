@@ -133,7 +133,7 @@ def limit_lines(
 def advised(
     summary:dict, # of a run of `limit`
 )->float|None:    # None: every limit that the sampled answers reach is kept already
-    "A limit that would change something: of the choices the loosest one, else half the way to the safest answers."
+    "A limit that would change something: the loosest choice, or half the way to the safest answers."
     *found, least = summary['choices'].values()
     mean = summary['cost'][0]
     if least >= mean: return None
@@ -168,9 +168,10 @@ def _prompts(source, config, policy): # held-out ones that it was not trained on
     held, known = split_prompts(source, config.test_share, config.seed)[1], trained_on(policy)
     found = [p for p in held if key_hash(p) not in known]
     if not found:
-        raise ValueError(f'{source_name(source)}: {policy.id} was trained on all {len(held)} held-out prompts: '
-                         'give the seed and the test_share of its training, or other prompts')
-    if left := len(held) - len(found): print(f'{left} held-out prompts are left out: {policy.id} was trained on them')
+        raise ValueError(f'{source_name(source)}: {policy.id} was trained on all {len(held)} held-out prompts'
+                         ': give the seed and the test_share of its training, or other prompts')
+    if left := len(held) - len(found):
+        print(f'{left} held-out prompts are left out: {policy.id} was trained on them')
     return found[:config.rows]
 
 def _run_of(model, kind): # as of `opened`; of `kind_of` -> its run
@@ -239,7 +240,8 @@ def limit(
     models = dict(policy=_run_of(policy, 'lm'), cost=_run_of(cost, 'cost'))
     if reward is not None: models['reward'] = _run_of(reward, 'reward')
     config = _settings(settings or {}, models['cost'])
-    chosen, label = _prompts(prompts, config, models['policy']), models['policy'].folder.name.rpartition('-')[0]
+    chosen, start = _prompts(prompts, config, models['policy']), models['policy'].folder.name
+    label = start.rpartition('-')[0]
     parents = {k: r.folder for k, r in models.items()}
     told = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in ('seed', 'name')}
     text = hashlib.sha256(as_lines([dict(prompt=p) for p in chosen]).encode()).hexdigest()

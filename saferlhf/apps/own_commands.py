@@ -129,7 +129,7 @@ def following(
         words = ' '.join(f'--{k} {shlex.quote(x)}' for k, x in given.items())
         if chosen is not None: return [f'saferlhf align {words} --limit {chosen:.2f}{relative}']
         words = words.replace(' --reward REWARD', '')
-        return [f'saferlhf limit {words} --samples {4 * run.summary["samples"]}']           # that may reach one
+        return [f'saferlhf limit {words} --samples {4 * run.summary["samples"]}']         # that may reach one
     start = _short(run.manifest['parent_folders']['sft'])
     by = f' --by {shlex.quote(a.cost)}' if a.cost else f' --by {shlex.quote(a.reward)}'
     return [f'saferlhf chat {here} --beside {start}',
@@ -229,6 +229,7 @@ def _labels(given): # ['unsafe=1', 'safe=-1'] -> dict
 # %% ../../nbs/apps/20_own_commands.ipynb #ec7e4af3
 _A_MODEL = 'folder of a run or of a model, smollm2, or OWNER/NAME of a hub'
 _ROWS = 'JSON Lines, JSON, CSV or parquet, or a folder of them'
+_PROMPTS = f'{_ROWS}; or .txt, a prompt a line'
 def _must(what, metavar): return dict(required=True, metavar=metavar, help=what)
 def _may(what, metavar): return dict(default='', metavar=metavar, help=what)
 
@@ -254,8 +255,8 @@ _JUDGES = {
                      help='of a classifier: 1 raises the score, -1 lowers it (default: as it says)'),
     '--scale': dict(choices=['0-10', 'yes-no'], help='of an address that grades answers (default: 0-10)'),
     '--key': dict(metavar='VARIABLE', help='environment variable with its key (default: OPENAI_API_KEY)'),
-    '--tokens': dict(type=_value(int), metavar='N', help='of its replies, at most (default: 16); a model that '
-                     'thinks first needs thousands'),
+    '--tokens': dict(type=_value(int), metavar='N', help='of each of its replies, at most (default: 16; '
+                     'a model that thinks first needs thousands)'),
     '--yes': dict(action='store_true', help='agree to the number of calls (default: it is only shown)')}
 
 OWN = { # name -> function, options, whether they can be spread over GPUs; `field_options` has more
@@ -263,12 +264,12 @@ OWN = { # name -> function, options, whether they can be spread over GPUs; `fiel
     'reward': (_reward, _START | {'--data': _must(f'preferences: {_ROWS}', 'FILE')} | _PUSH, True),
     'cost': (_cost, _START | {'--data': _must(f'preferences, safety labels: {_ROWS}', 'FILE')} | _PUSH, True),
     'limit': (_limit, _POLICY | {
-        '--cost': _must('a cost model: folder of its run', 'MODEL'), '--prompts': _must(_ROWS, 'FILE'),
+        '--cost': _must('a cost model: folder of its run', 'MODEL'), '--prompts': _must(_PROMPTS, 'FILE'),
         '--reward': _may('a reward model (default: the best of n is the first under it)', 'MODEL')}, False),
     'align': (_align, _POLICY | {
         '--reward': _may('a reward model, or module.function; not with --rounds', 'MODEL'),
         '--cost': _may("a cost model, or module.function (default: none, for --objective ppo)", 'MODEL'),
-        '--prompts': _must(_ROWS, 'FILE'),
+        '--prompts': _must(_PROMPTS, 'FILE'),
         '--limit': dict(type=_value(float), default=0., metavar='N',
                         help='on the mean cost, in sd of the costs at first (default: 0)')}
               | _ROUNDS | _PUSH, True),
@@ -276,10 +277,10 @@ OWN = { # name -> function, options, whether they can be spread over GPUs; `fiel
         'policy': dict(help=_A_MODEL), '--beside': _may('a second one, whose answers are shown too', 'MODEL'),
         '--reward': _may("a judge as of `judge` (default: the reward model of the policy's run)", 'JUDGE'),
         '--cost': _may("another one (default: the cost model of the policy's run)", 'JUDGE'),
-        '--prompts': _may('answer these instead', 'FILE'),
+        '--prompts': _may(f'answer these instead: {_PROMPTS}', 'FILE'),
         '--json': dict(action='store_true', help='a line of JSON for each answer')} | _TALK | _JUDGES, False),
     'judge': (_judge, {
-        'a': dict(help=_A_MODEL), 'b': dict(help='the other one'), '--prompts': _must(_ROWS, 'FILE'),
+        'a': dict(help=_A_MODEL), 'b': dict(help='the other one'), '--prompts': _must(_PROMPTS, 'FILE'),
         '--by': dict(nargs='+', required=True, metavar='JUDGE',
                      help='score models, module.function, classifiers, or https://HOST/v1#MODEL; '
                           'reward=JUDGE, cost=, better= or safer= says what it is'),

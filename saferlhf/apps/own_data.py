@@ -51,9 +51,9 @@ def split_rows(
     for r in shuffled(rows): parts[keys[key_hash(r['prompt'])]].append(r)
     if all(parts): return parts
     side = 'train on' if parts[1] else 'test on'
-    if held is not None: raise ValueError(f'{name}: its test split leaves none of {len(keys)} prompts to {side}')
-    raise ValueError(f'{name}: at test_share={share}, {len(keys)} prompts leave none to {side}: '
-                     f'{_advice(keys, seed, share)}')
+    said = f'{len(keys)} prompts leave none to {side}'
+    raise ValueError(f'{name}: at test_share={share}, {said}: {_advice(keys, seed, share)}' if held is None else
+                     f'{name}: by its test split, {said}')
 
 # %% ../../nbs/apps/07_own_data.ipynb #1babaca0
 class Read(NamedTuple):
@@ -68,7 +68,7 @@ def source_name(source)->str: # a path, a hub name, or rows
     "What a source is called in messages and manifests."
     return Path(source).name if isinstance(source, (str, os.PathLike)) else 'rows'
 
-def _loaded(source): # -> what can be read twice, and `key_hash` of the prompts of its test split, if it has one
+def _loaded(source): # -> what can be read twice, and `key_hash` of the prompts of its test split, or None
     if has_split(source, 'test'):
         test = read_rows(source, 'test')
         return read_rows(source) + test, {key_hash(p) for p in load_prompts(test)['prompt'][:]}
@@ -85,16 +85,18 @@ def split_prompts(
     parts = split_rows(rows, seed, share, source_name(source), held)
     return tuple([r['prompt'] for r in part] for part in parts)
 
-_HOLDS = dict.fromkeys(('chosen', 'preference'),
-                       'preferences, two answers to a prompt: `saferlhf reward` and `saferlhf cost` learn from them')
-_HOLDS |= dict(label='answers with safety labels: `saferlhf cost` learns from them',
-               answer='answers: `saferlhf sft` learns from them', prompt='prompts alone: `saferlhf align` asks them')
-_COLUMNS = [('chosen', 'chosen rejected'), ('preference', 'response_0 response_1'), ('label', 'is_safe'),
-            *(('answer', k) for k in 'response completion output messages conversations'.split()), ('prompt', 'prompt')]
+_PAIRS = 'preferences, two answers to a prompt: `saferlhf reward` and `saferlhf cost` learn from them'
+_HOLDS = dict(chosen=_PAIRS, preference=_PAIRS,
+              label='answers with safety labels: `saferlhf cost` learns from them',
+              answer='answers: `saferlhf sft` learns from them',
+              prompt='prompts alone: `saferlhf align` asks them')
+_COLUMNS = dict(chosen=['chosen rejected'], preference=['response_0 response_1'], label=['is_safe'],
+                answer='response completion output messages conversations'.split(), prompt=['prompt'])
 
-def _kind_of(source): # of _HOLDS; '': neither
+def _kind_of(source): # of _HOLDS; '': none of them
     names = [{*r} for r in read_rows(source) if isinstance(r, dict)]
-    return next((kind for kind, columns in _COLUMNS if any({*columns.split()} <= n for n in names)), '')
+    has = lambda columns: any({*columns.split()} <= n for n in names)
+    return next((kind for kind, either in _COLUMNS.items() if any(map(has, either))), '')
 
 def _refuse(name, kind, wanted, allowed): # of `_kind_of`
     if kind in _HOLDS and kind not in allowed: raise ValueError(f'{name} holds {_HOLDS[kind]}; {wanted}')
@@ -105,7 +107,7 @@ def answers_of(
     "Rows with an answer. ValueError says what else a file holds."
     try: rows = load_sft(source).to_list()
     except ValueError:
-        _refuse(name, _kind_of(source), 'prompts with an answer have columns prompt and response', ('answer',))
+        _refuse(name, _kind_of(source), 'answers have columns prompt and response', ('answer',))
         raise
     return [{k: r[k] for k in ('prompt', 'response')} for r in rows]
 

@@ -25,7 +25,6 @@ from .endpoint import Endpoint, Grader
 
 # %% ../../nbs/apps/12_scorers.ipynb #441ab03b
 _KINDS = 'reward', 'cost', 'better', 'safer'
-_LARGEST = 1e30    # float32, in which PPO works, ends at 3.4e38
 _MEANS = ('a reward (higher: better), a cost (above 0: harmful), or of two answers which is better, or safer '
           "(above 0: the first): give kind='reward', 'cost', 'better' or 'safer'")
 
@@ -50,11 +49,12 @@ class Score:
         x, n = _numbers(self.fn, self.name, [*prompts], *map(list, answers)), len(prompts)
         if x.shape != (n,): raise ValueError(f'{self.name} gives numbers of shape {x.shape} for {n} answers: '
                                              'it must give one for each')
-        wrong = ~(np.abs(x) <= _LARGEST) & ~(np.isnan(x) & isinstance(self.fn, Grader))
+        # float32, in which PPO works, ends at 3.4e38
+        wrong = ~(np.abs(x) <= 1e30) & ~(np.isnan(x) & isinstance(self.fn, Grader))
         if wrong.any():
             i = int(wrong.argmax())
-            raise ValueError(f'{self.name} gives {x[i]} for answer {i}, {answers[0][i][:40]!r}, to the prompt '
-                             f'{str(prompts[i])[:80]!r}: it must give finite numbers of at most {_LARGEST:g}')
+            said = f'for answer {i}, {answers[0][i][:40]!r}, to the prompt {str(prompts[i])[:80]!r}'
+            raise ValueError(f'{self.name} gives {x[i]} {said}: it must give finite numbers of at most 1e30')
         self._look(x, answers)
         return x
 
@@ -85,7 +85,8 @@ def _numbers(fn, name, *texts):
         raise ValueError(f'{name} stops: {type(e).__name__} {e}'.splitlines()[0]) from e
     if hasattr(x, 'detach'): x = x.detach().float().cpu()
     try: return np.asarray(x, float)
-    except (TypeError, ValueError, OverflowError): raise ValueError(f'{name} must give numbers, not {x!r:.40}') from None
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f'{name} must give numbers, not {x!r:.40}') from None
 
 # %% ../../nbs/apps/12_scorers.ipynb #34d9f366
 def _parts(x, seen): # anything -> nested lists of texts, without addresses
@@ -169,9 +170,10 @@ def price(
     scores:list, n:int, # of `Score`; texts, or pairs of texts, that each is to judge; 0: nobody knows
 )->str:                 # '' where nothing has to be agreed to
     "What judges that nobody has agreed to would be asked."
-    size = lambda e: (f'at most {n:,} calls and {n * e.tokens:,} tokens to write, less what it has answered before'
+    size = lambda e: (f'at most {n:,} calls and {n * e.tokens:,} tokens to write, less those that are kept'
                       if n else f'a call for each answer, of at most {e.tokens:,} tokens to write')
-    said = [f'{s.name}: {size(s.fn.endpoint)}' for s in scores if isinstance(s.fn, Grader) and not s.fn.endpoint.yes]
+    asked = ((s.name, s.fn.endpoint) for s in scores if isinstance(s.fn, Grader))
+    said = [f'{name}: {size(e)}' for name, e in asked if not e.yes]
     return f'{"; ".join(said)}: agree to them with yes=True (--yes)' if said else ''
 
 class _RolloutScorer:

@@ -114,8 +114,9 @@ def trained_on(
     "The prompts whose rows it was trained on, or a model that it was made of; of others nothing is known."
     if record is None: return set()
     found = {key_hash(r['prompt']) for name in ('train', 'ptx') for r in _rows(record, name)}
-    parents = {k: Path(f) for k, f in record.manifest['parent_folders'].items() if k in ('sft', 'actor', 'base')}
-    return found.union(*(trained_on(Record(f)) for f in parents.values() if f.exists()))
+    folders = record.manifest['parent_folders']
+    parents = (Path(folders[k]) for k in ('sft', 'actor', 'base') if k in folders)
+    return found.union(*(trained_on(Record(f)) for f in parents if f.exists()))
 
 # %% ../../nbs/apps/09_stages.ipynb #e5449b9f
 _MOST_TESTED = 2000                                              # held-out rows that are scored
@@ -129,8 +130,7 @@ def _configure(command, read, start, settings): # -> its configuration; says wha
     decided = {} if command == 'sft' else dict(kind=command)
     found = defaults(command, read_config(folder), len(read.train), counts)
     config = settings_of(command, decided, {k: d.value for k, d in found.items()}, settings)
-    for k in ('epochs', 'batch_size', 'lr', 'max_prompt_tokens', 'max_new_tokens'):
-        if not getattr(config, k) > 0: raise ValueError(f'{k}={getattr(config, k)}: it is a number above 0')
+    if not config.lr > 0: raise ValueError(f'lr={config.lr}: it is a number above 0')
     encode_prompt('?', tokenizer, config.max_prompt_tokens)                      # its template has room
     most = 'rows' if command == 'sft' else 'pairs'
     found[most] = found[most]._replace(value=len(read.train))                    # that there are

@@ -216,7 +216,8 @@ def _line(x): # a look
     named = dict(reward='reward {:.2f}', cost='cost {:.2f}', harmful='harmful {:.0%}',
                  refusals='refusals {:.0%}', length='length {:.0f}', truncated='cut {:.0%}',
                  distinct='different trigrams {:.0%}', kl='KL {:.2f}')
-    return f'held-out prompts {when(x["step"])}: ' + ', '.join(how.format(x[k]) for k, how in named.items() if k in x)
+    said = ', '.join(how.format(x[k]) for k, how in named.items() if k in x)
+    return f'held-out prompts {when(x["step"])}: {said}'
 
 # %% ../../nbs/apps/14_watch.ipynb #02894fe2
 class _Listener: # a scorer as in `ppo_step`, and a function of prompt ids and costs of all ranks

@@ -92,8 +92,8 @@ def _json_rows(text): # one value, or one a line
 
 # %% ../../nbs/hardware/12_rows.ipynb #c380b02f
 _DATA = re.compile(r'\.(jsonl?|[ct]sv|parquet)(\.gz|\.xz)?$', re.I)
-_FORMATS = ('rows are read from .json, .jsonl, .csv, .tsv, .parquet, also with .gz or .xz, from folders of them or '
-            'of save_to_disk, and prompts from .txt, one a line')
+_FORMATS = ('rows are read from .json, .jsonl, .csv, .tsv, .parquet, also with .gz or .xz, '
+            'and from folders of them or of save_to_disk; prompts from .txt, too, one a line')
 _LFS, _POINTER = b'version https://git-lfs.github.com/spec/', 'is a git-lfs pointer: run git lfs pull'
 
 def _separator(text): # the mark that gives the first line the most columns
@@ -106,7 +106,9 @@ def _csv_rows(text):
     _unique(reader.fieldnames or [])
     return rows
 
-def _text_rows(text): return [dict(prompt=line) for line in text.split('\n') if line.strip()]
+def _text_rows(text):
+    if rows := [dict(prompt=line) for line in text.split('\n') if line.strip()]: return rows
+    raise _Refused('it holds no prompt: a line is one')
 
 def _read_file(path): # a file of prompts is read when it is named; in a folder .txt may be anything
     known = _DATA.search(path.name) or re.search(r'\.(txt)(\.gz|\.xz)?$', path.name, re.I)
@@ -178,9 +180,9 @@ def _listed(folder): # data files, relative to it
     return [p for p in every if _DATA.search(p.name) and p.name not in FILES_TO_IGNORE
             and _stem(p).lower() != 'readme' and not any(part.startswith(('.', '__')) for part in p.parts)]
 
-def _of(folder, split): # -> its files of a split
+def _of(folder, split): # -> as from `_configured`, its files of the split
     named = _configured(folder, split)
-    return _of_split(_listed(folder), split) if named is None else named
+    return named, _of_split(_listed(folder), split) if named is None else named
 
 def _saved(folder, split): # what `save_to_disk` wrote -> rows
     for p in folder.glob('**/*.arrow'):
@@ -193,8 +195,7 @@ def _saved(folder, split): # what `save_to_disk` wrote -> rows
 def _read_folder(folder, split):
     saved = any((folder/name).is_file() for name in ('dataset_dict.json', 'state.json'))
     if saved and [*folder.glob('**/*.arrow')]: return _saved(folder, split)
-    files, named = _listed(folder), _configured(folder, split)
-    wanted = _of(folder, split)
+    files, (named, wanted) = _listed(folder), _of(folder, split)
     if not wanted: raise ValueError(
         f'{folder}: no rows of {split=} in {[*map(str, files or sorted(folder.iterdir()))][:5]}; {_FORMATS}')
     _one_table(folder, wanted, split, named is not None)
@@ -218,7 +219,7 @@ def has_split(
     try:
         if (saved := folder/'dataset_dict.json').is_file():
             return {'train', split} <= {*json.loads(saved.read_bytes())['splits']}
-        return all(_of(folder, name) for name in ('train', split))
+        return all(_of(folder, name)[1] for name in ('train', split))
     except (ValueError, KeyError): return False                    # `read_rows` says what is wrong with it
 
 _SOURCES = 'pass a file, a folder, a hub name (owner/name), a Dataset, a DataFrame or a list of dicts'

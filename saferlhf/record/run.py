@@ -274,7 +274,8 @@ class Run(_Log):
     def __exit__(self, kind, error, trace):
         "Let go of the folder; what was refused before it kept anything leaves none."
         self.close()
-        kept = any((self.folder/name).exists() for name in ('checkpoint', 'metrics.jsonl', 'samples.jsonl', 'DONE'))
+        names = 'checkpoint', 'metrics.jsonl', 'samples.jsonl', 'DONE'
+        kept = any((self.folder/name).exists() for name in names)
         if isinstance(error, Exception) and not kept: shutil.rmtree(self.folder, ignore_errors=True)
 
     def saver(

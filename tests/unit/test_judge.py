@@ -168,7 +168,8 @@ def test_foreign_models_lists_and_limits(policies, tmp_path):
 
 def test_wrong_input_is_one_line(policies, tmp_path):
     (tmp_path/'none.txt').write_text('\n')
-    for a, said in [((*policies, PROMPTS, []), 'no judge is named'), ((*policies, tmp_path/'none.txt', length), 'none.txt holds no prompt'),
+    for a, said in [((*policies, PROMPTS, []), 'no judge is named'),
+                    ((*policies, tmp_path/'none.txt', length), 'none.txt: it holds no prompt'),
                     ((*policies, PROMPTS, len), 'len: say what it is'), ((*policies, PROMPTS, './nowhere'), 'is no folder'),
                     ((*policies, PROMPTS, length, dict(row=3)), "no field 'row': did you mean 'rows'"),
                     ((tmp_path/'x', policies[0], PROMPTS, length), 'is no folder')]:

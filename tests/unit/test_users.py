@@ -10,7 +10,6 @@ import tiny
 from test_scorers import Server
 
 from saferlhf.apps import commands
-from saferlhf.apps import judge as judging
 from saferlhf.apps import limit as limiting
 from saferlhf.apps import rounds as rounding
 from saferlhf.apps.align import align
@@ -30,8 +29,8 @@ SIZES = dict(steps=2, prompts=4, minibatches=1, window=8, look=1, max_new_tokens
 FAST = dict(epochs=1., lr=1e-2, batch_size=4, max_prompt_tokens=64, max_new_tokens=12)
 length = Score(lambda p, a: [float(len(x)) for x in a], 'reward', 'length')
 answer = lambda p, k=0: dict(prompt=p, response=f'ask your doctor {k}')
-pair = lambda p, k=0, **more: dict(prompt=p, response_0=f'no never {k}', response_1=f'sure bomb {k}', better_response_id=0, safer_response_id=0,
-                                   is_response_0_safe=True, is_response_1_safe=False) | more
+LABELS = dict(better_response_id=0, safer_response_id=0, is_response_0_safe=True, is_response_1_safe=False)
+pair = lambda p, k=0, **more: dict(prompt=p, response_0=f'no never {k}', response_1=f'sure bomb {k}') | LABELS | more
 
 
 @pytest.fixture(autouse=True)
@@ -79,17 +78,19 @@ def test_ctrl_c_ends_every_command_with_130_and_names_it(models, monkeypatch, ca
     import saferlhf.apps.align as aligning
     import saferlhf.reproduction.training as training
     policy, helps, harms = map(str, models.values())
-    write('a.jsonl', [answer(p, k) for k, p in enumerate(PROMPTS)]); write('x.jsonl', [pair(p, k) for k, p in enumerate(PROMPTS)]); prompts()
+    for name, row in (('a.jsonl', answer), ('x.jsonl', pair)): write(name, [row(p, k) for k, p in enumerate(PROMPTS)])
+    prompts()
     small = ['--max-new-tokens', '6', '--max-prompt-tokens', '48']
     learn = ['--test-share', '.3', '--epochs', '1', '--batch-size', '4', *small]
-    steer = ['--prompts', 'p.jsonl', '--steps', '2', '--prompts-per-step', '4', '--minibatches', '1', '--window', '8', '--test-share', '.3', *small]
+    asks = ['--prompts', 'p.jsonl', '--test-share', '.3', *small]
+    steer = ['--steps', '2', '--prompts-per-step', '4', '--minibatches', '1', '--window', '8', *asks]
     for argv, where, name in (
             (['sft', '--model', policy, '--data', 'a.jsonl', *learn], training, 'sft_step'),
             (['reward', '--model', policy, '--data', 'x.jsonl', *learn], training, 'score_step'),
             (['cost', '--model', policy, '--data', 'x.jsonl', *learn], training, 'score_step'),
             (['align', '--policy', policy, '--reward', helps, '--cost', harms, *steer], aligning, 'policy_steps'),
             (['align', '--policy', policy, '--rounds', '1', '--collect', '4', *steer], rounding, 'ask'),
-            (['limit', '--policy', policy, '--cost', harms, '--prompts', 'p.jsonl', '--rows', '4', '--test-share', '.3', *small], limiting, '_sampled'),
+            (['limit', '--policy', policy, '--cost', harms, '--rows', '4', *asks], limiting, '_sampled'),
             (['judge', policy, policy, '--prompts', 'p.jsonl', '--by', harms, '--rows', '4', *small], Speaker, 'answers'),
             (['chat', policy, '--prompts', 'p.jsonl', *small], Speaker, 'answers')):
         said = interrupted(monkeypatch, capsys, argv, where, name)
@@ -120,8 +121,9 @@ def test_prompts_a_line_each_are_read_by_every_command(models, capsys):
     Path('p.txt').write_text('\ufeff' + '\r\n'.join(PROMPTS) + '\n\n', encoding='utf-8')
     assert load_prompts('p.txt')['prompt'][:] == PROMPTS and split_prompts('p.txt', .3, 0) == split_prompts(prompts(), .3, 0)
     run = align(*models.values(), 'p.txt', 0., SIZES)
-    assert 'p.txt' in run.manifest['data'] and limit(models['policy'], models['cost'], 'p.txt', settings=dict(test_share=.3, samples=2)).done
-    Path('none.txt').write_text('\n'); one_line('none.txt: 0 of 0 rows', load_prompts, 'none.txt')
+    assert 'p.txt' in run.manifest['data']
+    assert limit(models['policy'], models['cost'], 'p.txt', settings=dict(test_share=.3, samples=2)).done
+    Path('none.txt').write_text('\n'); one_line('none.txt: it holds no prompt', load_prompts, 'none.txt')
 
 
 def test_what_chosen_means_is_said_in_the_users_word(caplog):
@@ -137,7 +139,8 @@ def test_what_chosen_means_is_said_in_the_users_word(caplog):
 def test_a_file_for_another_command_is_called_what_it_is(home):
     chosen, pairs = [dict(prompt=p, chosen='no never', rejected='sure bomb') for p in PROMPTS], [pair(p) for p in PROMPTS]
     for rows in (chosen, pairs):
-        said = one_line('a.jsonl holds preferences, two answers to a prompt: `saferlhf reward` and', answer_rows, write('a.jsonl', rows), 0, .3)
+        write('a.jsonl', rows)
+        said = one_line('a.jsonl holds preferences, two answers to a prompt: `saferlhf reward` and', answer_rows, 'a.jsonl', 0, .3)
         assert 'columns prompt and response' in said
         one_line('ptx=a.jsonl holds preferences', answers_of, 'a.jsonl', 'ptx=a.jsonl')
     for call in (reward_rows, cost_rows):
@@ -179,11 +182,14 @@ def test_a_test_file_beside_the_training_file_is_held_out(home, caplog):
     for read in (answer_rows('a', 0, .3), reward_rows('x', 0, .3), cost_rows('x', 0, .3)):
         assert {r['prompt'].lower() for r in read.test} == {PROMPTS[3], *PROMPTS[20:24]} and 'as its test split says' in read.said[0]
         assert {r['prompt'] for r in read.train} == {*PROMPTS[:20]} - {PROMPTS[3]}
-    assert sorted(split_prompts('p', .3, 0)[0]) == sorted({*PROMPTS[:20]} - {PROMPTS[3]}) and 'of other splits: dev.jsonl, test.jsonl' in caplog.text
-    both = datasets.DatasetDict({k: datasets.Dataset.from_list([answer(p) for p in part]) for k, part in (('train', PROMPTS[:9]), ('test', PROMPTS[9:12]))})
+    assert sorted(split_prompts('p', .3, 0)[0]) == sorted({*PROMPTS[:20]} - {PROMPTS[3]})
+    assert 'of other splits: dev.jsonl, test.jsonl' in caplog.text
+    parts = dict(train=PROMPTS[:9], test=PROMPTS[9:12])
+    both = datasets.DatasetDict({k: datasets.Dataset.from_list([answer(p) for p in part]) for k, part in parts.items()})
     both.save_to_disk('saved')
     for source in ('saved', both): assert {r['prompt'] for r in answer_rows(source, 0, .3).test} == {*PROMPTS[9:12]}
-    write('p/test.jsonl', [dict(prompt=p) for p in PROMPTS[:20]]); one_line('its test split leaves none of 20 prompts to train on', split_prompts, 'p', .3, 0)
+    write('p/test.jsonl', [dict(prompt=p) for p in PROMPTS[:20]])
+    one_line('p: by its test split, 20 prompts leave none to train on', split_prompts, 'p', .3, 0)
 
 # --- what is refused leaves nothing
 
@@ -216,25 +222,25 @@ def test_what_was_kept_stays(home):
 def test_a_number_that_training_cannot_hold_names_function_and_prompt(models, number):
     def mine(prompts, answers): return [number if p == PROMPTS[1] else float(len(a)) for p, a in zip(prompts, answers, strict=True)]
     said = one_line('gives', Score(mine, 'reward', 'mine'), PROMPTS[:3], ['a', 'bb', 'c'])
-    assert said.startswith(f'mine gives {number}') and repr(PROMPTS[1][:80]) in said and 'finite numbers of at most 1e+30' in said
+    assert said.startswith(f'mine gives {number}') and repr(PROMPTS[1][:80]) in said and 'finite numbers of at most 1e30' in said
     one_line('must give numbers', Score(lambda p, a: [10**400], 'reward', 'huge'), ['p'], ['a'])
 
 
 def test_a_server_is_paid_only_after_a_yes(models, monkeypatch, capsys):
-    monkeypatch.setattr(Speaker, '__init__', lambda *a, **k: pytest.fail('a model was loaded'))
+    monkeypatch.setattr('saferlhf.apps.chat.load', lambda *a, **k: pytest.fail('a model was loaded'))
+    more = ['--prompts', prompts(), '--tokens', '50', '--key', 'NONE', '--scale', 'yes-no', '--seed', '1']
     with Server('5') as s:
         said = one_line('6 calls and 96 tokens to write.*agree to them', judge, models['policy'], models['policy'], PROMPTS[:3], s.address)
         assert 'yes=True' in said and not left('answers') and not s.asked
         for argv in (['judge', *[str(models['policy'])] * 2, '--by', s.address], ['chat', str(models['policy']), '--cost', s.address]):
-            assert commands.main([*argv, '--prompts', prompts(), '--tokens', '50', '--key', 'NONE', '--scale', 'yes-no', '--seed', '1']) == 1
+            assert commands.main([*argv, *more]) == 1
             assert '--yes' in (err := capsys.readouterr().err) and 'calls and' in err
-    monkeypatch.undo()
 
 
 def test_chat_and_judge_have_the_options_of_judges(capsys):
     chats, judges = (commands._options(k) for k in ('chat', 'judge'))
-    for option in ('--yes', '--tokens', '--key', '--scale', '--labels', '--temperature', '--seed', '--max-new-tokens', '--max-prompt-tokens'):
-        assert option in chats and option in judges, option
+    for k in 'yes tokens key scale labels temperature seed max-new-tokens max-prompt-tokens'.split():
+        assert f'--{k}' in chats and f'--{k}' in judges, k
 
 # --- fair comparisons
 
@@ -249,13 +255,14 @@ def test_two_policies_are_asked_what_neither_was_trained_on_within_one_budget(mo
     a = trained(9, dict(sft=first, reward=models['reward']), PROMPTS[4:6], 'a')
     record = judge(a, models['policy'], PROMPTS[:10], length, dict(max_prompt_tokens=48))
     out = capsys.readouterr().out
-    assert '6 of 10 prompts are left out' in out and 'both are asked 4 prompts' in out and '9 of an answer' in out
+    assert '6 of 10 prompts are left out' in out and '4 prompts for both: ' in out and '9 of an answer' in out
     assert {r['prompt'] for r in read_lines(record.path('judged.jsonl'))} == {*PROMPTS[6:10]}
-    one_line('trained on all 6 prompts: bring others; force=True', judge, a, models['policy'], PROMPTS[:6], length)
+    one_line('trained on all 6 prompts: bring others, or force=True', judge, a, models['policy'], PROMPTS[:6], length)
     assert judge(a, models['policy'], PROMPTS[:6], length, dict(force=True, max_prompt_tokens=48)).summary['n'] == 6
     told = [json.loads((Path(f)/'config.json').read_text())['max_new_tokens'] for f in record.manifest['parent_folders'].values()]
     assert told == [9, 9]
-    argv = ['judge', str(a), str(models['policy']), '--prompts', write('q.jsonl', [dict(prompt=p) for p in seen]), '--by', str(models['cost'])]
+    write('q.jsonl', [dict(prompt=p) for p in seen])
+    argv = ['judge', str(a), str(models['policy']), '--prompts', 'q.jsonl', '--by', str(models['cost'])]
     assert commands.main(argv) == 1 and '--force asks them all the same' in capsys.readouterr().err
     chat(a, models['policy'], prompts_file='q.jsonl', json=True); assert 'and 9 of an answer' in capsys.readouterr().err
     share = dict(test_share=.5, samples=2, max_new_tokens=6, max_prompt_tokens=48)
@@ -271,12 +278,15 @@ def test_a_limit_that_is_kept_already_is_not_advised(capsys):
     from saferlhf.apps.own_commands import following
     a = SimpleNamespace(policy='p', reward='r', cost='c', prompts='x')
     def asked(mean, **choices):
-        summary = dict(cost=[mean], choices=choices, relative=False, samples=4, limits=[dict(limit=0., none=[0., 0., 0.])], prompts=3, harm_from='x')
-        return advised(summary), following('limit', a, SimpleNamespace(summary=summary, folder=Path('l')))[0], limit_lines(summary)[-1]
+        rows = [dict(limit=0., none=[0., 0., 0.])]
+        found = dict(cost=[mean], choices=choices, relative=False, samples=4, limits=rows, prompts=3, harm_from='x')
+        run = SimpleNamespace(summary=found, folder=Path('l'))
+        return advised(found), following('limit', a, run)[0], limit_lines(found)[-1]
     value, line, said = asked(.4, half=-.1, paper=0., least=-.8)
     assert value == 0. and line.endswith('--limit 0.00') and 'binds below the mean cost, +0.40' in said
     value, line, said = asked(-.4, paper=0., least=-.8)
-    assert value == pytest.approx(-.6) and line.endswith('--limit -0.60') and 'binds below the mean cost, -0.40; these answers reach -0.80' in said
+    assert value == pytest.approx(-.6) and line.endswith('--limit -0.60')
+    assert 'binds below the mean cost, -0.40; these answers reach -0.80' in said
     value, line, said = asked(-.4, paper=0., least=-.4)
     assert value is None and line == 'saferlhf limit --policy p --reward r --cost c --prompts x --samples 16' and 'no limit' in said
 
@@ -299,4 +309,4 @@ def test_alarms_are_said_once(models, monkeypatch, capsys):
     assert first and 'step -1' not in out + err and 'rang ' not in out
     for x in first: assert (out + err).count(x['text']) == err.count(f'alarm before the first step: {x["alarm"]}: ') == 1
     assert 'held-out prompts before the first step: ' in out + err and 'is within the limit, 50.00: it binds only where' in out
-    go(); assert f'rang before the first step: {first[0]["alarm"]}: ' in capsys.readouterr().out         # read back: nobody has said it here
+    go(); assert f'rang before the first step: {first[0]["alarm"]}: ' in capsys.readouterr().out      # read back: not said here yet
