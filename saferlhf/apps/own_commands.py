@@ -103,7 +103,9 @@ def _latest(stage, base): # the newest finished run from the start with this has
 def _after_scores(command, a, run): # lines after a reward or a cost model
     base, other = run.manifest['parent_folders']['base'], 'cost' if command == 'reward' else 'reward'
     found = _latest(other, run.manifest['parents']['base'])
-    if found is None: return [f'saferlhf {other} --model {_short(base)} --data {shlex.quote(a.data)}']
+    said = run.summary.get('n_train', {}).get('pairs') == 0 or getattr(a, 'field_chosen_is', None)
+    data = f'{"PREFERENCES" if command == "cost" else "LABELS"}.jsonl' if said else shlex.quote(a.data)
+    if found is None: return [f'saferlhf {other} --model {_short(base)} --data {data}']
     reward, cost = (run.folder, found) if command == 'reward' else (found, run.folder)
     both = (f'--policy {_short(base)} --reward {_short(reward)} --cost {_short(cost)} '
             f'--prompts {_beside(a, "prompts.jsonl")}')

@@ -36,7 +36,7 @@ def _advice(keys, seed, share): # of prompts that are all on one side -> what wo
     places = sorted(_place(k, seed) for k in keys)
     low, high = places[:2] if share <= places[0] else places[-2:]
     shares = ((math.floor(low * 10**k) + 1) / 10**k for k in range(1, 17))
-    return f'bring more rows, or test_share={next(x for x in shares if x <= high)} has both'
+    return f'bring more rows, or set test_share={next(x for x in shares if x <= high)}'
 
 def split_rows(
     rows:list, seed:int, share:float, # dicts with a prompt; as of `held_out_prompt`

@@ -152,6 +152,7 @@ def test_each_command_names_the_next_one(home, monkeypatch, capsys):
     assert after('sft', sft) == [f'{k} --model {here} --data preferences.jsonl' for k in ('reward', 'cost')]
     reward = finished('reward', dict(base=sft.folder))
     assert after('reward', reward, data='p q.jsonl') == [f"cost --model {here} --data 'p q.jsonl'"]
+    assert after('reward', reward, data='x', field_chosen_is='overall') == [f'cost --model {here} --data LABELS.jsonl']
     cost = finished('cost', dict(base=sft.folder)); finished('cost', dict(base=start.folder))      # of another start
     both = f'--policy {here} --reward {short(reward)} --cost {short(cost)} --prompts prompts.jsonl'
     assert after('cost', cost, data='x') == [f'limit {both}', f'align {both} --limit 0'] == after('reward', reward, data='x')

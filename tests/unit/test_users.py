@@ -158,7 +158,7 @@ def test_few_rows_name_a_share_that_works(n, share):
     import re
     rows = [answer(f'{p} ?', k) for k, p in enumerate(PROMPTS[:n])]
     said = one_line(f'{n} prompts leave none to', split_rows, rows, 0, share)
-    assert all(split_rows(rows, 0, float(re.search('test_share=([0-9.]+) has both', said)[1])))
+    assert all(split_rows(rows, 0, float(re.search('set test_share=([0-9.]+)', said)[1])))
     one_line('bring two different prompts or more', split_rows, rows[:1], 0, share)
 
 
