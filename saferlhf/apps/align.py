@@ -20,7 +20,7 @@ from .own_data import (answers_of, as_lines, source_hash, source_name, split_pro
                                     token_counts)
 from .scorers import Score, as_scorer, function_hash, scorer_of
 from .settings import AlignSettings, settings_of
-from .stages import located, model_folder, opened
+from .stages import located, model_folder, opened, trained_on
 from .watch import Kept, Watch, compared, listening, pairs, table, watched, when
 from ..hardware.ranks import Spread, rank
 from ..hardware.seeds import seed_all
@@ -35,7 +35,7 @@ from ..record.launch import launch
 from ..record.run import Record, Run
 from ..reproduction.training import policy_models, policy_steps, read_answers
 from ..rollout import Sampler, same_tokenizer, score_rollout
-from ..text import encode_prompt, template_name
+from ..text import encode_prompt, key_hash, template_name
 from ..train import loop
 
 # %% ../../nbs/apps/16_align.ipynb #a863c276
@@ -207,6 +207,8 @@ def align(
     parents = _parents(start, reference) | scores
     check_kinds(start, scores); check_objections(first, scores)
     train, test = split_prompts(prompts, first.test_share, first.seed)
+    if seen := len({key_hash(p) for p in test} & trained_on(start)):
+        print(f'{seen} of {len(test)} held-out prompts are not new: {start.id} was trained on them')
     ptx, source = _ptx_rows(start, first.ptx)
     config = _configured(told, limit, start, train, bool(ptx))
     spread = spread_for('align', config, read_config(model_folder(start)))

@@ -52,8 +52,8 @@ def split_rows(
     if all(parts): return parts
     side = 'train on' if parts[1] else 'test on'
     said = f'{len(keys)} prompts leave none to {side}'
-    raise ValueError(f'{name}: at test_share={share}, {said}: {_advice(keys, seed, share)}' if held is None else
-                     f'{name}: by its test split, {said}')
+    if held is not None: raise ValueError(f'{name}: by its test split, {said}')
+    raise ValueError(f'{name}: at test_share={share}, {said}: {_advice(keys, seed, share)}')
 
 # %% ../../nbs/apps/07_own_data.ipynb #1babaca0
 class Read(NamedTuple):

@@ -10,15 +10,16 @@ import hashlib
 import json
 import os
 from functools import lru_cache
-from .admit import check_kinds, is_function, scoring_function
+from .admit import check_kinds, check_roles, check_sizes, is_function, scoring_function
 from .align import align, codes, derived
-from .own_data import as_lines, source_hash, split_prompts
+from .own_data import answers_of, as_lines, source_hash, source_name, split_prompts
 from .scorers import Score, annotator_of, scorer_of
 from .settings import settings_of
 from .stages import cost, model_folder, opened, reward
 from ..annotate import two_stage
 from ..data import read_rows, validate
 from ..evaluate import accuracy, cluster_bootstrap
+from ..hardware.ranks import Spread
 from ..models import load_tokenizer
 from ..record.files import atomic_write, read_lines
 from ..record.run import Record, Run
@@ -161,9 +162,12 @@ def _table(policies): # Records of round 1, 2, ... -> text
 # %% ../../nbs/apps/19_rounds.ipynb #8f5a8da5
 _MOST = 500 # prompts that a round collects where nobody says how many
 
-def _sizes(start, train, told): # budgets of all steps
-    found = derived(start, train)
-    return {k: told.get(k, found[k].value) for k in ('max_prompt_tokens', 'max_new_tokens')}
+def _sizes(start, train, told, limit): # budgets of all steps; ValueError for what `align` will refuse
+    found = {k: d.value for k, d in derived(start, train).items()}
+    config = settings_of('align', {}, found, told)
+    check_roles(config, ('reward', 'cost'), limit); check_sizes(config, len(train), Spread.wanted().ranks)
+    if config.ptx: answers_of(config.ptx, f'ptx={source_name(config.ptx)}')
+    return {k: getattr(config, k) for k in ('max_prompt_tokens', 'max_new_tokens')}
 
 def rounds(
     policy,      # that starts, and is the reference in every round; as of `align`
@@ -186,8 +190,9 @@ def rounds(
              f'{annotator!r:.99}, {prompts!r:.99}, {n}, {limit}, {settings})')
     if not isinstance(prompts, (str, os.PathLike, dict)): prompts = read_rows(prompts)
     train, test = split_prompts(prompts, first.test_share, first.seed)
-    sizes = _sizes(start, train, told)
+    sizes = _sizes(start, train, told, limit)
     same = sizes | scores | dict(seed=first.seed, test_share=first.test_share)
+    for kind in ('reward', 'cost'): settings_of(kind, {}, same)
     for r in range(1, n + 1):
         name = f'{first.name or start.folder.name.rpartition("-")[0]}-round-{r}'
         asked = _asked(train, test, min(_MOST, len(train)) if collect is None else collect, r)

@@ -224,11 +224,17 @@ def has_split(
 
 _SOURCES = 'pass a file, a folder, a hub name (owner/name), a Dataset, a DataFrame or a list of dicts'
 
-def _from_hub(name, **chosen):
-    try: return load_dataset(name, **chosen).to_list()
+def _say_others(name, split, splits):
+    left = ', '.join(str(k) for k in splits if str(k) != split)
+    if left: logging.getLogger('saferlhf').warning('%s: read split %s; other splits: %s', name, split, left)
+
+def _from_hub(name, split, **chosen):
+    try: table = load_dataset(name, split=split, **chosen)
     except Exception as e:
         kind = ValueError if isinstance(e, ValueError) else FileNotFoundError
         raise kind(f'{name} is no file or folder here, and not read from the hub: {_line(e)}') from None
+    _say_others(name, split, table.info.splits or ())
+    return table.to_list()
 
 def read_rows(
     source, split:str='train', # a file (has no splits), folder, hub name, Dataset(Dict), DataFrame, or dicts
@@ -238,7 +244,7 @@ def read_rows(
     if isinstance(source, pd.DataFrame): _unique(source.columns); return source.to_dict('records')
     if isinstance(source, Dataset): return source.to_list()
     if isinstance(source, dict):
-        if split in source: return read_rows(source[split])
+        if split in source: _say_others('rows', split, source); return read_rows(source[split])
         tables = any(isinstance(x, (Dataset, pd.DataFrame)) for x in source.values())
         if not tables and (rows := _from_object(plain(dict(source)))) is not None: return rows
         raise ValueError(f'no split {split!r}: pass split= of {[*source][:9]}; a single row goes into a list')
@@ -251,5 +257,5 @@ def read_rows(
     if path.is_dir() and (path/(data_dir or '')).is_dir(): return _read_folder(path/(data_dir or ''), split)
     if path.exists() and not path.is_dir(): return _read_file(path)
     if re.fullmatch(r'\w[\w.-]*/[\w.-]+', str(source)) and not path.is_dir() and not _DATA.search(path.name):
-        return _from_hub(str(source), split=split, data_dir=data_dir, revision=revision)
+        return _from_hub(str(source), split, data_dir=data_dir, revision=revision)
     raise FileNotFoundError(f'there is no {path/(data_dir or "")}: {_SOURCES}')

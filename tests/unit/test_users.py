@@ -25,6 +25,7 @@ from saferlhf.record.run import Run
 
 GOOD = dict(beats_rule=dict(rank=True, sign=True), zero='labels')
 PROMPTS = sorted({*tiny.sentences(40)})
+ROWS = [dict(prompt=p) for p in PROMPTS]
 SIZES = dict(steps=2, prompts=4, minibatches=1, window=8, look=1, max_new_tokens=6, max_prompt_tokens=48, test_share=.3, actor_lr=3e-3)
 FAST = dict(epochs=1., lr=1e-2, batch_size=4, max_prompt_tokens=64, max_new_tokens=12)
 length = Score(lambda p, a: [float(len(x)) for x in a], 'reward', 'length')
@@ -51,7 +52,7 @@ def write(path, rows):
     return str(path)
 
 
-def prompts(name='p.jsonl'): return write(name, [dict(prompt=p) for p in PROMPTS])
+def prompts(name='p.jsonl'): return write(name, ROWS)
 def left(stage): return sorted(p.name for p in Path(os.environ['SAFERLHF_RUNS']).glob(f'{stage}/*'))
 
 
@@ -191,10 +192,18 @@ def test_a_test_file_beside_the_training_file_is_held_out(home, caplog):
     write('p/test.jsonl', [dict(prompt=p) for p in PROMPTS[:20]])
     one_line('p: by its test split, 20 prompts leave none to train on', split_prompts, 'p', .3, 0)
 
+
+def test_other_splits_of_a_hub_are_named(home, monkeypatch, caplog):
+    table = datasets.Dataset.from_list([answer(p) for p in PROMPTS])
+    table.info.splits = dict(train=1, test=1, extra=1)
+    monkeypatch.setattr('saferlhf.hardware.rows.load_dataset', lambda name, **how: table)
+    assert len(load_sft('owner/name')) == len(PROMPTS) and 'owner/name: read split train; other splits: test, extra' in caplog.text
+    caplog.clear(); load_sft(dict(train=table, validation=table)); assert 'other splits: validation' in caplog.text
+
 # --- what is refused leaves nothing
 
 def test_a_refusal_leaves_no_folder(models, monkeypatch):
-    rows, all_rows = [answer(p, k) for k, p in enumerate(PROMPTS)], [dict(prompt=p) for p in PROMPTS]
+    rows, all_rows = [answer(p, k) for k, p in enumerate(PROMPTS)], ROWS
     flat = lambda p, a: [1.] * len(a)
     one_line('leaves no room for the template', sft, models['policy'], rows, dict(test_share=.3, max_prompt_tokens=3))
     one_line('is a score model, not a language model', sft, models['cost'], rows, dict(test_share=.3))
@@ -205,6 +214,16 @@ def test_a_refusal_leaves_no_folder(models, monkeypatch):
     broken = Score(lambda p, a: [float('nan')] * len(a), 'reward', 'broken')
     one_line('broken gives nan', judge, models['policy'], models['policy'], PROMPTS[:3], broken)
     assert [len(left(k)) for k in ('sft', 'policy', 'limit', 'judged')] == [1, 0, 0, 0]
+
+
+@pytest.mark.parametrize('wrong, said', [(dict(scores=dict(epochs=0.)), 'epochs=0.0: it is'), (dict(prompts=400), 'set prompts='),
+                                         (dict(minibatches=5), 'set fewer'), (dict(ptx='p.jsonl'), 'ptx=p.jsonl holds prompts alone'),
+                                         (dict(scores=dict(rate=1.)), "no setting 'rate'"), (dict(limit=float('inf')), 'limit=inf')])
+def test_rounds_are_refused_before_anybody_answers(models, wrong, said):
+    told, limit_ = SIZES | wrong, wrong.get('limit', 0.); told.pop('limit', None); prompts()
+    both = lambda p, a: ([0.] * len(a), [0.] * len(a))
+    one_line(said, rounding.rounds, models['policy'], both, ROWS, 1, limit_, told)
+    assert not left('collect')
 
 
 def test_what_was_kept_stays(home):
@@ -292,6 +311,14 @@ def test_a_limit_that_is_kept_already_is_not_advised(capsys):
 
 # --- alarms
 
+def test_held_out_prompts_that_are_not_new_are_said(models, capsys):
+    start = tiny.finished('sft', tiny.lm(vocab=len(tiny.tokenizer())), rows=[answer(p) for p in PROMPTS], name='all')
+    n = len(split_prompts(ROWS, .3, 0)[1])
+    align(*(models | dict(policy=start)).values(), ROWS, 0., SIZES)
+    assert f'{n} of {n} held-out prompts are not new: {start.parent.name}/{start.name} was trained on them' in capsys.readouterr().out
+    align(*models.values(), ROWS, 0., SIZES); assert 'not new' not in capsys.readouterr().out
+
+
 def test_alarms_are_said_once(models, monkeypatch, capsys):
     from saferlhf.apps import align as module
     monkeypatch.setenv('SAFERLHF_SAVE_STEPS', '1')
@@ -299,7 +326,7 @@ def test_alarms_are_said_once(models, monkeypatch, capsys):
     def dies(*a):
         step, kept = ppo(*a)
         return lambda i: 1 / (i != 1) and step(i), kept
-    go = lambda: align(*models.values(), [dict(prompt=p) for p in PROMPTS], 50., SIZES)
+    go = lambda: align(*models.values(), ROWS, 50., SIZES)
     monkeypatch.setattr(module, 'policy_steps', dies)
     with pytest.raises(ZeroDivisionError): go()
     monkeypatch.setattr(module, 'policy_steps', ppo)
