@@ -216,9 +216,8 @@ def align(
     files = _files(train=[dict(prompt=p) for p in train], test=[dict(prompt=p) for p in test], ptx=ptx)
     data = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in files.items()}
     data |= source_hash(prompts) | source_hash(first.ptx or []) | codes(functions)
-    label = config.name or start.folder.name.rpartition('-')[0]
-    with Run.start('policy', plain(config), {k: r.folder for k, r in parents.items()}, config.seed, label,
-                   sources=('reproduction.training',), data=data) as run:
+    with Run.start('policy', plain(config), {k: r.folder for k, r in parents.items()}, config.seed,
+                   config.name or start.label, sources=('reproduction.training',), data=data) as run:
         if not (again := run.done):
             print(f'{len(train)} prompts to train on, {len(test)} held out; {len(ptx)} PTX rows {source}')
             typed = f'{str(start.folder)!r}, {given}, {prompts!r:.99}, {limit}, {told}'

@@ -58,15 +58,13 @@ def _asked(prompts, config, known): # file or list; as of `trained_on` -> prompt
         print(f'{len(found) - len(new)} of {len(found)} prompts are left out: a policy was trained on them')
     return new[:config.rows or None]
 
-def _label(record): return record.folder.name.rsplit('-', 1)[0]
-
 def _hash_of(path): return model_hash(path) if Path(path).is_dir() else str(path)       # a hub name
 
 def _answers(policy, prompts, config, refused): # -> a run with answers.jsonl: prompt, response, truncated
     path, record = located(policy)
     ids = hashlib.sha256(repr([prompt_id(p) for p in prompts]).encode()).hexdigest()
     data = {'prompts': ids} | ({} if record else {'model': _hash_of(path)})
-    label = config.name or (_label(record) if record else Path(path).name)
+    label = config.name or (record.label if record else Path(path).name)
     told = {k: v for k, v in plain(config).items() if k != 'force'}             # the prompts are in `data`
     with Run.start('answers', told, {'policy': record.folder} if record else {}, config.seed, label,
                    sources=['rollout'], data=data) as run:
@@ -185,7 +183,7 @@ def judge(
     how = {k: v for k, v in (judging or {}).items() if k not in ('key', 'yes')}
     with Run.start('judged', dict(judges=[s.name for s in scores], kinds=[s.kind for s in scores], how=how),
                    dict(zip('ab', (r.folder for r in answered), strict=True)), config.seed,
-                   config.name or '-'.join(map(_label, answered)),
+                   config.name or '-'.join(r.label for r in answered),
                    sources=['evaluate'], data={s.name: _identity(s) for s in scores}) as run:
         if not run.done: _judge(run, scores, answered)
     record = Record(run.folder)

@@ -240,12 +240,11 @@ def limit(
     models = dict(policy=_run_of(policy, 'lm'), cost=_run_of(cost, 'cost'))
     if reward is not None: models['reward'] = _run_of(reward, 'reward')
     config = _settings(settings or {}, models['cost'])
-    chosen, start = _prompts(prompts, config, models['policy']), models['policy'].folder.name
-    label = start.rpartition('-')[0]
+    chosen = _prompts(prompts, config, models['policy'])
     parents = {k: r.folder for k, r in models.items()}
     told = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in ('seed', 'name')}
     text = hashlib.sha256(as_lines([dict(prompt=p) for p in chosen]).encode()).hexdigest()
-    with Run.start('limit', told, parents, config.seed, config.name or label,
+    with Run.start('limit', told, parents, config.seed, config.name or models['policy'].label,
                    sources=('rollout', 'apps.limit'), data=source_hash(prompts) | {'prompts': text}) as run:
         if not run.done: _measure(run, models, chosen, config)
     print(*limit_lines(run.summary), f'done, with a figure: {run.folder}', sep='\n')

@@ -194,7 +194,7 @@ def rounds(
     same = sizes | scores | dict(seed=first.seed, test_share=first.test_share)
     for kind in ('reward', 'cost'): settings_of(kind, {}, same)
     for r in range(1, n + 1):
-        name = f'{first.name or start.folder.name.rpartition("-")[0]}-round-{r}'
+        name = f'{first.name or start.label}-round-{r}'
         asked = _asked(train, test, min(_MOST, len(train)) if collect is None else collect, r)
         current = policies[-1] if policies else start
         found = _collect(current, asked, r, name, settings_of('align', {}, told, sizes), typed)

@@ -148,8 +148,7 @@ def _start(command, start, data, read, config, settings): # -> the run, its rows
     told = {k: getattr(config, k) for k in [*settable(command), *(['kind'] if command != 'sft' else [])]
             if k not in ('seed', 'name')}
     if told.get('zero'): told['zero'] = source_name(told['zero'])        # its hash counts, not where it lies
-    label = config.name or start.folder.name.rpartition('-')[0]
-    run = Run.start(command, told, {'base': start.folder}, config.seed, label,
+    run = Run.start(command, told, {'base': start.folder}, config.seed, config.name or start.label,
                     sources=('reproduction.training',), data=hashes)
     if run.done: return run
     for name, text in files.items():

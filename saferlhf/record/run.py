@@ -65,6 +65,7 @@ class Record:
 
     done = property(lambda self: (self.folder/'DONE').exists())
     id = property(lambda self: f'{self.manifest["stage"]}/{self.folder.name}')
+    label = property(lambda self: self.folder.name.rpartition('-')[0])             # its name without the hash
     seed = property(lambda self: self.manifest['seed'])
     summary = property(lambda self: read_json(self.folder/'summary.json') if self.done else {})
 
