@@ -113,7 +113,8 @@ def _after_scores(command, a, run): # lines after a reward or a cost model
     from saferlhf.record.run import Record
     weak = any(weakness(Record(folder)) for folder in (reward, cost))
     said = ' --force   # a score model is weak: without --force it is refused' if weak else ''
-    return [f'saferlhf limit {both}', f'saferlhf align {both} --limit 0{said}']
+    at = '-0.5 --relative' if Record(cost).summary.get('zero') == 'none' else '0'
+    return [f'saferlhf limit {both}', f'saferlhf align {both} --limit {at}{said}']
 
 def following(
     command:str, a, run, # 'sft', ...; its parsed arguments; what it returned, a `Record`

@@ -156,6 +156,8 @@ def test_each_command_names_the_next_one(home, monkeypatch, capsys):
     cost = finished('cost', dict(base=sft.folder)); finished('cost', dict(base=start.folder))      # of another start
     both = f'--policy {here} --reward {short(reward)} --cost {short(cost)} --prompts prompts.jsonl'
     assert after('cost', cost, data='x') == [f'limit {both}', f'align {both} --limit 0'] == after('reward', reward, data='x')
+    finished('cost', dict(base=sft.folder, reward=reward.folder), zero='none')                # without a zero a limit is relative
+    assert after('reward', reward, data='x')[1].endswith(' --limit -0.5 --relative')
     choices = {'paper': -.6, 'half': -.437, 'safest': -.5}
     limit = finished('limit', dict(policy=sft.folder), choices=choices, relative=False, cost=[.2], samples=8)
     given = dict(policy='p', reward='', cost='c', prompts='x')
