@@ -284,17 +284,19 @@ def _native(row, kind, axis, notes): # a known layout -> native columns; others 
         return {'_broken': e.args if len(e.args) == 2 else ('broken dialogue', str(e))}
 
 # %% ../nbs/method/02_data.ipynb #95511bce
+_CHOSEN = dict(safer='less harmful', better='more helpful', overall='one preference for everything')
+
 def _table(source, kind, policy, split, chosen_is=None):
     "Read, adapt, validate, and put into the columns of SCHEMA[kind]."
     name = source if isinstance(source, (str, os.PathLike)) else 'rows'
     raw, log = read_rows(source, split), logging.getLogger('saferlhf')
     seen = [row for row in raw if isinstance(row, dict) and '_broken' not in row]
     asks = next(filter(None, map(_asks, seen)), None) if kind == 'preference' else None
-    if chosen_is not in ('safer', 'better') and (asks or chosen_is):
-        raise ValueError(f"{name}: say what {asks} means: chosen_is='safer' or 'better' (more helpful)")
-    if asks: log.warning('%s: %s is taken to mean %r', name, asks, chosen_is)
-    notes = Counter()
-    rows, report = validate([_native(row, kind, chosen_is, notes) for row in raw], kind, policy)
+    if chosen_is not in _CHOSEN and (asks or chosen_is):
+        raise ValueError(f"{name}: say what {asks} means: chosen_is='safer', 'better' or 'overall'")
+    if asks: log.warning('%s: %s is taken to mean %r (%s)', name, asks, chosen_is, _CHOSEN[chosen_is])
+    notes, axis = Counter(), 'better' if chosen_is == 'overall' else chosen_is
+    rows, report = validate([_native(row, kind, axis, notes) for row in raw], kind, policy)
     if not rows: raise ValueError(
         f'{name}: {report.line()}; columns seen: {[*seen[0]][:9] if seen else None}; known layouts: '
         'PKU-SafeRLHF and its QA, BeaverTails, HH-RLHF, UltraFeedback, TRL, Alpaca, ShareGPT, messages')
@@ -312,7 +314,7 @@ def _table(source, kind, policy, split, chosen_is=None):
 def load_preferences(
     source,                  # as of `read_rows`, in one of the layouts above
     policy:str='drop', split:str='train', # bad rows: 'drop' (reported to the log) or 'raise' (ValueError)
-    chosen_is:str|None=None, # what "chosen" means, if rows have it: 'safer', or 'better' (more helpful)
+    chosen_is:str|None=None, # what "chosen" means, if rows have it: 'safer', 'better' or 'overall'
 ) -> Dataset:                # columns SCHEMA['preference']
     "Pairs of answers for Eqs. 2 and 6 (E2, E3), validated. ValueError unless chosen_is fits; for no rows."
     return _table(source, 'preference', policy, split, chosen_is)

@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from .heldout import weakness
 from .scorers import imported
-from ..hardware.weights import read_config
+from .stages import kind_of
 from ..ppo import make_objective
 from ..record.run import Record
 
@@ -33,18 +33,12 @@ def scoring_function(what)->tuple: # as of `is_function`; -> its name, itself, w
     return name, what, same
 
 # %% ../../nbs/apps/15_admit.ipynb #87a515b0
-def _kind(record): # 'reward', 'cost', 'lm', or 'classifier' (of transformers: nobody wrote its sign down)
-    config = read_config(record.folder/'model')
-    named = next(iter(config.architectures or ()), '')
-    if named.endswith('ForScore'): return getattr(config, 'score_type', None) or 'classifier'
-    return 'classifier' if named.endswith('ForSequenceClassification') else 'lm'
-
 def check_kinds(start:Record, scores:dict): # the policy; 'reward', 'cost' -> Record
     "ValueError for a model in the place of another kind."
-    if (kind := _kind(start)) != 'lm':
+    if (kind := kind_of(start)) != 'lm':
         raise ValueError(f'the policy {start.id} is a {kind} model: give one that answers')
     for role, record in scores.items():
-        kind, other = _kind(record), {'reward': 'cost', 'cost': 'reward'}[role]
+        kind, other = kind_of(record), {'reward': 'cost', 'cost': 'reward'}[role]
         if kind == other:
             raise ValueError(f'the {role} model {record.id} is a {other} model: their signs differ, '
                              'give each in its own place')

@@ -19,9 +19,9 @@ from ..models import load_lm, load_tokenizer
 from ..record.config import nearest
 from ..rollout import Sampler, respond
 from ..text import as_messages, prompt_id
-from .classifiers import budgets
+from .classifiers import budgets, common_budgets
 from .stages import located
-from .scorers import scorer_of
+from .scorers import price, scorer_of
 
 # %% ../../nbs/apps/17_chat.ipynb #588d316f
 class Speaker:
@@ -131,19 +131,24 @@ def _loop(talk):
         except (ValueError, RuntimeError) as e: print(str(e).splitlines()[0])
 
 def _prompts(file): # its prompts; '': the lines of the standard input
-    if not file or Path(file).suffix == '.txt':
-        text = Path(file).read_text(encoding='utf-8') if file else sys.stdin.read()
-        found = [line for line in text.splitlines() if line.strip()]
-    else: found = load_prompts(file)['prompt'][:]
-    if not found: raise ValueError(f'{file or "the standard input"} holds no prompt: a line is one')
-    return found
+    if file: return load_prompts(file)['prompt'][:]
+    if found := [line for line in sys.stdin.read().splitlines() if line.strip()]: return found
+    raise ValueError('the standard input holds no prompt: a line is one')
+
+def _shared(policies, settings): # -> with one pair of budgets, where two policies stand beside each other
+    names = 'max_prompt_tokens', 'max_new_tokens'
+    if len(policies) < 2: return settings
+    both = common_budgets(policies, [settings.get(k, 0) for k in names])
+    print(f'both: at most {both[0]} tokens of a talk and {both[1]} of an answer')
+    return settings | dict(zip(names, both, strict=True))
 
 def chat(
     policy, beside=None,    # run, folder of a model, 'smollm2' or hub name; a second one
     reward=None, cost=None, # as of `scorer_of`; None: the parents of a policy's run, if it has any
-    prompts_file:str='',    # answer its prompts instead: lines of .txt, else rows as of `load_prompts`
+    prompts_file:str='',    # answer its prompts instead, as of `load_prompts`
     json:bool=False,        # a line of JSON for each answer, on the standard output
     settings:dict|None=None, # of `Speaker`: temperature, seed, max_prompt_tokens, max_new_tokens
+    judging:dict|None=None, # of `scorer_of`: labels, scale, key, yes, tokens
 ):
     "Talk to a policy; without a terminal, answer each line of the standard input on its own."
     policies, known = [p for p in (policy, beside) if p], [*inspect.signature(Speaker).parameters][3:]
@@ -153,8 +158,9 @@ def chat(
     prompts = _prompts(prompts_file) if many else []
     with redirect_stdout(sys.stderr):                    # the standard output is for answers
         told = _judges(policies, dict(reward=reward, cost=cost))
-        told = {k: scorer_of(x, k) for k, x in told.items() if x}
-        speakers = [Speaker(p, **told, **(settings or {})) for p in policies]
+        told = {k: scorer_of(x, k, **(judging or {})) for k, x in told.items() if x}
+        if asked := price([*told.values()], len(prompts) * len(policies)): raise ValueError(asked)
+        speakers = [Speaker(p, **told, **_shared(policies, settings or {})) for p in policies]
     if not many: return _loop(_Talk(speakers))
     for k in range(0, len(prompts), 32):
         part = prompts[k:k + 32]

@@ -240,6 +240,10 @@ def _name(argv): # the command that was typed
     words = sys.argv[1:] if argv is None else map(str, argv)
     return next((x for x in words if not x.startswith('-')), '')
 
+def _to_go_on(argv): # after Ctrl-C where nothing was being saved
+    command = shlex.join(['saferlhf', *(sys.argv[1:] if argv is None else map(str, argv))])
+    return '' if _name(argv) == 'chat' else f'; the same command goes on: {command}'
+
 def _run_command(argv):
     argv, name = sys.argv[1:] if argv is None else [*map(str, argv)], _name(argv)
     if name in OWN: argv = typed(argv)
@@ -260,14 +264,17 @@ def _run_command(argv):
 
 def main(
     argv=None, # arguments; those of the process when None
-)->int: # exit status: 0, or 1 after an error, 130 after Ctrl-C, 141 when the reader of the output is gone
+)->int: # exit status: 0; 1 after an error, 130 after Ctrl-C, 143 after SIGTERM, 141 when nobody reads on
     "The command line `saferlhf`; SystemExit(2) for wrong arguments."
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='backslashreplace')
     try:
         try: return _run_command(argv)
         finally: sys.stdout.flush()
-    except KeyboardInterrupt: message, status = 'stopped; the same command goes on', 130
+    except KeyboardInterrupt: message, status = f'stopped{_to_go_on(argv)}', 130
+    except SystemExit as e:                              # of argparse, or an `Interrupted` that has saved
+        if not isinstance(e.code, str): raise
+        message, status = e.code, 143 if 'SIGTERM' in e.code else 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())          # Python flushes at its end
         return 141

@@ -159,6 +159,8 @@ def _rollouts(out, rows, place): # the same for PPO: prompts, steps, window, loo
     few = Default(steps, 'rollouts', whose if whose in ('measured', 'data') else 'guess', why)
     window = out['window']
     if window.value < p.value: window = Default(p.value, 'episodes', 'data', 'a whole rollout')
+    if out['minibatches'].value > p.value: # few rows
+        out['minibatches'] = Default(p.value, 'steps a pass', 'data', 'no more than prompts')
     return out | dict(steps=few, window=window,
                       look=Default(max(1, steps // 8), 'steps', 'guess', 'eight looks'))
 
@@ -250,8 +252,8 @@ def table(
 )->str:
     "Lines to read: field, value, unit, source, why."
     if config is not None:
-        found = {k: Default(getattr(config, k), d.unit, 'asked for', '') if k in asked
-                 else d._replace(value=getattr(config, k)) for k, d in found.items()}
+        found = {k: Default(getattr(config, k), d.unit, 'asked for', '') if k in asked else d
+                 for k, d in found.items()}
     lines = [f'  {k:18} {d.value!s:10} {d.unit:18} {d.source:9} {d.why}'.rstrip() for k, d in found.items()]
     return '\n'.join(lines)
 

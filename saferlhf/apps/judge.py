@@ -8,11 +8,9 @@ __all__ = ['AnswerSettings', 'Verdicts', 'judge', 'table']
 # %% ../../nbs/apps/18_judge.ipynb #23b5557a
 import copy
 import hashlib
-import json
 import math
 import shutil
-import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
@@ -29,9 +27,11 @@ from ..record.run import Record, Run
 from ..text import key_hash, prompt_id
 from ..train import setting
 from .chat import Speaker
-from .stages import located
+from .classifiers import common_budgets
 from .endpoint import Grader
-from .scorers import function_hash, scorer_of
+from .own_data import as_lines
+from .scorers import function_hash, price, scorer_of
+from .stages import located, trained_on
 
 # %% ../../nbs/apps/18_judge.ipynb #bb548aee
 @dataclass(frozen=True)
@@ -39,38 +39,41 @@ class AnswerSettings:
     "How a policy is asked."
     rows:int = setting(256, scale=True)             # prompts at most, in an order of their own; 0: all
     temperature:float = setting(1.)                 # of sampling; 0: always the most likely token
-    max_prompt_tokens:int = setting(0, scale=True)  # template included; 0: that of the policy's run
-    max_new_tokens:int = setting(0, scale=True)     # of an answer; 0: that of the policy's run
+    max_prompt_tokens:int = setting(0, scale=True)  # template included; 0: the larger of the two runs'
+    max_new_tokens:int = setting(0, scale=True)     # of an answer; 0: the larger of the two runs'
     seed:int = setting(0, scale=True)               # of the samples, and of the order in which judges read
     batch_size:int = setting(32, scale=True)        # answered together
     name:str = setting('', scale=True)              # label of the run's folder
+    force:bool = setting(False, scale=True)         # ask prompts that a policy was trained on, too
 
-def _asked(prompts, rows): # file, or a list -> prompts, each once, in the order of their hashes
-    if rows < 0: raise ValueError(f'rows={rows}: it is a number of prompts, or 0 for all')
-    if isinstance(prompts, (list, tuple)): found = [*prompts]
-    elif str(prompts).endswith('.txt'):
-        found = [x for x in Path(prompts).read_text(encoding='utf-8').splitlines() if x.strip()]
-    else: found = load_prompts(prompts)['prompt'][:]
+def _asked(prompts, config, known): # file or list; as of `trained_on` -> prompts in the order of their hashes
+    if config.rows < 0: raise ValueError(f'rows={config.rows}: it is a number of prompts, or 0 for all')
+    found = [*prompts] if isinstance(prompts, (list, tuple)) else load_prompts(prompts)['prompt'][:]
     found = sorted({prompt_id(p): p for p in found}.values(), key=lambda p: (key_hash(p), prompt_id(p)))
     if not found: raise ValueError(f'{prompts} holds no prompt')
-    return found[:rows or None]
-
-def _lines(rows): return ''.join(json.dumps(r, ensure_ascii=False) + '\n' for r in rows)
-
-def _label(record): return record.folder.name.rsplit('-', 1)[0]
+    new = found if config.force else [p for p in found if key_hash(p) not in known]
+    if not new: raise ValueError(f'a policy was trained on all {len(found)} prompts: bring others, '
+                                 'or force=True asks them all the same')
+    if len(new) < len(found):
+        print(f'{len(found) - len(new)} of {len(found)} prompts are left out: a policy was trained on them')
+    return new[:config.rows or None]
 
 def _hash_of(path): return model_hash(path) if Path(path).is_dir() else str(path)       # a hub name
 
-def _answers(policy, prompts, config): # -> a run with answers.jsonl: prompt, response, truncated
-    if config.batch_size < 1: raise ValueError(f'batch_size={config.batch_size}: it is 1 or more')
+def _answers(policy, prompts, config, refused): # -> a run with answers.jsonl: prompt, response, truncated
     path, record = located(policy)
     ids = hashlib.sha256(repr([prompt_id(p) for p in prompts]).encode()).hexdigest()
     data = {'prompts': ids} | ({} if record else {'model': _hash_of(path)})
-    label = config.name or (_label(record) if record else Path(path).name)
-    run = Run.start('answers', plain(config), {'policy': record.folder} if record else {}, config.seed, label,
-                    sources=['rollout'], data=data)
-    if run.done: return Record(run.folder)
-    run.note(policy=record.id if record else str(policy))
+    label = config.name or (record.label if record else Path(path).name)
+    told = {k: v for k, v in plain(config).items() if k != 'force'}             # the prompts are in `data`
+    with Run.start('answers', told, {'policy': record.folder} if record else {}, config.seed, label,
+                   sources=['rollout'], data=data) as run:
+        if refused and not run.done: raise ValueError(refused)
+        if not run.done: _answer(run, policy, record.id if record else str(policy), prompts, config)
+    return Record(run.folder)
+
+def _answer(run, policy, name, prompts, config): # ask, store, finish
+    run.note(policy=name)
     speaker = Speaker(policy, None, None, config.temperature, config.seed, config.max_prompt_tokens,
                       config.max_new_tokens)
     rows, n = [], config.batch_size
@@ -78,9 +81,8 @@ def _answers(policy, prompts, config): # -> a run with answers.jsonl: prompt, re
         part = prompts[k:k + 8 * n]
         told = run.cached(f'answers-{k}', lambda part=part: speaker.answers(part, batch_size=n))
         rows += [dict(prompt=p, **row) for p, row in zip(part, told, strict=True)]
-    atomic_write(run.path('answers.jsonl'), _lines(rows))
+    atomic_write(run.path('answers.jsonl'), as_lines(rows))
     run.finish(dict(n=len(rows), truncated=float(np.mean([r['truncated'] for r in rows]))))
-    return Record(run.folder)
 
 # %% ../../nbs/apps/18_judge.ipynb #f5ea44bc
 def _named(item): # 'cost=what', (kind, what) or what -> kind or '', what
@@ -166,21 +168,24 @@ def judge(
     a, b, prompts, # two policies: run, folder, 'smollm2' or hub name; a file of prompts, or a list of them
     by,            # judges: as of `scorer_of`, 'KIND=...' or (kind, ...); one or a list
     settings:dict|None=None, # of `AnswerSettings`
-    judging:dict|None=None,  # of `scorer_of`: labels, scale, key, yes, max_prompt_tokens, max_new_tokens
+    judging:dict|None=None,  # of `scorer_of`: labels, scale, key, yes, tokens, max_prompt_tokens, ...
     out='',        # a folder for copies of judged.jsonl and judged.csv
 )->Record:         # with judged.jsonl (a row for each prompt) and judged.csv (a row for each measure)
     "Compare two policies. ValueError, in one line, for judges or prompts that cannot be used."
     config = resolve(AnswerSettings, settings or {})
-    asked = _asked(prompts, config.rows)
-    by = [_named(x) for x in (by if isinstance(by, list) else [by])]
-    scores = _scores(by, judging or {}, len(asked))       # what cannot judge ends here: nobody has answered
-    answered = [_answers(p, asked, config) for p in (a, b)]
+    if config.batch_size < 1: raise ValueError(f'batch_size={config.batch_size}: it is 1 or more')
+    asked = _asked(prompts, config, set().union(*(trained_on(located(p)[1]) for p in (a, b))))
+    both = common_budgets([a, b], (config.max_prompt_tokens, config.max_new_tokens))
+    config = replace(config, max_prompt_tokens=both[0], max_new_tokens=both[1])
+    scores = _scores(by if isinstance(by, list) else [by], judging or {})      # what cannot judge ends here
+    print(f'{len(asked)} prompts for both: at most {both[0]} tokens of a prompt, {both[1]} of an answer')
+    answered = [_answers(p, asked, config, price(scores, 2 * len(asked))) for p in (a, b)]
     how = {k: v for k, v in (judging or {}).items() if k not in ('key', 'yes')}
-    run = Run.start('judged', dict(judges=[s.name for s in scores], kinds=[s.kind for s in scores], how=how),
-                    dict(zip('ab', (r.folder for r in answered), strict=True)), config.seed,
-                    config.name or '-'.join(map(_label, answered)),
-                    sources=['evaluate'], data={s.name: _identity(s) for s in scores})
-    if not run.done: _judge(run, scores, answered)
+    with Run.start('judged', dict(judges=[s.name for s in scores], kinds=[s.kind for s in scores], how=how),
+                   dict(zip('ab', (r.folder for r in answered), strict=True)), config.seed,
+                   config.name or '-'.join(r.label for r in answered),
+                   sources=['evaluate'], data={s.name: _identity(s) for s in scores}) as run:
+        if not run.done: _judge(run, scores, answered)
     record = Record(run.folder)
     if out:
         Path(out).mkdir(parents=True, exist_ok=True)
@@ -188,15 +193,12 @@ def judge(
     print(table(record))
     return record
 
-def _scores(by, judging, n): # (kind, what); of `scorer_of`; prompts
-    scores = [copy.copy(scorer_of(what, kind, **judging)) for kind, what in by]
+def _scores(by, judging): # judges; of `scorer_of`
+    scores = [copy.copy(scorer_of(what, kind, **judging)) for kind, what in map(_named, by)]
     if not scores: raise ValueError('no judge is named: give by= a score model, a function or an endpoint')
     names = [s.name for s in scores]
     for i, s in enumerate(scores):
         if names.count(s.name) > 1: s.name = f'{s.name} ({s.kind}, {i + 1})'
-        if isinstance(s.fn, Grader) and not s.fn.endpoint.yes:
-            print(f'{s.name} is to be asked {2 * n} times, less what it has answered before: without '
-                  'yes=True (--yes) this ends there', file=sys.stderr)
     return scores
 
 # %% ../../nbs/apps/18_judge.ipynb #99ab38d9
@@ -213,7 +215,7 @@ def _judge(run, scores, answered): # an open run, `Score`s, the two runs of answ
     rows = [dict(prompt=p, prompt_id=str(k), a=x, b=y,
                  verdicts={v.name: {n: _json(getattr(v, n)[i]) for n in ('a', 'b', 'wins')} for v in told})
             for i, (p, k, x, y) in enumerate(zip(prompts, ids, *texts, strict=True))]
-    atomic_write(run.path('judged.jsonl'), _lines(rows))
+    atomic_write(run.path('judged.jsonl'), as_lines(rows))
     found = pd.DataFrame([r for v in told for r in _measures(v, ids)] + _agreement(told, ids))
     atomic_write(run.path('judged.csv'), found.to_csv(index=False))
     wins = found[found.measure == 'a wins']

@@ -44,21 +44,29 @@ def _metavar(kind, unit): # of an option
     return 'TEXT' if kind is str else unit.split()[0].upper() if unit else 'N'
 
 # %% ../../nbs/apps/20_own_commands.ipynb #749abaef
+def _class(command): # 'limit' or 'judge' -> of its settings
+    if command == 'limit': from saferlhf.apps.limit import LimitSettings as cls
+    else: from saferlhf.apps.judge import AnswerSettings as cls
+    return cls
+
+def _fields(command): # -> name of a setting -> dataclass field
+    if command in ('limit', 'judge'): return _class(command).__dataclass_fields__
+    from saferlhf.apps.settings import settable
+    return settable(command)
+
 def field_options(
     command:str, # 'sft', 'reward', 'cost', 'align', 'limit' or 'judge'; it imports what the command needs
 )->dict:         # option -> keywords of `add_argument`; its value, or None, goes to `field_NAME`
     "An option for every field of a command's settings."
+    known = _fields(command)
     if command in ('limit', 'judge'):
-        if command == 'limit': from saferlhf.apps.limit import LimitSettings as cls
-        else: from saferlhf.apps.judge import AnswerSettings as cls
-        known = cls.__dataclass_fields__
+        cls = _class(command)
         first = {k: 'none' if f.default == '' else f.default for k, f in known.items()}
         units, ends = {}, {k: f'(default: {x})' for k, x in first.items()}
     else:
         from saferlhf.apps.defaults import described
-        from saferlhf.apps.settings import settable, settings_of
-        known, cls = settable(command), type(settings_of(command, {}))
-        told = described(command)
+        from saferlhf.apps.settings import settings_of
+        cls, told = type(settings_of(command, {})), described(command)
         units, ends = {k: d.unit for k, d in told.items()}, {k: _said(d) for k, d in told.items()}
     comments, out = _comments(cls), {}
     for name, f in known.items():
@@ -95,7 +103,9 @@ def _latest(stage, base): # the newest finished run from the start with this has
 def _after_scores(command, a, run): # lines after a reward or a cost model
     base, other = run.manifest['parent_folders']['base'], 'cost' if command == 'reward' else 'reward'
     found = _latest(other, run.manifest['parents']['base'])
-    if found is None: return [f'saferlhf {other} --model {_short(base)} --data {shlex.quote(a.data)}']
+    said = run.summary.get('n_train', {}).get('pairs') == 0 or getattr(a, 'field_chosen_is', None)
+    data = f'{"PREFERENCES" if command == "cost" else "LABELS"}.jsonl' if said else shlex.quote(a.data)
+    if found is None: return [f'saferlhf {other} --model {_short(base)} --data {data}']
     reward, cost = (run.folder, found) if command == 'reward' else (found, run.folder)
     both = (f'--policy {_short(base)} --reward {_short(reward)} --cost {_short(cost)} '
             f'--prompts {_beside(a, "prompts.jsonl")}')
@@ -103,7 +113,8 @@ def _after_scores(command, a, run): # lines after a reward or a cost model
     from saferlhf.record.run import Record
     weak = any(weakness(Record(folder)) for folder in (reward, cost))
     said = ' --force   # a score model is weak: without --force it is refused' if weak else ''
-    return [f'saferlhf limit {both}', f'saferlhf align {both} --limit 0{said}']
+    at = '-0.5 --relative' if Record(cost).summary.get('zero') == 'none' else '0'
+    return [f'saferlhf limit {both}', f'saferlhf align {both} --limit {at}{said}']
 
 def following(
     command:str, a, run, # 'sft', ...; its parsed arguments; what it returned, a `Record`
@@ -115,12 +126,13 @@ def following(
                 for k in ('reward', 'cost')]
     if command in ('reward', 'cost'): return _after_scores(command, a, run)
     if command == 'limit':
-        found = [*run.summary['choices'].values()]                  # the last: the strictest that is reached
-        chosen = next(x for x in found if x >= found[-1])
-        relative = ' --relative' if run.summary['relative'] else ''
+        from saferlhf.apps.limit import advised
+        chosen, relative = advised(run.summary), ' --relative' if run.summary['relative'] else ''
         given = dict(policy=a.policy, reward=a.reward or 'REWARD', cost=a.cost, prompts=a.prompts)
         words = ' '.join(f'--{k} {shlex.quote(x)}' for k, x in given.items())
-        return [f'saferlhf align {words} --limit {chosen:.2f}{relative}']
+        if chosen is not None: return [f'saferlhf align {words} --limit {chosen:.2f}{relative}']
+        words = words.replace(' --reward REWARD', '')
+        return [f'saferlhf limit {words} --samples {4 * run.summary["samples"]}']         # that may reach one
     start = _short(run.manifest['parent_folders']['sft'])
     by = f' --by {shlex.quote(a.cost)}' if a.cost else f' --by {shlex.quote(a.reward)}'
     return [f'saferlhf chat {here} --beside {start}',
@@ -199,14 +211,17 @@ def _rounds(a): # of `align`
 def _chat(a):
     "Talk to a model; every answer with its reward and cost."
     from saferlhf.apps.chat import chat
-    chat(a.policy, a.beside or None, a.reward or None, a.cost or None, a.prompts, a.json, _settings(a))
+    models = a.policy, a.beside or None, a.reward or None, a.cost or None
+    chat(*models, a.prompts, a.json, _settings(a), _judging(a))
 
 def _judge(a):
     "Compare two models on a file of prompts, by score models, functions, classifiers or an endpoint."
     from saferlhf.apps.judge import judge
-    how = {k: v for k in ('scale', 'key', 'yes') if (v := getattr(a, k)) not in (None, False)}
-    if a.labels: how['labels'] = _labels(a.labels)
-    judge(a.a, a.b, a.prompts, a.by, _settings(a), how, a.out)
+    judge(a.a, a.b, a.prompts, a.by, _settings(a), _judging(a), a.out)
+
+def _judging(a): # what `scorer_of` is told
+    how = {k: v for k in ('scale', 'key', 'yes', 'tokens') if (v := getattr(a, k)) not in (None, False)}
+    return how | (dict(labels=_labels(a.labels)) if a.labels else {})
 
 def _labels(given): # ['unsafe=1', 'safe=-1'] -> dict
     out = dict(x.rpartition('=')[::2] for x in given)
@@ -217,6 +232,7 @@ def _labels(given): # ['unsafe=1', 'safe=-1'] -> dict
 # %% ../../nbs/apps/20_own_commands.ipynb #ec7e4af3
 _A_MODEL = 'folder of a run or of a model, smollm2, or OWNER/NAME of a hub'
 _ROWS = 'JSON Lines, JSON, CSV or parquet, or a folder of them'
+_PROMPTS = f'{_ROWS}; or .txt, a prompt a line'
 def _must(what, metavar): return dict(required=True, metavar=metavar, help=what)
 def _may(what, metavar): return dict(default='', metavar=metavar, help=what)
 
@@ -237,37 +253,41 @@ _TALK = {_option(k): dict(dest=f'field_{k}', default=None, type=_value(kind), me
                                ('max_prompt_tokens', int, "of the dialogue so far (default: the run's)"),
                                ('max_new_tokens', int, "of an answer (default: the run's)"))}
 
+_JUDGES = {
+    '--labels': dict(nargs='+', default=[], metavar='LABEL=SIGN',
+                     help='of a classifier: 1 raises the score, -1 lowers it (default: as it says)'),
+    '--scale': dict(choices=['0-10', 'yes-no'], help='of an address that grades answers (default: 0-10)'),
+    '--key': dict(metavar='VARIABLE', help='environment variable with its key (default: OPENAI_API_KEY)'),
+    '--tokens': dict(type=_value(int), metavar='N', help='of each of its replies, at most (default: 16; '
+                     'a model that thinks first needs thousands)'),
+    '--yes': dict(action='store_true', help='agree to the number of calls (default: it is only shown)')}
+
 OWN = { # name -> function, options, whether they can be spread over GPUs; `field_options` has more
     'sft': (_sft, _START | {'--data': _must(f'answers: {_ROWS}', 'FILE')} | _PUSH, True),
     'reward': (_reward, _START | {'--data': _must(f'preferences: {_ROWS}', 'FILE')} | _PUSH, True),
     'cost': (_cost, _START | {'--data': _must(f'preferences, safety labels: {_ROWS}', 'FILE')} | _PUSH, True),
     'limit': (_limit, _POLICY | {
-        '--cost': _must('a cost model: folder of its run', 'MODEL'), '--prompts': _must(_ROWS, 'FILE'),
+        '--cost': _must('a cost model: folder of its run', 'MODEL'), '--prompts': _must(_PROMPTS, 'FILE'),
         '--reward': _may('a reward model (default: the best of n is the first under it)', 'MODEL')}, False),
     'align': (_align, _POLICY | {
         '--reward': _may('a reward model, or module.function; not with --rounds', 'MODEL'),
         '--cost': _may("a cost model, or module.function (default: none, for --objective ppo)", 'MODEL'),
-        '--prompts': _must(_ROWS, 'FILE'),
+        '--prompts': _must(_PROMPTS, 'FILE'),
         '--limit': dict(type=_value(float), default=0., metavar='N',
                         help='on the mean cost, in sd of the costs at first (default: 0)')}
               | _ROUNDS | _PUSH, True),
     'chat': (_chat, {
         'policy': dict(help=_A_MODEL), '--beside': _may('a second one, whose answers are shown too', 'MODEL'),
-        '--reward': _may("a reward model (default: that of the policy's run)", 'MODEL'),
-        '--cost': _may("a cost model (default: that of the policy's run)", 'MODEL'),
-        '--prompts': _may('answer these instead', 'FILE'),
-        '--json': dict(action='store_true', help='a line of JSON for each answer')} | _TALK, False),
+        '--reward': _may("a judge as of `judge` (default: the reward model of the policy's run)", 'JUDGE'),
+        '--cost': _may("another one (default: the cost model of the policy's run)", 'JUDGE'),
+        '--prompts': _may(f'answer these instead: {_PROMPTS}', 'FILE'),
+        '--json': dict(action='store_true', help='a line of JSON for each answer')} | _TALK | _JUDGES, False),
     'judge': (_judge, {
-        'a': dict(help=_A_MODEL), 'b': dict(help='the other one'), '--prompts': _must(_ROWS, 'FILE'),
+        'a': dict(help=_A_MODEL), 'b': dict(help='the other one'), '--prompts': _must(_PROMPTS, 'FILE'),
         '--by': dict(nargs='+', required=True, metavar='JUDGE',
                      help='score models, module.function, classifiers, or https://HOST/v1#MODEL; '
                           'reward=JUDGE, cost=, better= or safer= says what it is'),
-        '--labels': dict(nargs='+', default=[], metavar='LABEL=SIGN',
-                         help='of a classifier: 1 raises the score, -1 lowers it (default: as it says)'),
-        '--scale': dict(choices=['0-10', 'yes-no'], help='of an address that grades answers (default: 0-10)'),
-        '--key': dict(metavar='VARIABLE', help='environment variable with its key (default: OPENAI_API_KEY)'),
-        '--yes': dict(action='store_true', help='agree to the number of calls (default: it is only shown)'),
-        '--out': _may('copies of judged.jsonl and judged.csv (default: none)', 'FOLDER')}, False)}
+        '--out': _may('copies of judged.jsonl and judged.csv (default: none)', 'FOLDER')} | _JUDGES, False)}
 
 def typed(
     argv:list, # arguments of the process
@@ -282,8 +302,7 @@ def spelt(
     text:str, command:str, # of an error; that was typed
 )->str:                    # with options in the place of Python's settings
     "An error as somebody at a terminal reads it."
-    from saferlhf.apps.settings import settable
-    for field in settable(command) if command in ('sft', 'reward', 'cost', 'align') else ():
+    for field in _fields(command) if command in OWN and command != 'chat' else ():
         text = re.sub(rf'\b{field}=True\b', _option(field), text)
         text = re.sub(rf"\b{field}=('?)([\w.+-]+?)\1(?![\w.])", rf'{_option(field)} \2', text)
     return text

@@ -10,15 +10,16 @@ import hashlib
 import json
 import os
 from functools import lru_cache
-from .admit import check_kinds, is_function, scoring_function
-from .align import align, codes, derived, split_prompts
-from .own_data import as_lines, source_hash
+from .admit import check_kinds, check_roles, check_sizes, is_function, scoring_function
+from .align import align, codes, derived
+from .own_data import answers_of, as_lines, source_hash, source_name, split_prompts
 from .scorers import Score, annotator_of, scorer_of
 from .settings import settings_of
 from .stages import cost, model_folder, opened, reward
 from ..annotate import two_stage
 from ..data import read_rows, validate
 from ..evaluate import accuracy, cluster_bootstrap
+from ..hardware.ranks import Spread
 from ..models import load_tokenizer
 from ..record.files import atomic_write, read_lines
 from ..record.run import Record, Run
@@ -47,9 +48,8 @@ def _pairs(rows, r): # as from `ask`, two for each prompt; the round -> rows to 
 def _collect(policy, asked, r, name, config, typed): # Record; AlignSettings -> finished Record
     told = {k: getattr(config, k) for k in ('temperature', 'max_prompt_tokens', 'max_new_tokens')}
     data = {'prompts': hashlib.sha256(json.dumps(asked).encode()).hexdigest()}
-    run = Run.start('collect', dict(round=r) | told, {'policy': policy.folder}, config.seed, name,
-                    sources=('reproduction.collection',), data=data)
-    try:
+    with Run.start('collect', dict(round=r) | told, {'policy': policy.folder}, config.seed, name,
+                   sources=('reproduction.collection',), data=data) as run:
         if not run.done:
             run.note(command=typed)
             folder, sizes = model_folder(policy), CollectConfig(**told, batch_size=64)
@@ -58,7 +58,6 @@ def _collect(policy, asked, r, name, config, typed): # Record; AlignSettings -> 
             pairs = _pairs(rows, r)
             atomic_write(run.path('to_annotate.jsonl'), as_lines(pairs))
             run.finish(dict(prompts=len(asked), pairs=len(pairs)))
-    finally: run.close()
     return Record(run.folder)
 
 # %% ../../nbs/apps/19_rounds.ipynb #f2e92d29
@@ -126,9 +125,8 @@ def _annotate(collected, annotator, r, before, name, typed): # -> finished Recor
     if annotator is not None: make, more, data = _who(annotator)
     elif rows := _people(collected.folder, r): more, data = {}, source_hash(collected.path('annotated.jsonl'))
     else: return None
-    run = Run.start('annotate', dict(round=r), parents | more, collected.seed, name, sources=('annotate',),
-                    data=data)
-    try:
+    with Run.start('annotate', dict(round=r), parents | more, collected.seed, name, sources=('annotate',),
+                   data=data) as run:
         if not run.done:
             run.note(command=typed)
             if annotator is not None:
@@ -139,7 +137,6 @@ def _annotate(collected, annotator, r, before, name, typed): # -> finished Recor
             atomic_write(run.path('preferences.jsonl'), as_lines([*rows, *earlier]))
             harmful = sum(not row[k] for row in rows for k in _LABELS[2:]) / (2 * len(rows))
             run.finish(dict(pairs=len(rows), harmful=harmful, rows=len(rows) + len(earlier)))
-    finally: run.close()
     found = Record(run.folder).summary
     print(f'round {r}: {found["pairs"]} pairs annotated, {found["harmful"]:.0%} of their answers harmful; '
           f'{found["rows"]} pairs so far')
@@ -165,9 +162,12 @@ def _table(policies): # Records of round 1, 2, ... -> text
 # %% ../../nbs/apps/19_rounds.ipynb #8f5a8da5
 _MOST = 500 # prompts that a round collects where nobody says how many
 
-def _sizes(start, train, told): # budgets of all steps
-    found = derived(start, train)
-    return {k: told.get(k, found[k].value) for k in ('max_prompt_tokens', 'max_new_tokens')}
+def _sizes(start, train, told, limit): # budgets of all steps; ValueError for what `align` will refuse
+    found = {k: d.value for k, d in derived(start, train).items()}
+    config = settings_of('align', {}, found, told)
+    check_roles(config, ('reward', 'cost'), limit); check_sizes(config, len(train), Spread.wanted().ranks)
+    if config.ptx: answers_of(config.ptx, f'ptx={source_name(config.ptx)}')
+    return {k: getattr(config, k) for k in ('max_prompt_tokens', 'max_new_tokens')}
 
 def rounds(
     policy,      # that starts, and is the reference in every round; as of `align`
@@ -188,12 +188,13 @@ def rounds(
     if annotator is not None: _who(annotator)                              # what is wrong with it, first
     typed = (os.environ.get('SAFERLHF_COMMAND') or f'saferlhf.apps.rounds.rounds({str(start.folder)!r}, '
              f'{annotator!r:.99}, {prompts!r:.99}, {n}, {limit}, {settings})')
-    if not isinstance(prompts, (str, os.PathLike)): prompts = read_rows(prompts)
+    if not isinstance(prompts, (str, os.PathLike, dict)): prompts = read_rows(prompts)
     train, test = split_prompts(prompts, first.test_share, first.seed)
-    sizes = _sizes(start, train, told)
+    sizes = _sizes(start, train, told, limit)
     same = sizes | scores | dict(seed=first.seed, test_share=first.test_share)
+    for kind in ('reward', 'cost'): settings_of(kind, {}, same)
     for r in range(1, n + 1):
-        name = f'{first.name or start.folder.name.rpartition("-")[0]}-round-{r}'
+        name = f'{first.name or start.label}-round-{r}'
         asked = _asked(train, test, min(_MOST, len(train)) if collect is None else collect, r)
         current = policies[-1] if policies else start
         found = _collect(current, asked, r, name, settings_of('align', {}, told, sizes), typed)

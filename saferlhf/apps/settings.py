@@ -14,27 +14,24 @@ from ..train import ScoreConfig, SFTConfig, setting
 
 # %% ../../nbs/apps/05_settings.ipynb #ff6d7577
 @dataclass(frozen=True)
-class TuneSettings(SFTConfig):
-    "Supervised fine-tuning of a model on a file of answers."
-    seed:int = setting(0, scale=True)                     # of the order, and of what is held out
+class _Own:
+    seed:int = setting(0, scale=True)                     # of samples and orders, and of what is held out
     name:str = setting('', scale=True)                    # label of the run's folder; '': the model's
     test_share:float = setting(0.1, scale=True)           # of the prompts, held out
 
 @dataclass(frozen=True)
-class ScoreSettings(ScoreConfig):
+class TuneSettings(_Own, SFTConfig):
+    "Supervised fine-tuning of a model on a file of answers."
+
+@dataclass(frozen=True)
+class ScoreSettings(_Own, ScoreConfig):
     "A reward or a cost model of a file of preferences, of safety labels, or of both."
-    seed:int = setting(0, scale=True)                     # of the order, and of what is held out
-    name:str = setting('', scale=True)                    # label of the run's folder; '': the model's
-    test_share:float = setting(0.1, scale=True)           # of the prompts, held out
     chosen_is:str = setting('', scale=True)               # 'safer', 'better' (more helpful) or 'overall'
     zero:str = setting('', scale=True)                    # file of 50 or more safety labels
 
 @dataclass(frozen=True)
-class AlignSettings(PPOConfig):
+class AlignSettings(_Own, PPOConfig):
     "PPO-Lag, or another objective, on prompts from a file."
-    seed:int = setting(0, scale=True)                     # of samples and orders, and of what is held out
-    name:str = setting('', scale=True)                    # label of the run's folder; '': the policy's
-    test_share:float = setting(0.1, scale=True)           # of the prompts, held out
     relative:bool = setting(False)                        # the limit counts from the policy's mean cost
     ptx:str = setting('', scale=True)                     # file of answers for the PTX term; '': those of SFT
     look:int = setting(0, scale=True)                     # steps between looks at held-out prompts; 0: none

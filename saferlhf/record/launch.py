@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from ..hardware.ranks import Spread
 from .execute import cores
-from .resume import Interrupted, stopping
+from .resume import Interrupted, again, stopping
 
 # %% ../../nbs/record/07_launch.ipynb #45d88b99
 _RANK = ("import base64, importlib, json, os, sys, warnings; warnings.simplefilter('ignore', FutureWarning); "
@@ -107,5 +107,5 @@ def launch(
             code = ranks.wait()
     except BaseException: ranks.terminate(); ranks.wait(); raise
     if asked:
-        raise Interrupted(f'stopped by {asked[0]}: the ranks saved what they had; run the same command again')
+        raise Interrupted(f'stopped by {asked[0]}: the ranks saved what they had; to go on, {again()}')
     if code: raise RuntimeError(_failure(''.join(tail), spread.ranks, code))

@@ -28,7 +28,7 @@ from .code import source_hashes
 from .config import deviations, plain, show
 from .files import (atomic_write, cut_lines, flush, inside, lock, newest, read_json,
                                    read_lines)
-from .resume import Saver, cached, exit_on_sigterm
+from .resume import Saver, again, cached, exit_on_sigterm
 
 # %% ../../nbs/record/05_run.ipynb #489a7f7e
 def runs_home()->Path: # $SAFERLHF_RUNS, or runs/ under the current folder
@@ -65,6 +65,7 @@ class Record:
 
     done = property(lambda self: (self.folder/'DONE').exists())
     id = property(lambda self: f'{self.manifest["stage"]}/{self.folder.name}')
+    label = property(lambda self: self.folder.name.rpartition('-')[0])             # its name without the hash
     seed = property(lambda self: self.manifest['seed'])
     summary = property(lambda self: read_json(self.folder/'summary.json') if self.done else {})
 
@@ -221,7 +222,7 @@ class Run(_Log):
             if not (folder/'DONE').exists(): stack.enter_context(lock(folder))
             if not (folder/'manifest.json').exists(): _create(folder, facts, config, parents, profile, paper)
             run = cls(folder)
-            if not run.done: stack.enter_context(exit_on_sigterm(run._again))
+            if not run.done: stack.enter_context(exit_on_sigterm(again()))
             run._stack = stack.pop_all()
         _OPEN[str(folder)] = run; run._begin(config, paper)
         return run
@@ -269,6 +270,15 @@ class Run(_Log):
         "Let go of the folder."
         self._stack.close()
 
+    def __enter__(self): return self
+
+    def __exit__(self, kind, error, trace):
+        "Let go of the folder; what was refused before it kept anything leaves none."
+        self.close()
+        names = 'checkpoint', 'metrics.jsonl', 'samples.jsonl', 'DONE'
+        kept = any((self.folder/name).exists() for name in names)
+        if isinstance(error, Exception) and not kept: shutil.rmtree(self.folder, ignore_errors=True)
+
     def saver(
         self, objects:dict, # name -> what moves, see `Saver`
         steps:int=0, minutes:float=5., # how often; $SAFERLHF_SAVE_STEPS and $SAFERLHF_SAVE_MINUTES win
@@ -276,15 +286,10 @@ class Run(_Log):
         "What a `loop` needs to be resumed in this folder."
         steps = _number('SAFERLHF_SAVE_STEPS', int, steps)
         minutes = _number('SAFERLHF_SAVE_MINUTES', float, minutes)
-        return Saver(self.folder/'checkpoint', objects, steps, minutes, self._again, rewind=self._resume,
+        return Saver(self.folder/'checkpoint', objects, steps, minutes, again(), rewind=self._resume,
                      flush=lambda: [flush(p) for p in self.folder.glob('*.jsonl')])
 
     def cached(self, name:str, make): # a relative name; function without arguments, whose value is kept
         "Do a piece of work once; see `resume.cached`."
-        return make() if self.done else cached(inside(self.folder/'checkpoint', name), make, self._again)
+        return make() if self.done else cached(inside(self.folder/'checkpoint', name), make, again())
 
-    @property
-    def _again(self):
-        "How to go on."
-        again = 'run the same command, or this notebook, again'
-        return f'{again}: {command}' if (command := os.environ.get('SAFERLHF_COMMAND')) else again

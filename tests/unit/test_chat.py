@@ -153,7 +153,7 @@ def test_lines_of_the_input_and_files(monkeypatch, capsys, runs, tmp_path):
     out = capsys.readouterr().out
     assert out.count('> ') == len(set(tiny.sentences(40))) and '[reward' not in out
     (tmp_path/'empty.txt').write_text('\n')
-    with pytest.raises(ValueError, match='empty.txt holds no prompt'): chat(runs[0], prompts_file=tmp_path/'empty.txt')
+    with pytest.raises(ValueError, match='empty.txt: it holds no prompt'): chat(runs[0], prompts_file=tmp_path/'empty.txt')
 
 
 def test_wrong_input_is_one_line(runs, tmp_path):

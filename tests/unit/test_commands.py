@@ -113,7 +113,7 @@ def test_chat_and_judge_pass_on_what_they_were_told(monkeypatch, capsys):
     assert commands.main(['chat', 'p', '--beside', 's', '--json', '--temperature', '.7']) == 0
     base = ['judge', 'a', 'b', '--prompts', 'x.jsonl', '--by', 'runs/cost/c', 'my.rule']
     assert commands.main([*base, '--rows', '9', '--labels', 'unsafe=1', 'a=b=-1', '--yes']) == commands.main(base) == 0
-    assert seen[0] == ('p', 's', None, None, '', True, dict(temperature=.7))
+    assert seen[0] == ('p', 's', None, None, '', True, dict(temperature=.7), {})
     assert seen[1] == ('a', 'b', 'x.jsonl', ['runs/cost/c', 'my.rule'], dict(rows=9), dict(yes=True, labels={'unsafe': 1, 'a=b': -1}), '')
     assert seen[2][4:] == ({}, {}, '')
     assert 'WORD=1' in told([*base, '--labels', 'unsafe'], capsys)
@@ -152,10 +152,14 @@ def test_each_command_names_the_next_one(home, monkeypatch, capsys):
     assert after('sft', sft) == [f'{k} --model {here} --data preferences.jsonl' for k in ('reward', 'cost')]
     reward = finished('reward', dict(base=sft.folder))
     assert after('reward', reward, data='p q.jsonl') == [f"cost --model {here} --data 'p q.jsonl'"]
+    assert after('reward', reward, data='x', field_chosen_is='overall') == [f'cost --model {here} --data LABELS.jsonl']
     cost = finished('cost', dict(base=sft.folder)); finished('cost', dict(base=start.folder))      # of another start
     both = f'--policy {here} --reward {short(reward)} --cost {short(cost)} --prompts prompts.jsonl'
     assert after('cost', cost, data='x') == [f'limit {both}', f'align {both} --limit 0'] == after('reward', reward, data='x')
-    limit = finished('limit', dict(policy=sft.folder), choices={'paper': -.6, 'half': -.437, 'safest': -.5}, relative=False)
+    finished('cost', dict(base=sft.folder, reward=reward.folder), zero='none')                # without a zero a limit is relative
+    assert after('reward', reward, data='x')[1].endswith(' --limit -0.5 --relative')
+    choices = {'paper': -.6, 'half': -.437, 'safest': -.5}
+    limit = finished('limit', dict(policy=sft.folder), choices=choices, relative=False, cost=[.2], samples=8)
     given = dict(policy='p', reward='', cost='c', prompts='x')
     assert after('limit', limit, **given) == ['align --policy p --reward REWARD --cost c --prompts x --limit -0.44']
     policy = finished('policy', dict(sft=sft.folder))

@@ -123,8 +123,9 @@ def test_a_cost_without_a_zero_gives_limits_from_the_mean(models, monkeypatch, c
 def test_what_is_wrong_is_one_line(models):
     ask = lambda policy='sft', cost='cost', prompts=PROMPTS, **settings: limit(models[policy], models[cost], prompts, settings=settings)
     for said, wrong in {"no setting 'sample': did you mean 'samples'": dict(sample=3), 'samples=0': dict(samples=0),
-                        'is a run of reward: name one of cost': dict(cost='reward'), 'name one of sft or policy': dict(policy='cost'),
-                        'holds out none of 1 prompts': dict(prompts=PROMPTS[:1], test_share=1e-9)}.items():
+                        'holds a reward model: name a cost model': dict(cost='reward'),
+                        'holds a cost model: name a language model': dict(policy='cost'),
+                        'leave none to test on': dict(prompts=PROMPTS[:1], test_share=1e-9)}.items():
         with pytest.raises(ValueError, match=said) as e: ask(**wrong)
         assert '\n' not in str(e.value)
     assert not list((models['sft'].parent.parent).glob('limit'))

@@ -50,6 +50,7 @@ def test_notebooks_and_figures_exist():
     known = paths | {p.split('/')[-1] for p in paths}
     named = {n for n in NAMES if re.fullmatch(r'\d\d_\w+|(paper|templates)/\w+', n)}
     assert len(named) > 8 and named <= known, named - known
+    assert {p.stem for p in notebooks('apps')} <= named
     drawn = {n for p in notebooks('paper') for c in cells(p) for n in re.findall(r"\bresults\.save\(.*?, '(\w+)', NOTEBOOK", c['source'])}
     figures = {n.removeprefix('figures/') for n in NAMES if n.startswith('figures/')}
     assert len(figures) > 8 and figures <= drawn, figures - drawn

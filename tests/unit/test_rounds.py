@@ -204,12 +204,14 @@ def test_wrong_files_of_people_are_refused_in_a_line(start):
 
 
 # --- other annotators, refusals
-def test_two_score_models_annotate_and_are_parents(start):
+def test_two_score_models_annotate_and_are_parents(start, monkeypatch):
     models = scores()
     with pytest.raises(ValueError, match='rounds=0'): go(start, 0, models)
     go(start, 1, None)
+    def enough(*a): raise ValueError('enough')
+    monkeypatch.setattr(module, 'reward', enough)
     for annotator in (models, models | dict(reward=Score(lambda p, a: [len(x) for x in a], 'reward', 'longer'))):
-        with pytest.raises(ValueError, match='no setting'): go(start, 1, annotator, scores=dict(stop=1))         # after annotation
+        with pytest.raises(ValueError, match='enough'): go(start, 1, annotator)                                  # after annotation
     by = [Record(p.parent) for p in Path('runs/annotate').glob('*/DONE')]
     assert len(runs('collect')) == 1 and len(by) == 2                            # the same answers, labelled by others
     parents = sorted(({k: Path(v) for k, v in r.manifest['parent_folders'].items() if k in models} for r in by), key=len)
