@@ -194,7 +194,8 @@ class Sampler:
         number = torch.arange(first, first + samples, device=ids.device).repeat(len(ids) // samples)
         u = uniforms(self.seed, keys[:, None], number[:, None], torch.arange(T + 1, device=ids.device))
         self._check(model, batch, ids.shape[1] + T)
-        if why := why_not(model, ids.shape[1] + T): warnings.warn(f'sampling the slower way: {why}', stacklevel=3)
+        why = why_not(model, ids.shape[1] + T)
+        if why: warnings.warn(f'sampling the slower way: {why}', stacklevel=3)
         way = self._fast if not why else self._plain if packs(model) else self._whole
         answers = way(model, ids, mask, u)
         lengths = answers.lengths.cpu()
