@@ -66,6 +66,8 @@ def timed(
 SIZES = {
     'tiny': dict(vocab_size=512, hidden_size=64, intermediate_size=176, num_hidden_layers=2,
                  num_attention_heads=4, num_key_value_heads=2),
+    '135M': dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+                 num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True),
     '1.1B': dict(vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=22,
                  num_attention_heads=32, num_key_value_heads=4),
     '7B': dict(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
@@ -92,6 +94,9 @@ def random_model(
     return lm.eval()
 
 
+STEPS = 1000 # of a run: layers are recorded and compiled as in a stage of so many
+
+
 def six_models(
     size:str,           # of all
     spread:Spread,      # of each role
@@ -99,7 +104,7 @@ def six_models(
 )->tuple:               # actor, reference, critics, scorers: as `ppo_step` takes them
     "The engines of a PPO step."
     optim = Optim(lr=1e-6, warmup=0., schedule='constant')
-    how = lambda role: dict(precision='bf16', compile=compile) | spread.load(role)
+    how = lambda role: dict(steps=STEPS, precision='bf16', compile=compile) | spread.load(role)
     actor = load(lambda: random_model(size), optim, **how('actor'))
     reference = load(lambda: random_model(size), **how('reference'))
     scores = {k: load(lambda k=k: random_model(size, k), **how(k)) for k in ('reward', 'cost')}
