@@ -178,9 +178,10 @@ def _room(shape, config, gb, spread): # -> rows of a backward pass (0: all), rec
     rows = math.ceil(config.prompts * config.samples / config.minibatches if ppo else config.batch_size)
     sizes = [m for m in (64, 32, 16, 8, 4, 2, 1) if m <= max(1, rows // spread.ranks)]
     away = math.inf if spread.offload else 0.                  # what nobody has moved to the host stays here
+    graphs = memory()[1] and spread.graphs != 'off'
     try:
         ways = [(m, fit(shape, replace(config, micro_batch=m) if ppo else config, spread.ranks, gb, away,
-                        spread.zero, advise=False, micro_batch=0 if ppo else m)) for m in sizes]
+                        spread.zero, advise=False, micro_batch=0 if ppo else m, graphs=graphs)) for m in sizes]
     except ValueError: return min(8, sizes[0]), False, 'plans do not know this family: a small number'
     good = [(m, w) for m, w in ways if w['fits']]
     plain = [(m, w) for m, w in good if m >= min(4, sizes[0]) and not w['recompute']]
@@ -258,5 +259,6 @@ def less_memory(
     try:
         config = run.config if is_dataclass(run.config) else settings_of(command, run.config)
         shape = json.loads((Path(folders[0])/'model/config.json').read_text(encoding='utf-8'))
-        return savings(shape, config, s.ranks, s.zero, s.offload, s.recompute, s.micro_batch)
+        return savings(shape, config, s.ranks, s.zero, s.offload, s.recompute, s.micro_batch,
+                       memory()[1] and s.graphs != 'off')
     except (OSError, ValueError): return ''

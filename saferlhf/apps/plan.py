@@ -97,6 +97,11 @@ def _passing(shape, tokens, answers, compile, recompute): # both directions -> a
     return _fullest(dict(activations=x['layers'] + x['end'], logits=logits),
                     dict(activations=x['layers'] + deep, logits=0))
 
+def _apart(shape, tokens, answers, compile): # `_passing` of recorded layers -> in their memory; beside it
+    s, x = _sizes(shape), _saved(shape, tokens, answers, compile)
+    beside = dict(activations=x['end'] + 6 * s.D * tokens, logits=2 * x['logits'] + 12 * min(_CHUNK, s.V * answers))
+    return x['layers'] + tokens * (6 * s.F + 12 * s.D), beside
+
 def _forward(shape, tokens, answers): # without gradients, a layer at a time -> activations, logits
     s = _sizes(shape)
     end = 2 * s.D * (tokens + answers) + (0 if answers else 4 * s.D * tokens)
@@ -147,6 +152,7 @@ def _predict(
     engine='',              # 'torch' or 'deepspeed'; '': torch on one GPU without ZeRO and offload
     dense='freed',          # or 'kept': at ZeRO 3, the decoder's weights and cache, between rollouts
     few=0,                  # rows or pairs of a backward pass, where the configuration has none; 0: all
+    graphs=False,           # layers are recorded, where torch trains alone and keeps activations
 ): # who holds what in every phase -> table: phase, role, part, gpu (bytes on each), host (bytes for each GPU)
     if dense not in ('freed', 'kept'): raise ValueError(f"dense is 'freed' or 'kept', not {dense!r}")
     offload, roles, policy = offload or {}, _roles(config), isinstance(config, PPOConfig)
@@ -157,11 +163,14 @@ def _predict(
     rows, micro, micros = _rows(config, gpus, few)
     always, moments = _acting(shape, config, n, rows, stage, dense) if policy else ([], {})
     always = _lines('all', dict(workspace=_WORKSPACE)) + always
-    states, lean = {}, recompute and torch_alone
+    states, lean, graphs, recorded = {}, recompute and torch_alone, graphs and torch_alone and not recompute, 0
     for role, (head, trained) in roles.items():
         passes = micros * (2 if role == 'actor' and config.ptx_coef else 1)
         states[role] = _states(n[role], trained, gpus, stage, offload.get(role, ''),
                                count(shape, head, _SMALL), passes, lean)
+        if graphs and trained:                         # gradients stay where the recordings add to them
+            states[role] |= dict(backward={}, step={}, held={})
+            states[role]['always']['gradients'] = 4 * n[role]
     order = [role for role, (_, trained) in roles.items() if trained]
     def waiting(others): # their gradients: models step together
         return [x for r in others for x in _lines(r, states[r]['held'])]
@@ -172,9 +181,13 @@ def _predict(
         before, after = order[:order.index(role)], order[order.index(role) + 1:]
         tokens = micro * (S + T + (not head and not policy))
         kept = _passing(shape, tokens, micro * T * head, compile, recompute)
+        if graphs:
+            inside, kept = _apart(shape, tokens, micro * T * head, compile)
+            recorded = max(recorded, inside)
         moments[f'{role}: backward'] = _lines(role, x['backward'] | _gathered(n[role], stage) | kept)
         moments[f'{role}: backward'] += waiting(before)
         moments[f'{role}: step'] = _lines(role, x['step']) + waiting(after)
+    if recorded: always += _lines('all', {'recorded layers': recorded})
     lines = [(phase, *r) for phase, parts in moments.items() for r in always + parts]
     return pd.DataFrame(lines, columns=['phase', 'role', 'part', 'gpu', 'host'])
 
@@ -191,12 +204,14 @@ def predicted_gb(
     gpus:int=1, zero:int=0, offload:dict|None=None, # that share a step; ZeRO stage; role -> what is moved
     micro_batch:int=16, recompute:bool=False, compile:bool=False, # rows of a backward pass; as `_predict`
     engine:str='', dense:str='freed', # '', 'torch' or 'deepspeed'; 'kept': at ZeRO 3 the decoder's copy stays
+    graphs:bool=False,    # as `_predict`
 )->float:                 # GB (1e9 bytes) on each GPU, as `bench.peak` measures
     "Peak of a step of PPO-Lag with PTX, every sequence full."
     n = prompts_per_gpu * gpus
     room = dict(max_prompt_tokens=prompt_tokens, max_new_tokens=new_tokens)
     config = PPOConfig(prompts=n, samples=1, window=n, micro_batch=micro_batch, **room)
-    return _peak(_predict(shape, config, gpus, zero, offload, recompute, compile, engine, dense=dense))[1]
+    return _peak(_predict(shape, config, gpus, zero, offload, recompute, compile, engine, dense,
+                          graphs=graphs))[1]
 
 # %% ../../nbs/apps/01_plan.ipynb #be870a5d
 def _offloads(config, zero): # what may move to the host, from little to much: dicts role -> what
@@ -214,13 +229,14 @@ def fit(
     zero:int|None=None,   # only this stage; None: the lowest that fits
     advise:bool=True,     # say what to change when nothing fits
     micro_batch:int=0,    # rows or pairs of a backward pass on a GPU, in SFT and score models; 0: all
+    graphs:bool=True,     # layers are recorded, where one GPU trains and keeps activations
 )->dict:                  # fits, gpu and host (GB needed), zero, offload, recompute, table, advice (lines)
     "The simplest way in which a stage fits, or the leanest one and what to change."
     ways = [(k, z, again, off) for z in (range(4) if zero is None else [zero])
             for k, off in enumerate(_offloads(config, z)) for again in (False, True)]
     best = None
     for _, z, again, off in sorted(ways, key=lambda w: (len(w[3]) > 0, *w[:3])):
-        table = _predict(shape, config, gpus, z, off, again, few=micro_batch)
+        table = _predict(shape, config, gpus, z, off, again, few=micro_batch, graphs=graphs)
         _, gpu, host = _peak(table)     # GB; the allocator does not see the context and the gaps
         gpu, host = float(gpu) * (1 + _FRAGMENTS) + _CONTEXT / 1e9, float(host) * min(gpus, _NODE)
         found = dict(gpu=gpu, host=host, zero=z, offload=off, recompute=again, table=table, advice=[],
@@ -253,10 +269,11 @@ def savings(
     shape, config,        # of all models, as for `count`; the stage's: PPOConfig, SFTConfig or ScoreConfig
     gpus:int=1, zero:int=0, offload:dict|None=None, recompute:bool=False, # how it was run, see `fit`
     micro_batch:int=0,    # rows or pairs of a backward pass, in SFT and score models; 0: all
+    graphs:bool=False,    # as in `fit`
 )->str:                   # one line
     "Settings that need less memory, each alone, the strongest first. ValueError for an unknown family."
-    def needs(config=config, zero=zero, recompute=recompute, few=micro_batch):
-        gpu = _peak(_predict(shape, config, gpus, zero, offload, recompute, few=few))[1]
+    def needs(config=config, zero=zero, recompute=recompute, few=micro_batch, graphs=graphs):
+        gpu = _peak(_predict(shape, config, gpus, zero, offload, recompute, few=few, graphs=graphs))[1]
         return float(gpu) * (1 + _FRAGMENTS) + _CONTEXT / 1e9
     ppo = isinstance(config, PPOConfig)
     micro = config.micro_batch if ppo else micro_batch or math.ceil(config.batch_size / gpus)
@@ -268,6 +285,7 @@ def savings(
         half = dict(config=replace(config, **{field: most // 2}))
         if most >= 32: ways[f'{field}={most // 2} instead of {most}'] = half
     if not recompute: ways['recompute'] = dict(recompute=True)
+    if graphs: ways['graphs=off'] = dict(graphs=False)
     if gpus > 1 and zero < 3: ways[f'zero=3 instead of {zero}'] = dict(zero=3)
     now, found = needs(), sorted((needs(**change), text) for text, change in ways.items())
     helps = [f'{text} needs {gb:.1f} GB' for gb, text in found if gb < .95 * now][:4]
