@@ -181,7 +181,7 @@ def _room(shape, config, gb, spread): # -> rows of a backward pass (0: all), rec
     graphs = memory()[1] and spread.graphs != 'off'
     try:
         ways = [(m, fit(shape, replace(config, micro_batch=m) if ppo else config, spread.ranks, gb, away,
-                        spread.zero, advise=False, micro_batch=0 if ppo else m, graphs=graphs)) for m in sizes]
+                        spread.zero, False, 0 if ppo else m, graphs)) for m in sizes]
     except ValueError: return min(8, sizes[0]), False, 'plans do not know this family: a small number'
     good = [(m, w) for m, w in ways if w['fits']]
     plain = [(m, w) for m, w in good if m >= min(4, sizes[0]) and not w['recompute']]

@@ -99,8 +99,9 @@ def _passing(shape, tokens, answers, compile, recompute): # both directions -> a
 
 def _apart(shape, tokens, answers, compile): # `_passing` of recorded layers -> in their memory; beside it
     s, x = _sizes(shape), _saved(shape, tokens, answers, compile)
-    beside = dict(activations=x['end'] + 6 * s.D * tokens, logits=2 * x['logits'] + 12 * min(_CHUNK, s.V * answers))
-    return x['layers'] + tokens * (6 * s.F + 12 * s.D), beside
+    logits = 2 * x['logits'] + 12 * min(_CHUNK, s.V * answers)
+    return (x['layers'] + tokens * (6 * s.F + 12 * s.D),
+            dict(activations=x['end'] + 6 * s.D * tokens, logits=logits))
 
 def _forward(shape, tokens, answers): # without gradients, a layer at a time -> activations, logits
     s = _sizes(shape)
@@ -163,7 +164,8 @@ def _predict(
     rows, micro, micros = _rows(config, gpus, few)
     always, moments = _acting(shape, config, n, rows, stage, dense) if policy else ([], {})
     always = _lines('all', dict(workspace=_WORKSPACE)) + always
-    states, lean, graphs, recorded = {}, recompute and torch_alone, graphs and torch_alone and not recompute, 0
+    states, lean, recorded = {}, recompute and torch_alone, 0
+    graphs = graphs and torch_alone and not recompute
     for role, (head, trained) in roles.items():
         passes = micros * (2 if role == 'actor' and config.ptx_coef else 1)
         states[role] = _states(n[role], trained, gpus, stage, offload.get(role, ''),
@@ -229,7 +231,7 @@ def fit(
     zero:int|None=None,   # only this stage; None: the lowest that fits
     advise:bool=True,     # say what to change when nothing fits
     micro_batch:int=0,    # rows or pairs of a backward pass on a GPU, in SFT and score models; 0: all
-    graphs:bool=True,     # layers are recorded, where one GPU trains and keeps activations
+    graphs:bool=False,    # layers are recorded, where one GPU trains and keeps activations
 )->dict:                  # fits, gpu and host (GB needed), zero, offload, recompute, table, advice (lines)
     "The simplest way in which a stage fits, or the leanest one and what to change."
     ways = [(k, z, again, off) for z in (range(4) if zero is None else [zero])
@@ -243,12 +245,13 @@ def fit(
                      fits=gpu <= gpu_memory and host <= host_memory)
         if found['fits']: return found
         if best is None or host <= host_memory and gpu < best['gpu']: best = found
-    if advise: best['advice'] = _changes(shape, config, gpus, gpu_memory, host_memory, zero)
+    if advise: best['advice'] = _changes(shape, config, gpus, gpu_memory, host_memory, zero, graphs)
     return best
 
 # %% ../../nbs/apps/01_plan.ipynb #27687ff3
-def _changes(shape, config, gpus, gpu_memory, host_memory, zero): # single changes that are enough
-    now = dict(config=config, gpus=gpus, gpu_memory=gpu_memory, host_memory=host_memory, zero=zero)
+def _changes(shape, config, gpus, gpu_memory, host_memory, zero, graphs): # single changes that are enough
+    now = dict(config=config, gpus=gpus, gpu_memory=gpu_memory, host_memory=host_memory, zero=zero,
+               graphs=graphs)
     larger = [G for G in (24, 40, 48, 80, 96, 141, 192) if G > gpu_memory]
     ways = [{f'{gpus << k} GPUs instead of {gpus}': dict(gpus=gpus << k) for k in range(1, 8)},
             {f'{k * host_memory:g} GB on each host': dict(host_memory=k * host_memory)
@@ -320,7 +323,7 @@ def plan(
         if not isinstance(c, PPOConfig | SFTConfig | ScoreConfig): continue
         if isinstance(c, PPOConfig) and c.prompts % gpus:
             raise ValueError(f'{name}: {c.prompts} prompts do not divide among {gpus} GPUs')
-        out[name] = fit(shape, c, gpus, gpu_memory, host_memory, zero)
+        out[name] = fit(shape, c, gpus, gpu_memory, host_memory, zero, graphs=True)
         groups.setdefault(_report(out[name], gpus, gpu_memory, host_memory), []).append(name)
     for text, names in sorted(groups.items(), key=lambda g: -max(out[n]['gpu'] for n in g[1])):
         print(', '.join(names) + text, end='\n\n')

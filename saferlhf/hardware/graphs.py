@@ -141,8 +141,8 @@ class _Replay(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g): # (n, D)
         if ctx.turn != _memory.turn:
-            raise RuntimeError('a backward pass must follow its forward pass, with no other pass of a recorded '
-                               "model in between: change the order, or load the models with graphs='off'")
+            raise RuntimeError('a backward pass must follow its forward pass, with no pass of another recorded '
+                               "model in between: change the order, or load with graphs='off'")
         _memory.turn += 1
         ctx.owner.attach()
         ctx.made.gradient[:len(g)].copy_(g); ctx.made.gradient[len(g):].zero_()
@@ -172,6 +172,7 @@ def worthwhile(
     steps:int,  # optimizer steps of the whole run
 )->tuple:       # whether layers are recorded, whether they are compiled: never without a GPU
     "What lowers the time of a whole run. ValueError for another word."
-    if graphs not in ('on', 'off', 'auto'): raise ValueError(f"graphs is 'auto', 'on' or 'off', not {graphs!r}")
+    if graphs not in ('auto', 'on', 'off'):
+        raise ValueError(f"graphs is 'auto', 'on' or 'off', not {graphs!r}")
     can = graphs != 'off' and torch.cuda.is_available()
     return tuple(can and (graphs == 'on' or steps >= n) for n in (_RECORDED, _COMPILED))

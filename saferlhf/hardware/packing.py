@@ -155,7 +155,7 @@ def row_inputs(
 def _packed(model, ids, lay, **kw): # -> (1, N or places to keep, ...)
     m, ids = module_of(model), ids.flatten()[lay.index]
     body = getattr(m, 'base_model', m)
-    if not len(ids) or not hasattr(body, 'recorded'): return model(**row_inputs(m.config, ids, lay), **kw)
+    if not hasattr(body, 'recorded'): return model(**row_inputs(m.config, ids, lay), **kw)
     h = body.recorded(body, ids, lay)                     # see `13_graphs`
     if m is body: return SimpleNamespace(last_hidden_state=h[None])
     return SimpleNamespace(logits=m.lm_head(h[kw.get('logits_to_keep', slice(None))])[None])

@@ -44,6 +44,7 @@ def prepare(
     "Make the layers fast, or small."
     for layer in [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]:
         if compile:                                                   # with the roundings of plain code
-            layer.forward = torch.compile(layer.forward, dynamic=True, options=dict(emulate_precision_casts=True))
+            how = dict(dynamic=True, options=dict(emulate_precision_casts=True))
+            layer.forward = torch.compile(layer.forward, **how)
         if recompute: layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     return model

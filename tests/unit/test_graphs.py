@@ -65,7 +65,7 @@ def test_nothing_is_recorded_without_a_gpu(monkeypatch):
 
 
 def test_a_recorded_body_gives_the_head_its_hidden_states():
-    "What `packed_forward` does with a recording, and without one where a batch holds no token."
+    "What `packed_forward` does with a recording."
     model, mask = tiny_model(seed=1), lengths(5)
     ids = torch.randint(2, 61, mask.shape)
     want, seen = token_logps(model, ids, mask, 8), []
@@ -73,7 +73,6 @@ def test_a_recorded_body_gives_the_head_its_hidden_states():
     model.base_model.recorded = recorded
     close(token_logps(model, ids, mask, 8).detach(), want.detach())
     assert seen == [mask.sum()]
-    assert token_logps(model, ids, mask * 0, 8).abs().sum() == 0 and len(seen) == 1
 
 
 def test_the_plan_knows_what_recordings_hold():
