@@ -71,8 +71,8 @@ class TorchEngine:
         if optim is None: return
         self.masters = [p if p.dtype == torch.float32 else w.float()
                         for p, w in zip(self.params, exact, strict=True)]
-        for p, m in zip(self.params, self.masters, strict=True):
-            if m is not p: p.register_post_accumulate_grad_hook(partial(self._widen, m))
+        self.rounded = [(p, m) for p, m in zip(self.params, self.masters, strict=True) if m is not p]
+        for p, m in self.rounded: p.register_post_accumulate_grad_hook(partial(self._widen, m))
         if graphs: record(model, zip(self.params, self.masters, strict=True))
         self.optimizer, self._moved = adamw(self.masters, optim), None # the norm of an update that is made
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, schedule(optim, steps))
@@ -107,7 +107,7 @@ class TorchEngine:
         self.optimizer.step()
         self.scheduler.step()
         self.clear()
-        if self.precision == 'bf16': torch._foreach_copy_(self.params, self.masters)
+        if self.rounded: torch._foreach_copy_(*zip(*self.rounded, strict=True))
         return norm
 
     def step(self, norm=None):
@@ -169,13 +169,13 @@ def load(
     compile:bool=False,   # as in `prepare`
     recompute:bool=False, # as in `prepare`; for trained models
     offload:str='',       # for deepspeed, what lies in the host's memory: '', 'optimizer', 'weights', 'all'
-    graphs:str='off',     # for torch without recomputation: record (and compile) layers; as in `worthwhile`
+    graphs:str='off',     # for torch: compile layers, and record them unless they recompute; see `worthwhile`
 )->Engine:
     "Make a model and wrap it in an engine."
-    recorded, compiled = worthwhile(graphs, steps) if engine == 'torch' and not recompute else (False, False)
+    recorded, compiled = worthwhile(graphs if engine == 'torch' else 'off', steps)
     def prepared(): return prepare(make(), compile or compiled, recompute and optim is not None)
     if engine == 'torch':
         lean = recompute and device().type == 'cuda'
-        return TorchEngine(prepared(), optim, steps, precision, lean, recorded)
+        return TorchEngine(prepared(), optim, steps, precision, lean, recorded and not recompute)
     if engine == 'deepspeed': return DeepSpeedEngine(prepared, optim, steps, precision, zero, offload)
     raise ValueError(f"engine is 'torch' or 'deepspeed', not {engine!r}")

@@ -54,7 +54,7 @@ MUTATIONS = { # name -> (module, what stands there, what is put in its place, te
     'kernels: temperature left out': ('hardware.kernels',
         '(x if temperature == 1 else x / temperature).exp()', 'x.exp()', 'rollout'),
     'engine: masters not used': ('engine',
-        'torch._foreach_copy_(self.params, self.masters)', 'pass', 'engine'),
+        'torch._foreach_copy_(*zip(*self.rounded, strict=True))', 'pass', 'engine'),
     'engine: gradients of parts lost': ('engine',
         'else master.grad.add_(p.grad)', 'else master.grad', 'engine'),
     'ranks: each has a rollout of its own': ('ppo', 'return _gather_ranks(', 'return (', 'ranks'),

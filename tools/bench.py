@@ -15,6 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from saferlhf.engine import Optim, load
+from saferlhf.hardware.graphs import recorded_bytes
 from saferlhf.hardware.ranks import Spread, device
 from saferlhf.models import ScoreModel
 from saferlhf.record.execute import execute
@@ -41,10 +42,11 @@ def seconds(
 def peak(
     f, # function without arguments
 )->float: # GB (1e9 bytes), what the caller holds included; NaN without a GPU
-    "Most memory allocated during a call."
+    "Most memory allocated during a call, and what recordings hold."
     if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
     f(); wait()
-    return torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else float('nan')
+    if not torch.cuda.is_available(): return float('nan')
+    return (torch.cuda.max_memory_allocated() + recorded_bytes()) / 1e9
 
 
 def timed(
@@ -219,8 +221,8 @@ def chosen(
 
 STEP = dict(size='1.1B', prompt_tokens=64, new_tokens=448, generate_tokens=48)
 FULL = {'sampler': STEP | dict(batches=[16, 128, 512], mean=128, slots=128, queues=[512, 2048]),
-        'ppo_step': STEP | dict(batches=[16, 64], micro_batch=16, compile=True),
-        'training': dict(size='1.1B', pairs=16, length=512, shortest=64, compile=True)}
+        'ppo_step': STEP | dict(batches=[16, 64], micro_batch=16),
+        'training': dict(size='1.1B', pairs=16, length=512, shortest=64)}
 
 if __name__ == '__main__':
     "Results go to data/results/bench below the current folder, executed notebooks to runs/bench."

@@ -46,10 +46,10 @@ class _Memory: # of all recordings
     def __init__(self): self.users, self.id, self.turn, self.most = WeakSet(), None, 0, 0
 
     def room(self, tokens): # of a training pass; the largest is recorded first
-        if self.id is None or 0 < self.most < tokens:
+        if 0 < self.most < tokens:
             torch.cuda.synchronize()                                          # nothing of them is under way
             for user in self.users: user.made.clear()
-            self.id = torch.cuda.graph_pool_handle()
+        if not any(user.made for user in self.users): self.id, self.most = torch.cuda.graph_pool_handle(), 0
         self.most = max(self.most, tokens)
 
 _memory = _Memory()
