@@ -29,7 +29,8 @@ def size_of(lay:Layout)->Size: # of at least one token
     n = len(lay.index)
     tokens = max(1024, _up(n, 1 << max(7, n.bit_length() - 4)))
     longest = max(128, 1 << (lay.longest - 1).bit_length())
-    return Size(tokens, _up(len(lay.bounds) + _up(tokens - n, longest) // longest, 16), longest)
+    sequences = len(lay.bounds) + _up(tokens - n, longest) // longest
+    return Size(tokens, _up(sequences, 1 << max(4, sequences.bit_length() - 3)), longest)
 
 def fill(lay:Layout, size:Size)->Layout: # of at least one token; at least as large
     "Dummy sequences behind those of a batch, up to a size."
@@ -77,6 +78,7 @@ class Recorded:
         named = [(name, p) for name, p in body.named_parameters() if id(p) in masters]
         self.weights = {name: nn.Parameter(p.detach()) for name, p in named}
         self.masters, self.totals = [masters[id(p)] for _, p in named], []
+        self.like = {}                                   # whether it trains -> (0, D): kernels are there
         self.anchor = torch.zeros((), device=body.device, requires_grad=True) # asks autograd to come by
         _memory.users.add(self)
 
@@ -108,7 +110,7 @@ class Recorded:
         few = 128 * torch.arange(10, device=ids.device, dtype=bounds.dtype).clamp_(max=8)
         h = self._pass(body, ids, position, torch.arange(1024, device=ids.device), few, 128)
         if train: torch.autograd.grad(h, [*self.weights.values()], h, allow_unused=True)
-        return h.detach()
+        self.like[train] = h.detach()[:0].clone()
 
     def _record(self, body, inputs, size, train):
         if train and not self.totals:
@@ -116,9 +118,9 @@ class Recorded:
             for w, total in zip(self.weights.values(), self.totals, strict=True):
                 w.register_post_accumulate_grad_hook(partial(_add, total))
         with torch.set_grad_enabled(train):
-            like = self._warm(body, inputs, train)
+            if train not in self.like: self._warm(body, inputs, train)
             _memory.room(size.tokens * train)
-            out = like.new_zeros(size.tokens, like.shape[-1])
+            out = self.like[train].new_zeros(size.tokens, self.like[train].shape[1])
             ahead, back, gradient = torch.cuda.CUDAGraph(), None, torch.zeros_like(out) if train else None
             with torch.cuda.graph(ahead, pool=_memory.id):
                 h = self._pass(body, *inputs, size.longest)
