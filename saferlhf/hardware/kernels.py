@@ -336,9 +336,9 @@ def log_probs(
     return tuple(out)
 
 def log_probs_back(
-    logits:Tensor, ids:Tensor, lse:Tensor, g:Tensor, # as given to and got from `log_probs`; (N,) gradient
-    temperature:float=1.,
-)->Tensor: # (N, V) gradient of the logits
+    logits:Tensor, ids:Tensor, lse:Tensor, # as given to and got from `log_probs`
+    g:Tensor, temperature:float=1.,        # (N,) gradient of the log-probabilities
+)->Tensor:                                 # (N, V) that of the logits
     "The backward pass of `log_probs`."
     if not _narrow(logits) or not len(ids): return _plain_log_probs_back(logits, ids, lse, g, temperature)
     logits, (N, V) = logits.contiguous(), logits.shape
