@@ -12,6 +12,7 @@ from functools import partial
 from typing import Protocol
 import torch
 from torch import Tensor
+from .hardware.graphs import record, worthwhile
 from .hardware.optim import Optim, adamw, schedule
 from .hardware.precision import finite, prepare, sixteen_bits
 from .hardware.ranks import Spread, device, rank, ranks, reduce_mean
@@ -57,6 +58,7 @@ class TorchEngine:
         steps:int=1,          # optimizer steps of the whole run, for the schedule
         precision:str='fp32', # 'fp32' or 'bf16'
         lean:bool=False,      # update in the last backward pass, so that no gradient waits for `step`
+        graphs:bool=False,    # record the layers, as in `13_graphs`
     ):
         if precision not in ('fp32', 'bf16'):
             raise ValueError(f"precision is 'fp32' or 'bf16', not {precision!r}")
@@ -65,11 +67,13 @@ class TorchEngine:
         self.params = [p.requires_grad_(optim is not None) for p in model.parameters()]
         exact = [p.detach() for p in self.params]            # the weights before they are rounded
         if precision == 'bf16': sixteen_bits(model)
+        if graphs and optim is None: record(model)
         if optim is None: return
         self.masters = [p if p.dtype == torch.float32 else w.float()
                         for p, w in zip(self.params, exact, strict=True)]
-        for p, m in zip(self.params, self.masters, strict=True):
-            if m is not p: p.register_post_accumulate_grad_hook(partial(self._widen, m))
+        self.rounded = [(p, m) for p, m in zip(self.params, self.masters, strict=True) if m is not p]
+        for p, m in self.rounded: p.register_post_accumulate_grad_hook(partial(self._widen, m))
+        if graphs: record(model, zip(self.params, self.masters, strict=True))
         self.optimizer, self._moved = adamw(self.masters, optim), None # the norm of an update that is made
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, schedule(optim, steps))
 
@@ -103,7 +107,7 @@ class TorchEngine:
         self.optimizer.step()
         self.scheduler.step()
         self.clear()
-        if self.precision == 'bf16': torch._foreach_copy_(self.params, self.masters)
+        if self.rounded: torch._foreach_copy_(*zip(*self.rounded, strict=True))
         return norm
 
     def step(self, norm=None):
@@ -165,10 +169,13 @@ def load(
     compile:bool=False,   # as in `prepare`
     recompute:bool=False, # as in `prepare`; for trained models
     offload:str='',       # for deepspeed, what lies in the host's memory: '', 'optimizer', 'weights', 'all'
+    graphs:str='off',     # for torch: compile layers, and record them unless they recompute; see `worthwhile`
 )->Engine:
     "Make a model and wrap it in an engine."
-    def prepared(): return prepare(make(), compile, recompute and optim is not None)
+    recorded, compiled = worthwhile(graphs if engine == 'torch' else 'off', steps)
+    def prepared(): return prepare(make(), compile or compiled, recompute and optim is not None)
     if engine == 'torch':
-        return TorchEngine(prepared(), optim, steps, precision, lean=recompute and device().type == 'cuda')
+        lean = recompute and device().type == 'cuda'
+        return TorchEngine(prepared(), optim, steps, precision, lean, recorded and not recompute)
     if engine == 'deepspeed': return DeepSpeedEngine(prepared, optim, steps, precision, zero, offload)
     raise ValueError(f"engine is 'torch' or 'deepspeed', not {engine!r}")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig,
                           PreTrainedTokenizerFast)
 from .hardware.adapters import Body, Role, base_of, is_adapter, read_head, role_of, save_adapter
+from .hardware.logprobs import log_probs, log_probs_back
 from .hardware.packing import check_ids, host, layout, packed_forward, packs, say_once
 from .hardware.weights import head_names, one_line, read_config, read_model, score_layout, stored_head
 from .text import PAPER_TEMPLATE, end_of_turn
@@ -31,15 +32,7 @@ _all_ = ['positions']
 class _LogProb(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, ids, temperature, want_entropy): # (N, V), (N,) -> (N,) and (N,) or (0,)
-        out = []
-        for z, i in zip(*_few(logits, ids), strict=True):
-            z = _wide(z, temperature)
-            lse = z.logsumexp(-1)
-            # a token with logit -inf has p log p = 0
-            entropy = (lse - z.sub(lse[:, None]).exp_().mul_(z).nan_to_num_(0., torch.inf, -torch.inf).sum(-1)
-                       if want_entropy else lse.new_empty(0))
-            out.append((z.gather(-1, i[:, None]).squeeze(-1) - lse, entropy, lse))
-        logp, entropy, lse = (torch.cat(x) for x in zip(*out, strict=True))
+        logp, entropy, lse = log_probs(logits, ids, temperature, want_entropy)
         ctx.save_for_backward(logits, ids, lse); ctx.temperature = temperature
         ctx.mark_non_differentiable(entropy)
         return logp, entropy
@@ -47,21 +40,9 @@ class _LogProb(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g, _): # (N,) -> (N, V)
         logits, ids, lse = ctx.saved_tensors
-        grad = torch.empty_like(logits)
-        for to, z, i, l, w in zip(*_few(grad, logits, ids, lse, g / ctx.temperature), strict=True):
-            p = _wide(z, ctx.temperature).sub(l[:, None]).exp_().mul_(-w[:, None])
-            to.copy_(p.scatter_add_(-1, i[:, None], w[:, None]))
-        return grad, None, None, None
+        return log_probs_back(logits, ids, lse, g, ctx.temperature), None, None, None
 
 # %% ../nbs/method/03_models.ipynb #fc0bb314
-def _wide(x, temperature): # in 32 bits or more
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    return x if temperature == 1 else x / temperature
-
-def _few(logits, *others): # the same cuts of all; on a CPU small enough for its cache
-    n = max(1, (1 << (19 if logits.is_cpu else 24)) // logits.shape[-1])
-    return [x.split(n) for x in (logits, *others)]
-
 def gather_logps(
     logits:Tensor,        # (..., V) in any float type
     ids:Tensor,           # (...) the tokens whose log-probability is wanted

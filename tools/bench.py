@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from saferlhf.engine import Optim, load
 from saferlhf.hardware.adapters import Body, Lora, role_of
+from saferlhf.hardware.graphs import recorded_bytes
 from saferlhf.hardware.ranks import Spread, device
 from saferlhf.models import ScoreModel
 from saferlhf.record.execute import execute
@@ -42,10 +43,11 @@ def seconds(
 def peak(
     f, # function without arguments
 )->float: # GB (1e9 bytes), what the caller holds included; NaN without a GPU
-    "Most memory allocated during a call."
+    "Most memory allocated during a call, and what recordings hold."
     if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
     f(); wait()
-    return torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else float('nan')
+    if not torch.cuda.is_available(): return float('nan')
+    return (torch.cuda.max_memory_allocated() + recorded_bytes()) / 1e9
 
 
 def timed(
@@ -67,6 +69,8 @@ def timed(
 SIZES = {
     'tiny': dict(vocab_size=512, hidden_size=64, intermediate_size=176, num_hidden_layers=2,
                  num_attention_heads=4, num_key_value_heads=2),
+    '135M': dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+                 num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True),
     '1.1B': dict(vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=22,
                  num_attention_heads=32, num_key_value_heads=4),
     '7B': dict(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
@@ -93,6 +97,9 @@ def random_model(
     return lm.eval()
 
 
+STEPS = 1000 # of a run: layers are recorded and compiled as in a stage of so many
+
+
 def six_models(
     size:str,           # of all
     spread:Spread,      # of each role
@@ -100,7 +107,7 @@ def six_models(
 )->tuple:               # actor, reference, critics, scorers: as `ppo_step` takes them
     "The engines of a PPO step."
     optim = Optim(lr=1e-6, warmup=0., schedule='constant')
-    how = lambda role: dict(precision='bf16', compile=compile) | spread.load(role)
+    how = lambda role: dict(steps=STEPS, precision='bf16', compile=compile) | spread.load(role)
     actor = load(lambda: random_model(size), optim, **how('actor'))
     reference = load(lambda: random_model(size), **how('reference'))
     scores = {k: load(lambda k=k: random_model(size, k), **how(k)) for k in ('reward', 'cost')}
@@ -232,9 +239,9 @@ def chosen(
 
 STEP = dict(size='1.1B', prompt_tokens=64, new_tokens=448, generate_tokens=48)
 FULL = {'sampler': STEP | dict(batches=[16, 128, 512], mean=128, slots=128, queues=[512, 2048]),
-        'ppo_step': STEP | dict(batches=[16, 64], micro_batch=16, compile=True),
+        'ppo_step': STEP | dict(batches=[16, 64], micro_batch=16),
         'adapters': dict(size='7B', batch=16, micro_batch=8, prompt_tokens=64, new_tokens=448, rank=16),
-        'training': dict(size='1.1B', pairs=16, length=512, shortest=64, compile=True)}
+        'training': dict(size='1.1B', pairs=16, length=512, shortest=64)}
 
 if __name__ == '__main__':
     "Results go to data/results/bench below the current folder, executed notebooks to runs/bench."

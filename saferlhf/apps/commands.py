@@ -40,6 +40,8 @@ _SPREAD = _GPUS | {
     '--offload': dict(nargs='*', default=[], metavar='ROLE=WHAT', help="what waits in the host's memory: "
                       'optimizer, weights or all, e.g. reference=weights (default: nothing)'),
     '--recompute': dict(action='store_true', help='activation checkpointing: less memory, more time'),
+    '--graphs': dict(default='auto', choices=('auto', 'on', 'off'), help='on one GPU, '
+                     'record and compile the layers (default: auto, where it lowers the time of a run)'),
     '--micro-batch': _WHOLE | dict(default=0, metavar='ROWS', help='rows of a backward pass on each rank, '
                                    'in fine-tuning and score models (default: 0, all)'),
     '--merge-in-place': dict(action='store_true', help='adapters: merge into the body while sampling'),
@@ -294,7 +296,7 @@ def _spread(a): # as JSON for the stages; '' for one rank
     if wrong := [x for x in a.offload if '=' not in x]:
         raise ValueError(f'write --offload ROLE=WHAT, e.g. reference=weights, not {wrong}')
     a.offload, default = dict(x.split('=', 1) for x in a.offload), Spread()
-    names = ('gpus', 'nodes', 'hostfile', 'zero', 'offload', 'recompute', 'micro_batch',
+    names = ('gpus', 'nodes', 'hostfile', 'zero', 'offload', 'recompute', 'graphs', 'micro_batch',
              'keep_sampler_weights', 'merge_in_place')
     told = {k: v for k in names if (v := getattr(a, k, getattr(default, k))) != getattr(default, k)}
     return json.dumps(Spread.of(told).plain()) if told else ''

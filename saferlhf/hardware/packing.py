@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['say_once', 'Layout', 'with_host', 'host', 'positions', 'layout', 'capped_attention', 'attend', 'packed_attention',
-           'text_config', 'ropes', 'rope_limit', 'check_length', 'check_ids', 'module_of', 'packs', 'packed_forward']
+           'text_config', 'ropes', 'rope_limit', 'check_length', 'check_ids', 'module_of', 'row_inputs', 'packs',
+           'recordable', 'packed_forward']
 
 # %% ../../nbs/hardware/02_packing.ipynb #acf5edc0
 import inspect
@@ -167,11 +168,23 @@ def module_of(model): # a model of transformers, a score model, or an engine aro
     "The model itself."
     return model if isinstance(model, torch.nn.Module) else getattr(model, 'model', model)
 
-def _packed(model, ids, lay, **kw): # -> (1, N or places to keep, ...)
-    module_of(model).config._attn_implementation = 'packed'
+def row_inputs(
+    config, ids:Tensor, lay:Layout, # of the model; (N,) packed tokens; where they are
+)->dict:                            # name -> argument of its forward pass
+    "What a model is called with, for one row of tokens."
+    config._attn_implementation = 'packed'
     unused = torch.empty(1, 1, 1, 1, device=ids.device)   # a mask of four dimensions: none is built
-    return model(input_ids=ids.flatten()[lay.index][None], position_ids=lay.position[None],
-                 attention_mask=unused, use_cache=False, lay=lay, **kw)
+    return dict(input_ids=ids[None], position_ids=lay.position[None], attention_mask=unused, use_cache=False,
+                lay=lay)
+
+def _packed(model, ids, lay, **kw): # -> (1, N or places to keep, ...)
+    m, ids = module_of(model), ids.flatten()[lay.index]
+    body = getattr(m, 'base_model', m)
+    recorded = getattr(m, 'recorded', None) or getattr(body, 'recorded', None)  # of a role, or of the model
+    if not recorded: return model(**row_inputs(m.config, ids, lay), **kw)
+    h = recorded(ids, lay)                                # see `13_graphs`
+    if getattr(m, 'shared', m) is body: return SimpleNamespace(last_hidden_state=h[None])
+    return SimpleNamespace(logits=m.lm_head(h[kw.get('logits_to_keep', slice(None))])[None])
 
 def _padded(model, ids, lay, logits_to_keep=slice(None)): # as `_packed`
     B, L = len(lay.bounds) - 1, lay.longest
@@ -222,6 +235,12 @@ def packs(model)->bool: # a model of transformers, or an engine around one
         if not packed: say_once(f'the family {c.model_type} goes padded through the model: right, but slower')
         m._packs = packed
     return m._packs
+
+def recordable(model)->bool: # a model of transformers
+    "Whether a packed pass asks the host nothing, and logits are those of `lm_head` of the hidden states."
+    c = text_config(model)
+    plain = not any(getattr(c, k, None) for k in ('final_logit_softcapping', *_SPECIAL))
+    return plain and getattr(c, 'model_type', '') in _PACKED and rope_limit(c) is None
 
 def packed_forward(
     model,       # headless or causal LM of transformers, or an engine around one

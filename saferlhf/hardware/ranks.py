@@ -43,6 +43,7 @@ class Spread:
     zero:int=0           # ZeRO stage, for deepspeed
     offload:dict=field(default_factory=dict) # role -> 'optimizer', 'weights' or 'all': in the host's memory
     recompute:bool=False # activation checkpointing in trained models
+    graphs:str='auto'    # 'on', 'off', or 'auto': layers are recorded where it pays, see `13_graphs`
     micro_batch:int=0    # rows per backward pass on a rank, in SFT and score models; 0: all. PPO has its own
     keep_sampler_weights:bool=False # under ZeRO-3: the sampler's gathered copy stays between rollouts
     merge_in_place:bool=False # adapters: the sampler's merged weights lie in the body during a rollout
@@ -56,6 +57,8 @@ class Spread:
                  f"engine is 'torch' or 'deepspeed', not {self.engine!r}"),
                 (self.zero not in range(4), f'zero={self.zero}: ZeRO has the stages 0 to 3'),
                 (self.micro_batch < 0, f'micro_batch={self.micro_batch}: rows, or 0 for all at a time'),
+                (self.graphs not in ('auto', 'on', 'off'),
+                 f"graphs is 'auto', 'on' or 'off', not {self.graphs!r}"),
                 (torch_alone and n > 1, f"{n} ranks need engine='deepspeed': torch trains on one"),
                 (torch_alone and (self.zero or self.offload), "ZeRO and offload need engine='deepspeed'"))
         for role, kind in self.offload.items(): _check_offload(role, kind, self.zero)
@@ -66,7 +69,7 @@ class Spread:
         "How one model is loaded; ValueError for a role that no stage has."
         _refuse((role not in _ROLES, f'no role {role!r}; there are {", ".join(_ROLES)}'))
         return dict(engine=self.engine, zero=self.zero, offload=self.offload.get(role, ''),
-                    recompute=self.recompute)
+                    recompute=self.recompute, graphs=self.graphs)
 
     @classmethod
     def wanted(cls)->'Spread':

@@ -1,8 +1,9 @@
 "Every kernel against its plain form: on a GPU as it is, on a CPU with TRITON_INTERPRET=1. Prints the largest error of each."
 import torch
-from saferlhf.hardware.kernels import (_on_gpu, _pieces_choose, _plain_add_norm, _plain_attend_cache, _plain_gate,
-                                       _plain_norm_heads, _plain_rotate_append, add_norm, attend_cache, choose, gate,
-                                       norm_heads, plain_choose, rotate_append)
+from saferlhf.hardware.kernels import (_pieces_choose, _plain_add_norm, _plain_attend_cache, _plain_gate, _plain_norm_heads,
+                                       _plain_rotate_append, add_norm, attend_cache, choose, gate, norm_heads, on_gpu, plain_choose,
+                                       rotate_append)
+from saferlhf.hardware.logprobs import _plain_log_probs, _plain_log_probs_back, log_probs, log_probs_back
 
 device = 'cuda' if torch.cuda.is_available() else 'cpu'
 types = (torch.float32, torch.bfloat16) if device == 'cuda' else (torch.float32,)
@@ -98,6 +99,19 @@ def tokens(dtype):
             yield error([x[same] for x in got[1:]], [x[same] for x in want[1:]])
 
 
-assert _on_gpu(torch.zeros(1, device=device)), 'no GPU and no interpreter: nothing would be compared'
-for name, cases in dict(add_norm=norms, norm_heads=heads, gate=gates, attend_cache=attention, rotate_append=prompts, choose=tokens).items():
+def probabilities(dtype):
+    for V in (3, 1000, 4096, 9001):
+        z, ids = 4 * torch.randn(17, V, device=device).to(dtype), torch.randint(0, V, (17,), device=device)
+        z[0, :2] = float('-inf'); z[0, 2], ids[0] = 1., 2; g = torch.randn(17, device=device)
+        for temperature in (1., .7):
+            got, want = log_probs(z, ids, temperature, True), _plain_log_probs(z, ids, temperature, True)
+            yield error(got, want)
+            yield error([log_probs_back(z, ids, want[2], g, temperature)], [_plain_log_probs_back(z, ids, want[2], g, temperature)])
+    bad = z.clone(); bad[3, 5] = float('nan')
+    assert log_probs(bad, ids)[0].isnan().tolist() == [i == 3 for i in range(17)]
+
+
+assert on_gpu(torch.zeros(1, device=device)), 'no GPU and no interpreter: nothing would be compared'
+for name, cases in dict(add_norm=norms, norm_heads=heads, gate=gates, attend_cache=attention, rotate_append=prompts, choose=tokens,
+                         log_probs=probabilities).items():
     check(name, cases)

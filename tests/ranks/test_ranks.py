@@ -176,3 +176,4 @@ def test_the_command_line_asks_for_a_spread(monkeypatch, capsys):
         assert call(*told) == 1 and why in capsys.readouterr().err
     assert Spread.wanted() == Spread()                                             # a later call starts anew
     call(); assert asked[-1] == Spread()
+    assert call('--graphs', 'off') == 0 and asked[-1] == Spread(graphs='off')

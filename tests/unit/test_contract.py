@@ -37,7 +37,7 @@ CONTRACT = {      # module -> name -> its parameters; what is added later stands
     'engine': dict(
         Optim="lr=1e-5, weight_decay=0., schedule='cosine', warmup=.03, beta1=.9, beta2=.95, clip=1.",
         load="make, optim=None, steps=1, engine='torch', precision='fp32', zero=0, compile=False, "
-             "recompute=False, offload=''"),
+             "recompute=False, offload='', graphs='off'"),
     'rollout': dict(
         Sampler='model, eos, max_new_tokens, temperature=1., greedy=False, seed=0, top_p=1., slots=None, '
                 'keep=False',

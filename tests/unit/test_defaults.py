@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from saferlhf.apps import defaults as module
-from saferlhf.apps.defaults import Default, defaults, described, less_memory, spread_for
-from saferlhf.apps.plan import count, fit, savings
+from saferlhf.apps.defaults import Default, defaults, described, less_memory, spread_for, savings
+from saferlhf.apps.plan import count, fit
 from saferlhf.apps.settings import settable, settings_of
 from saferlhf.hardware.ranks import Spread
 from saferlhf.models import tiny_model
