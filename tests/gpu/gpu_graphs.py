@@ -2,6 +2,7 @@
 import gc
 import torch
 from saferlhf.engine import Optim, TorchEngine
+from saferlhf.hardware.adapters import Body, Lora, role_of
 from saferlhf.hardware.graphs import recorded_bytes, size_of
 from saferlhf.hardware.packing import layout
 from saferlhf.hardware.precision import prepare
@@ -127,6 +128,32 @@ print(f'ppo_step: 32 bits {difference(recorded, plain):.1e}, largest {((recorded
 assert difference(recorded, plain) < 1e-4
 narrow, fast = (policy('bf16', g, 1) for g in (False, True))
 print(f'ppo_step, 16 bits: {difference(fast, plain[:len(fast)]):.1e}, plain {difference(narrow, plain[:len(fast)]):.1e}')
+
+# adapters: roles on one body, each with recordings of its own
+
+def roles(precision, graphs):
+    "Two trained roles and two frozen ones by turns: scores, log-probabilities, norms of gradients."
+    torch.manual_seed(0)
+    body = Body(tied())
+    made = [role_of(body, None, Lora(4), headless=k > 1) for k in range(4)]
+    for r in made: torch.nn.init.normal_(r.adapter[1], std=.1)
+    models = made[0], made[1], ScoreModel(made[2], 'critic'), ScoreModel(made[3], 'cost')
+    engines = [TorchEngine(m, OPTIM if k % 2 == 0 else None, 9, precision, graphs=graphs) for k, m in enumerate(models)]
+    actor, reference, critic, cost = engines
+    out = []
+    for b in BATCHES[:4]:
+        ids, mask = b['input_ids'].cuda(), b['attention_mask'].cuda()
+        with torch.no_grad(): out += [logps(reference, b).sum(), cost(ids, mask).end_scores.sum()]
+        actor.backward(-(logps(actor, b) * b['mask'].cuda()).sum() / 100); out.append(actor.norm())
+        critic.backward((critic(ids, mask).end_scores - 1).square().mean()); out.append(critic.norm())
+        actor.step(); critic.step()
+    assert all(hasattr(r, 'recorded') == graphs for r in made)
+    return torch.stack([torch.as_tensor(x).float().cpu() for x in out])
+
+
+plain, recorded, narrow, fast = (roles(p, g) for p in ('fp32', 'bf16') for g in (False, True))
+print(f'roles: 32 bits {difference(recorded, plain):.1e}; 16 bits {difference(fast, plain):.1e}, plain {difference(narrow, plain):.1e}')
+assert difference(recorded, plain) < 1e-5 and difference(fast, plain) < 1.6 * difference(narrow, plain) + 1e-3
 
 # order, and gradients that somebody else has put elsewhere
 
