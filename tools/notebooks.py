@@ -105,10 +105,13 @@ def is_current(path:Path, stored:dict) -> bool:
 
 def execute(notebook, folder:Path):
     "Run a notebook's cells in a folder, by this interpreter: other kernels may be called python3."
+    from jupyter_core.utils import run_sync
     from nbclient import NotebookClient
     from saferlhf.record.execute import own_kernel
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as home:
-        NotebookClient(notebook, km=own_kernel(home), resources=dict(metadata=dict(path=str(folder)))).execute()
+        kernel = own_kernel(home)
+        try: NotebookClient(notebook, km=kernel, resources=dict(metadata=dict(path=str(folder)))).execute()
+        finally: run_sync(kernel.shutdown_kernel)(now=True)                     # its models would stay in memory
 
 
 def run(path:Path) -> list[str]:

@@ -44,7 +44,7 @@ def test_sizes_are_checked():
 @pytest.mark.parametrize('name', ('sampler', 'ppo_step', 'training', 'cpu'))
 def test_committed_figures_are_whole(name):
     t = pd.read_csv(RESULTS/f'{name}.csv')
-    assert list(t.columns) == COLUMNS and not t.duplicated(['what', 'batch', 'device']).any()
+    assert list(t.columns) == COLUMNS and not t.duplicated(['what', 'batch', 'device', 'model']).any()
     rate = t.unit.str.endswith('/s') | (t.unit == '1')
     t, ratio = t[t.baseline.notna() & (t.baseline != 0)], (t.ours / t.baseline).where(rate, t.baseline / t.ours)
     assert ((t.ratio / ratio[t.index] - 1).abs() < 1e-3).all()
