@@ -118,18 +118,20 @@ def six_models(
 
 def six_adapters(
     size:str, lora:Lora, # of the body; of all roles
+    spread:Spread,       # of each role
     compile:bool=False,  # the body's layers
-    merge_in_place:bool=False, # as in `Spread`
 )->tuple:                # as from `six_models`
     "The engines of a PPO step, all adapters on one body."
     body, optim = Body(random_model(size)), Optim(lr=1e-6, warmup=0., schedule='constant')
-    body.merge_in_place = merge_in_place
-    def made(kind='', optim=None):
+    body.merge_in_place = spread.merge_in_place
+    def made(role, kind='', optim=None):
         model = role_of(body, None, lora, headless=bool(kind))
         for p in model.adapter: torch.nn.init.normal_(p, std=1e-3)   # as after training: B is not 0
-        return load(lambda: ScoreModel(model, kind) if kind else model, optim, precision='bf16', compile=compile)
-    actor, reference, scores = made(optim=optim), made(), {k: made(k) for k in ('reward', 'cost')}
-    critics = {k: made('critic', optim) for k in scores}
+        how = dict(steps=STEPS, precision='bf16', compile=compile) | spread.load(role)
+        return load(lambda: ScoreModel(model, kind) if kind else model, optim, **how)
+    actor, reference = made('actor', optim=optim), made('reference')
+    scores = {k: made(k, k) for k in ('reward', 'cost')}
+    critics = {k: made(f'critic-{k}', 'critic', optim) for k in scores}
     return actor, reference, critics, {k: lambda ids, mask, e=e: e(ids, mask).end_scores for k, e in scores.items()}
 
 

@@ -10,7 +10,7 @@ RESULTS = ROOT/'data/results/bench'
 GPU = 'NVIDIA H200'
 
 
-@pytest.mark.parametrize('name', ('sampler', 'ppo_step', 'training', 'cpu'))
+@pytest.mark.parametrize('name', ('sampler', 'ppo_step', 'training', 'cpu', 'adapters'))
 def test_a_benchmark_runs_in_miniature(name, tmp_path):
     small = dict(overrides=dict(batch=4, prompt_tokens=8, new_tokens=8)) if name == 'cpu' else {}
     execute(ROOT/f'nbs/bench/{name}.ipynb', tmp_path/'out.ipynb', small | dict(results_dir=str(tmp_path)), progress=False)
@@ -20,7 +20,7 @@ def test_a_benchmark_runs_in_miniature(name, tmp_path):
     if name != 'cpu':                                                          # the same measurements as on a GPU
         committed = pd.read_csv(RESULTS/f'{name}.csv')
         kinds = lambda t: {w for w in t.what if 'look every' not in w}
-        assert kinds(t) == kinds(committed[committed.device == GPU])
+        assert kinds(t) == kinds(committed[committed.device.str.startswith('NVIDIA')])
 
 
 def test_scale_runs_in_miniature_and_goes_on(tmp_path, capsys):
@@ -31,6 +31,11 @@ def test_scale_runs_in_miniature_and_goes_on(tmp_path, capsys):
     assert list(t.columns) == COLUMNS and t.gpus.tolist() == [1, 2] and set(t.run_id) == {'mini'} and set(t.offload) == {'none'}
     assert (t[['step_s', 'rollout_s', 'update_s', 'tokens_per_s']] > 0).all(axis=None) and (t.step_s > t.rollout_s + t.update_s).all()
     assert t.allreduce_gbs.notna().tolist() == [False, True] and efficiency(t).efficiency[0] == 1
+    for more, model in ((dict(lora_rank=2), 'tiny, rank 2'), (dict(what='score model'), 'tiny, cost model')):
+        told['overrides'] = dict(zeros=[1], gpus=[2], steps=1, run_id='mini') | more
+        execute(ROOT/'nbs/bench/scale.ipynb', tmp_path/'out.ipynb', told, progress=False)
+        row = pd.read_csv(tmp_path/'scale.csv').iloc[-1]
+        assert row.model == model and row.step_s > 0 and row.predicted_gb > 0 and (row.rollout_s > 0) == ('lora_rank' in more)
     spread = dict(gpus=2, zero=3)                                              # what stands there under this name is not measured again
     assert measure(dict(size='tiny', prompts_per_gpu=4, spread=spread), str(tmp_path), 'mini') is None
     assert 'measured before' in capsys.readouterr().out
@@ -41,7 +46,7 @@ def test_sizes_are_checked():
     with pytest.raises(ValueError, match=r"\['sise'\] cannot be overridden"): chosen(dict(sise='1.1B'), size='tiny')
 
 
-@pytest.mark.parametrize('name', ('sampler', 'ppo_step', 'training', 'cpu'))
+@pytest.mark.parametrize('name', ('sampler', 'ppo_step', 'training', 'cpu', 'adapters'))
 def test_committed_figures_are_whole(name):
     t = pd.read_csv(RESULTS/f'{name}.csv')
     assert list(t.columns) == COLUMNS and not t.duplicated(['what', 'batch', 'device', 'model']).any()
