@@ -46,20 +46,22 @@ def check_kinds(start:Record, scores:dict): # the policy; 'reward', 'cost' -> Re
             raise ValueError(f'the {role} model {record.id} is a language model without a score head: '
                              f'train one, `saferlhf {role}`')
 
-def _objections(config, scores): # AlignSettings; role -> Record; -> lines
+def _objections(scores): # role -> Record; -> lines
     for role, record in scores.items():
         if 'beats_rule' not in record.summary:
             logging.getLogger('saferlhf').warning('%s has no report on held-out rows: whether the %s model '
                                                   'beats a simple rule is not known', record.id, role)
         if why := weakness(record): yield why
-        absolute = config.objective == 'ppo_lag' and not config.relative
-        if role == 'cost' and absolute and record.summary.get('zero') == 'none':
-            yield (f'the cost model {record.id} has no zero (it learned from rankings alone), an absolute '
-                   'limit means nothing: set relative=True, or train it with zero=FILE of 50 labels or more')
 
 def check_objections(config, scores:dict): # AlignSettings; 'reward', 'cost' -> Record
-    "ValueError for the first objection; with `force` all are said, and it goes on."
-    for line in _objections(config, scores):
+    """ValueError for an absolute limit on a cost without a zero, and for score models that a simple rule
+    beats: with `force` these are said, and it goes on."""
+    absolute, cost = config.objective == 'ppo_lag' and not config.relative, scores.get('cost')
+    if absolute and cost and cost.summary.get('zero') == 'none':
+        raise ValueError(f'the cost model {cost.id} has no zero (it learned from rankings alone), an '
+                         'absolute limit means nothing: set relative=True, or train it with zero=FILE of 50 '
+                         'labels or more')
+    for line in _objections(scores):
         if not config.force: raise ValueError(f'{line}; force=True goes on')
         logging.getLogger('saferlhf').warning('%s; going on (force=True)', line)
 

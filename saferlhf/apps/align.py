@@ -20,7 +20,7 @@ from .own_data import (answers_of, as_lines, source_hash, source_name, split_pro
                                     token_counts)
 from .scorers import Score, as_scorer, function_hash, scorer_of
 from .settings import AlignSettings, settings_of
-from .stages import located, model_folder, opened, trained_on
+from .stages import check_adapters, located, model_folder, opened, trained_on
 from .watch import Kept, Watch, compared, listening, pairs, table, watched, when
 from ..hardware.ranks import Spread, rank
 from ..hardware.seeds import seed_all
@@ -57,21 +57,24 @@ def _in_order(prompts, config, seed): # -> steps x prompts of them, none twice i
 # %% ../../nbs/apps/16_align.ipynb #5f4a9a37
 def derived(
     start:Record, prompts:list, # the policy that starts; training prompts
+    rank:int|None=None,         # of adapters, where it is asked for
 )->dict:                        # field -> Default
     "What `align` sets where nobody says anything."
     folder = model_folder(start)
     tokenizer = load_tokenizer(folder)
     counts = token_counts([dict(prompt=p, response='') for p in prompts], tokenizer)[0]
-    found = defaults('align', read_config(folder), len(prompts), (counts, []), rank=stored_rank(folder))
+    rank = stored_rank(folder) if rank is None else rank
+    found = defaults('align', read_config(folder), len(prompts), (counts, []), rank=rank)
     if n := start.config.get('max_new_tokens'):
         same = dict(value=n, source='data', why='as in fine-tuning')
         found['max_new_tokens'] = found['max_new_tokens']._replace(**same)
     return found
 
 def _configured(told, limit, start, train, has_ptx): # -> AlignSettings
-    found = derived(start, train)
+    found = derived(start, train, told.get('lora_rank'))
     config = settings_of('align', dict(threshold=float(limit)), {k: d.value for k, d in found.items()}, told)
     encode_prompt('?', load_tokenizer(model_folder(start)), config.max_prompt_tokens)  # its template has room
+    check_adapters(config, model_folder(start))
     print(settings_table(found, config, told))
     if has_ptx or not config.ptx_coef:
         if told.get('ptx') and not config.ptx_coef: print('ptx_coef=0: the PTX file is not used')

@@ -125,6 +125,7 @@ def described(command:str)->dict: # 'sft', 'reward', 'cost' or 'align'; -> field
     return out
 
 # %% ../../nbs/apps/06_defaults.ipynb #dea60dfd
+_RATES = 'lr', 'actor_lr', 'critic_lr'
 _LEAST, _PASSES = dict(gpu=20, cpu=10), 4   # steps; passes over the prompts: in Table 4 there are 3 to 4
 _LONGEST = dict(gpu=(512, 512), cpu=(96, 64))                             # tokens of prompts, of answers
 _ANSWERS = dict(gpu=128, cpu=48)                                          # where no answer is known
@@ -230,7 +231,10 @@ def defaults(
     here = memory(); gpu, gb = here[1] if gpu is None else gpu, memory_gb or here[0]
     place = 'gpu' if gpu else 'cpu'
     out = _fixed(command) | _sized(command, _size(shape), gpu)
-    if rank: out['lora_rank'] = Default(rank, '', 'data', 'that of the adapter which the model has')
+    if rank: # nothing of the table was measured with adapters
+        out['lora_rank'] = Default(rank, '', 'data', 'that of the adapter which the model has')
+        why = 'ten times that of all weights, about what adapters are usually trained with'
+        out |= {k: Default(10 * d.value, d.unit, 'guess', why) for k, d in out.items() if k in _RATES}
     budgets = 'max_prompt_tokens', 'max_new_tokens'
     for field, lengths, longest in zip(budgets, tokens, _LONGEST[place], strict=True):
         out[field] = _budget(lengths, longest, _ANSWERS[place], place)

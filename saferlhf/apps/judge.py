@@ -31,7 +31,7 @@ from .classifiers import common_budgets
 from .endpoint import Grader
 from .own_data import as_lines
 from .scorers import function_hash, price, scorer_of
-from .stages import located, trained_on
+from .stages import kind_of, located, trained_on
 
 # %% ../../nbs/apps/18_judge.ipynb #bb548aee
 @dataclass(frozen=True)
@@ -122,7 +122,9 @@ def _verdicts(score, prompts, a, b, seed): # `Score`; N prompts and answers -> `
     x = np.empty(2 * n)
     x[order] = score.gaps(pick([*prompts, *prompts]), *[pick(t) for t in (first, second) if t is not None])
     x = x * sign
-    return Verdicts(score.name, score.kind, x[:n], x[n:])
+    equal = x[:n] if second is None else -x[:n]           # one text is rounded in as many ways as its batches
+    same = np.array([p == q for p, q in zip(a, b, strict=True)])
+    return Verdicts(score.name, score.kind, x[:n], np.where(same, equal, x[n:]))
 
 # %% ../../nbs/apps/18_judge.ipynb #3d3bce24
 def _measures(v, ids): # `Verdicts`, prompt ids -> rows: judge, kind, measure, value, low, high, n
@@ -174,7 +176,11 @@ def judge(
     "Compare two policies. ValueError, in one line, for judges or prompts that cannot be used."
     config = resolve(AnswerSettings, settings or {})
     if config.batch_size < 1: raise ValueError(f'batch_size={config.batch_size}: it is 1 or more')
-    asked = _asked(prompts, config, set().union(*(trained_on(located(p)[1]) for p in (a, b))))
+    found = [located(p) for p in (a, b)]
+    for folder, _ in found:
+        if (kind := kind_of(folder)) != 'lm':
+            raise ValueError(f'{folder} is a {kind} model: name two that answer, and judges with by=')
+    asked = _asked(prompts, config, set().union(*(trained_on(record) for _, record in found)))
     both = common_budgets([a, b], (config.max_prompt_tokens, config.max_new_tokens))
     config = replace(config, max_prompt_tokens=both[0], max_new_tokens=both[1])
     scores = _scores(by if isinstance(by, list) else [by], judging or {})      # what cannot judge ends here

@@ -100,6 +100,11 @@ def _latest(stage, base): # the newest finished run from the start with this has
         if m.get('parents', {}).get('base') == base: found.append((m.get('finished', ''), done.parent))
     return max(found)[1] if found else None
 
+def _force(*records): # of score models -> what `align` has to be told
+    from saferlhf.apps.heldout import weakness
+    weak = any(weakness(r) for r in records if r)
+    return ' --force   # a score model is weak: without --force it is refused' if weak else ''
+
 def _after_scores(command, a, run): # lines after a reward or a cost model
     base, other = run.manifest['parent_folders']['base'], 'cost' if command == 'reward' else 'reward'
     found = _latest(other, run.manifest['parents']['base'])
@@ -109,10 +114,8 @@ def _after_scores(command, a, run): # lines after a reward or a cost model
     reward, cost = (run.folder, found) if command == 'reward' else (found, run.folder)
     both = (f'--policy {_short(base)} --reward {_short(reward)} --cost {_short(cost)} '
             f'--prompts {_beside(a, "prompts.jsonl")}')
-    from saferlhf.apps.heldout import weakness
     from saferlhf.record.run import Record
-    weak = any(weakness(Record(folder)) for folder in (reward, cost))
-    said = ' --force   # a score model is weak: without --force it is refused' if weak else ''
+    said = _force(Record(reward), Record(cost))
     at = '-0.5 --relative' if Record(cost).summary.get('zero') == 'none' else '0'
     return [f'saferlhf limit {both}', f'saferlhf align {both} --limit {at}{said}']
 
@@ -127,10 +130,13 @@ def following(
     if command in ('reward', 'cost'): return _after_scores(command, a, run)
     if command == 'limit':
         from saferlhf.apps.limit import advised
+        from saferlhf.record.run import Record
         chosen, relative = advised(run.summary), ' --relative' if run.summary['relative'] else ''
         given = dict(policy=a.policy, reward=a.reward or 'REWARD', cost=a.cost, prompts=a.prompts)
         words = ' '.join(f'--{k} {shlex.quote(x)}' for k, x in given.items())
-        if chosen is not None: return [f'saferlhf align {words} --limit {chosen:.2f}{relative}']
+        parents = run.manifest.get('parent_folders', {})
+        said = _force(*(Record(parents[k]) for k in ('reward', 'cost') if k in parents))
+        if chosen is not None: return [f'saferlhf align {words} --limit {chosen:.2f}{relative}{said}']
         words = words.replace(' --reward REWARD', '')
         return [f'saferlhf limit {words} --samples {4 * run.summary["samples"]}']         # that may reach one
     start = _short(run.manifest['parent_folders']['sft'])

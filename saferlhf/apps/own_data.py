@@ -74,6 +74,8 @@ def _loaded(source): # -> what can be read twice, and `key_hash` of the prompts 
         return read_rows(source) + test, {key_hash(p) for p in load_prompts(test)['prompt'][:]}
     return source if isinstance(source, (str, os.PathLike)) else read_rows(source), None
 
+_FEW = 20 # held-out prompts, under which intervals say little
+
 def _how(held): return 'by prompt' if held is None else 'as its test split says'
 
 def split_prompts(
@@ -83,6 +85,9 @@ def split_prompts(
     rows, held = _loaded(source)
     rows = [dict(prompt=p) for p in load_prompts(rows)['prompt'][:]]
     parts = split_rows(rows, seed, share, source_name(source), held)
+    if len(parts[1]) < _FEW:
+        print(f'only {len(parts[1])} prompts are held out: what is measured on them says little; bring more, '
+              f'or hold out a larger share (test_share={share})')
     return tuple([r['prompt'] for r in part] for part in parts)
 
 _PAIRS = 'preferences, two answers to a prompt: `saferlhf reward` and `saferlhf cost` learn from them'
@@ -131,7 +136,14 @@ def _preferences(source, chosen_is, kind, name):
     if chosen_is not in _MEANINGS or kind == 'chosen' and not chosen_is:
         raise ValueError(f"{name}, chosen_is={chosen_is!r}: say what chosen means, 'better' (more helpful), "
                          "'safer', or 'overall' (one preference for everything)")
+    _check_ids(source, name)
     return load_preferences(source, chosen_is=chosen_is or None).to_list()
+
+def _check_ids(source, name): # rows whose other id fits by chance would be read the wrong way round
+    for column in ('better_response_id', 'safer_response_id'):
+        seen = {str(r.get(column)) for r in read_rows(source) if isinstance(r, dict)}
+        if '2' in seen and '0' not in seen:
+            raise ValueError(f'{name}: {column} counts answers from 1: response_0 is 0 and response_1 is 1')
 
 def reward_rows(
     source, seed:int, share:float, # as of `read_rows`; of the split, see `split_rows`

@@ -128,7 +128,7 @@ def _freshen(km, env):
 # %% ../../nbs/record/06_execute.ipynb #b4347cdb
 def _environment(template, out, parameters):
     "What a kernel is told: this process's settings, the notebook's path, and how to run the same again."
-    settings = [f'SAFERLHF_{n}' for n in ('RUNS', 'HOME', 'SAVE_STEPS', 'SAVE_MINUTES', 'SPREAD')]
+    settings = [f'SAFERLHF_{n}' for n in ('RUNS', 'HOME', 'SAVE_STEPS', 'SAVE_MINUTES', 'SPREAD', 'SIBLINGS')]
     env, spread = {k: os.environ[k] for k in settings if k in os.environ}, os.environ.get('SAFERLHF_SPREAD')
     first = f'SAFERLHF_SPREAD={shlex.quote(spread)} ' if spread else ''
     return env | dict(SAFERLHF_NOTEBOOK=str(out),

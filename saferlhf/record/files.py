@@ -62,18 +62,23 @@ def read_json(path:str|Path)->dict: # UTF-8
 # %% ../../nbs/record/01_files.ipynb #5d0ea5c3
 @contextmanager
 def lock(folder:str|Path, file:str=''): # made if it is missing; one file in it, '' for all of it
-    "Hold a folder, or a file, for this process; RuntimeError when another run holds it."
-    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
+    """Hold a folder, or a file, for this process; RuntimeError when another run holds it. Stages that one
+    `reproduce` runs side by side may be the same run under two names: the second one waits for the first."""
+    siblings, folder = os.environ.get('SAFERLHF_SIBLINGS', ''), Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     start = f'.{file}' if file else ''
     holder = folder/f'{start}.holder'
     try: taken = FileLock(folder/f'{start}.lock', timeout=0).acquire()
     except Timeout:
         try: who = holder.read_text(encoding='utf-8') or 'unknown process'
         except FileNotFoundError: who = 'unknown process'
-        raise RuntimeError(f'another run holds {folder/file} ({who}): wait for it or stop it') from None
+        if not siblings or not who.endswith(f', of {siblings}'):
+            raise RuntimeError(f'another run holds {folder/file} ({who}): wait for it or stop it') from None
+        taken = FileLock(folder/f'{start}.lock').acquire()
     with taken:
         since = time.strftime('%Y-%m-%d %H:%M:%S')
-        holder.write_text(f'process {os.getpid()} on {platform.node()}, since {since}', encoding='utf-8')
+        who = f'process {os.getpid()} on {platform.node()}, since {since}' + f', of {siblings}' * bool(siblings)
+        holder.write_text(who, encoding='utf-8')
         try: yield
         finally: holder.unlink(missing_ok=True)
 

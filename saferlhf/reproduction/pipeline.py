@@ -83,7 +83,7 @@ def _gpus(jobs): # worker -> a name for $CUDA_VISIBLE_DEVICES, in turn; '' witho
     return [names[k % len(names)] for k in range(jobs)]
 
 def _open(threads, gpus): # in a worker, once
-    os.environ['OMP_NUM_THREADS'] = str(threads)
+    os.environ |= dict(OMP_NUM_THREADS=str(threads), SAFERLHF_SIBLINGS=f'reproduce {os.getppid()}')
     if gpu := gpus.get(): os.environ['CUDA_VISIBLE_DEVICES'] = gpu
     threading.Thread(target=_end_with_parent, daemon=True).start()
     stack = _worker['stack'] = ExitStack(); _worker['km'] = stack.enter_context(warm_kernel())

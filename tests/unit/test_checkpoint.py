@@ -117,6 +117,21 @@ with lock({str(tmp_path)!r}): print("held", flush=True); input()'''
     with lock(tmp_path): pass                                                   # killed: nothing to clean up
 
 
+def test_stages_of_one_reproduction_wait_for_one_another(tmp_path, monkeypatch):
+    code = f'''import time
+from saferlhf.record.files import lock
+with lock({str(tmp_path)!r}): print("held", flush=True); time.sleep(1); print("let go", flush=True)'''
+    monkeypatch.setenv('SAFERLHF_SIBLINGS', 'reproduce 7')
+    other = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == 'held\n'
+        monkeypatch.setenv('SAFERLHF_SIBLINGS', 'reproduce 8')
+        with pytest.raises(RuntimeError, match='another run holds'), lock(tmp_path): pass
+        monkeypatch.setenv('SAFERLHF_SIBLINGS', 'reproduce 7')
+        with lock(tmp_path): assert other.stdout.readline() == 'let go\n'
+    finally: other.kill(); other.wait()
+
+
 def test_lines_are_cut_to_a_step(tmp_path):
     f = tmp_path/'m.jsonl'; f.write_text('{"step": 1}\n{"note": 1}\n{"step": 2}\n{"ste')
     assert len(read_lines(f)) == 3

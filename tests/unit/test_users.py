@@ -3,17 +3,21 @@ import json
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
+import numpy as np
 import pytest
 import tiny
 from test_scorers import Server
 
 from saferlhf.apps import commands
+from saferlhf.apps import judge as judging
 from saferlhf.apps import limit as limiting
 from saferlhf.apps import rounds as rounding
 from saferlhf.apps.align import align
 from saferlhf.apps.chat import Speaker, chat
+from saferlhf.apps.defaults import defaults
 from saferlhf.apps.judge import judge
 from saferlhf.apps.limit import advised, limit, limit_lines
 from saferlhf.apps.own_data import answer_rows, answers_of, cost_rows, held_out_prompt, reward_rows, split_prompts, split_rows
@@ -293,13 +297,12 @@ def test_two_policies_are_asked_what_neither_was_trained_on_within_one_budget(mo
 
 
 def test_a_limit_that_is_kept_already_is_not_advised(capsys):
-    from types import SimpleNamespace
     from saferlhf.apps.own_commands import following
     a = SimpleNamespace(policy='p', reward='r', cost='c', prompts='x')
     def asked(mean, **choices):
         rows = [dict(limit=0., none=[0., 0., 0.])]
         found = dict(cost=[mean], choices=choices, relative=False, samples=4, limits=rows, prompts=3, harm_from='x')
-        run = SimpleNamespace(summary=found, folder=Path('l'))
+        run = SimpleNamespace(summary=found, folder=Path('l'), manifest={})
         return advised(found), following('limit', a, run)[0], limit_lines(found)[-1]
     value, line, said = asked(.4, half=-.1, paper=0., least=-.8)
     assert value == 0. and line.endswith('--limit 0.00') and 'binds below the mean cost, +0.40' in said
@@ -337,3 +340,51 @@ def test_alarms_are_said_once(models, monkeypatch, capsys):
     for x in first: assert (out + err).count(x['text']) == err.count(f'alarm before the first step: {x["alarm"]}: ') == 1
     assert 'held-out prompts before the first step: ' in out + err and 'is within the limit, 50.00: it binds only where' in out
     go(); assert f'rang before the first step: {first[0]["alarm"]}: ' in capsys.readouterr().out      # read back: not said here yet
+
+
+# --- what somebody met who had read the README alone
+def test_ids_that_count_from_one_are_refused(home):
+    rows = [pair(p, k) | dict(better_response_id=1 + k % 2) for k, p in enumerate(PROMPTS[:20])]
+    for stage in (reward_rows, cost_rows): one_line('better_response_id counts answers from 1: response_0 is 0', stage, rows, 0, .2)
+    assert reward_rows([r | dict(better_response_id=r['better_response_id'] - 1) for r in rows], 0, .2).train
+
+
+def test_the_same_answer_twice_is_a_tie():
+    noise = iter([1e-7, -1e-7])
+    for kind, gaps in (('cost', lambda *a: np.array([next(noise) for _ in a[0]])), ('better', lambda *a: np.ones(len(a[0])))):
+        found = judging._verdicts(SimpleNamespace(kind=kind, name='x', gaps=gaps), ['p'], ['same'], ['same'], 0)
+        assert found.wins.tolist() == [0.], kind
+    long = SimpleNamespace(kind='cost', name='x', gaps=lambda p, t: np.array([float(len(x)) for x in t]))
+    found = judging._verdicts(long, ['p'], ['ab'], ['a'], 0)
+    assert found.wins.tolist() == [-1.]
+
+
+def test_judge_refuses_a_score_model_before_anybody_answers(models, monkeypatch):
+    monkeypatch.setattr(judging, '_answers', lambda *a: pytest.fail('somebody answered'))
+    one_line('is a reward model: name two that answer', judge, models['policy'], models['reward'], prompts(), 'cost=' + str(models['cost']))
+
+
+def test_a_folder_of_runs_is_no_model(models):
+    one_line('is no folder of a model .it has no config.json.: name a run', chat, models['policy'].parent, None, None, None, prompts())
+
+
+def test_few_held_out_prompts_are_said(capsys):
+    split_prompts(ROWS[:30], .1, 0)
+    assert 'prompts are held out: what is measured on them says little' in capsys.readouterr().out
+    split_prompts([dict(prompt=f'{p} {k}') for p in PROMPTS for k in range(8)], .1, 0)
+    assert 'says little' not in capsys.readouterr().out
+
+
+def test_layers_that_the_model_has_not_leave_no_folder(models):
+    before = left('*')
+    rows = [answer(p) for p in PROMPTS]
+    one_line("no layer is named 'q_prj'", sft, models['policy'], rows, FAST | dict(lora_rank=2, lora_targets='q_prj'))
+    one_line('this model has 2 layers', align, *models.values(), ROWS, 0., SIZES | dict(lora_rank=2, lora_first=2))
+    assert left('*') == before
+
+
+def test_adapters_start_with_larger_rates():
+    shape, tokens = tiny.lm().config, ([9] * 40, [9] * 40)
+    for command, fields in (('sft', ['lr']), ('align', ['actor_lr', 'critic_lr'])):
+        whole, adapted = (defaults(command, shape, 400, tokens, rank=r) for r in (0, 8))
+        for k in fields: assert adapted[k].value == 10 * whole[k].value and adapted[k].source == 'guess'
