@@ -284,7 +284,7 @@ def savings(
     if not recompute: ways['recompute'] = dict(recompute=True)
     if not config.lora_rank and zero < 3: ways['lora_rank=16'] = dict(config=replace(config, lora_rank=16))
     if graphs: ways['graphs=off'] = dict(graphs=False)
-    if gpus > 1 and zero < 3: ways[f'zero=3 instead of {zero}'] = dict(zero=3)
+    if gpus > 1 and zero < 3 and not config.lora_rank: ways[f'zero=3 instead of {zero}'] = dict(zero=3)
     now, found = needs(), sorted((needs(**change), text) for text, change in ways.items())
     helps = [f'{text} needs {gb:.1f} GB' for gb, text in found if gb < .95 * now][:4]
     return f'{", ".join(helps)}; as it was, about {now:.1f} GB' if helps else ''

@@ -141,7 +141,7 @@ def _preferences(source, chosen_is, kind, name):
 
 def _check_ids(source, name): # rows whose other id fits by chance would be read the wrong way round
     for column in ('better_response_id', 'safer_response_id'):
-        seen = {str(r.get(column)) for r in read_rows(source) if isinstance(r, dict)}
+        seen = {str(r.get(column)).removesuffix('.0') for r in read_rows(source) if isinstance(r, dict)}
         if '2' in seen and '0' not in seen:
             raise ValueError(f'{name}: {column} counts answers from 1: response_0 is 0 and response_1 is 1')
 

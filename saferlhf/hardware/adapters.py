@@ -118,8 +118,8 @@ class Body:
         "Its adapter lies in the body's own weights; afterwards they are the bits that they were."
         self.activate(name)
         weights = {n: m.base_layer.weight for n, m in self.layers.items()}
-        if not self._kept:
-            for n, w in weights.items(): self._kept[n] = w.cpu().pin_memory() if w.is_cuda else w.clone()
+        for n in weights.keys() - self._kept.keys(): # also of roles that came later
+            self._kept[n] = weights[n].cpu().pin_memory() if weights[n].is_cuda else weights[n].clone()
         with torch.no_grad():
             for n, w in weights.items(): w.copy_(merged_weight(self.layers[n]))
             self.activate('')
@@ -131,12 +131,14 @@ class Body:
 class _Lower:
     "The layers below the first adapter: what they made of the last inputs is kept, since all roles share it."
     def __init__(self, body, kept=4): # inputs that are remembered
-        self.kept, self.found, self.hit, self.key = kept, {}, None, None
+        self.kept, self.found, self.hit, self.key, self.body = kept, {}, None, None, body
         layers = next(m for m in body.model.base_model.modules() if isinstance(m, nn.ModuleList))
         for k, layer in enumerate(layers[:body.first]):
-            layer.forward = partial(self._through, layer.forward, k == body.first - 1)
+            layer.forward = partial(self._through, layer.forward, k)
 
-    def _through(self, plain, last, h, *args, **kw): # instead of a layer's own forward pass
+    def _through(self, plain, k, h, *args, **kw): # instead of a layer's own forward pass; its number
+        if k >= self.body.first: return plain(h, *args, **kw)     # a role that came later has an adapter here
+        last = k == self.body.first - 1
         if self.hit is not None: return self.hit if last else h
         out = plain(h, *args, **kw)
         if last and self.key is not None:
@@ -148,7 +150,7 @@ class _Lower:
     def of(self, kw): # arguments of a packed pass; others are not remembered
         packed = 'lay' in kw and 'input_ids' in kw
         inputs = (kw['input_ids'], kw['position_ids'], kw['lay'].bounds) if packed else ()
-        self.key = tuple(x.cpu().numpy().tobytes() for x in inputs) or None
+        self.key = (self.body.first, *(x.cpu().numpy().tobytes() for x in inputs)) if inputs else None
         self.hit = self.found.get(self.key)
         try: yield
         finally: self.key = self.hit = None

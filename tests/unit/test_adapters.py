@@ -13,8 +13,8 @@ from saferlhf.apps.align import align
 from saferlhf.apps.export import export
 from saferlhf.apps.stages import cost, located, reward, sft
 from saferlhf.engine import Optim, Spread, TorchEngine, load
-from saferlhf.hardware.adapters import Lora, Role, base_of, merged
-from saferlhf.models import ScoreModel, load_lm, token_logps
+from saferlhf.hardware.adapters import Body, Lora, Role, base_of, merged, role_of
+from saferlhf.models import ScoreModel, llama, load_lm, token_logps
 from saferlhf.objectives import Multiplier, ppo_lag
 from saferlhf.ppo import PPOConfig, ppo_step
 from saferlhf.record.fetch import model_hash
@@ -196,7 +196,14 @@ def test_six_roles_on_one_body_and_exact_resume(stages, tmp_path):
     bodies = {id(getattr(e.model, 'body', None) if isinstance(e.model, Role) else e.model.body.body) for e in engines}
     assert len(bodies) == 1 and len(actor.model.body.roles) == 6
     frozen = {k: v.clone() for k, v in actor.model.body.model.state_dict().items() if 'lora' not in k}
+    adapter = lambda e: (e.model if isinstance(e.model, Role) else e.model.body).adapter[1].detach().clone()
+    flags = [p.requires_grad for e in engines
+             for p in (e.model if isinstance(e.model, Role) else e.model.body).adapter[:1]]
+    assert flags == [True, False, True, True, False, False]                    # an adapter that comes later changes no other
+    before = [adapter(e) for e in engines]
     whole = steps(made, 0, 4)
+    moved = [not torch.equal(x, adapter(e)) for x, e in zip(before, engines, strict=True)]
+    assert moved == [True, False, True, True, False, False]                    # actor, reference, critics, scorers
     assert all(torch.equal(v, actor.model.body.model.state_dict()[k]) for k, v in frozen.items())
     def part(first, last):
         made = six(stages)
@@ -289,6 +296,16 @@ def test_lower_layers_run_once_for_all_roles(folder, monkeypatch):
     e.backward(-token_logps(e, IDS + 1, MASK, 4).mean()); e.step()
     assert len(seen) == 2 and not torch.equal(both(IDS + 1)[0], first[0])
     with pytest.raises(ValueError, match='lora_first=9: this model has 2 layers'): load_lm(folder/'llama', lora=Lora(2, first=9))
+
+
+def test_a_later_role_with_a_lower_adapter_is_not_passed_over(): # what was remembered for the roles before ends above its adapter
+    def made(): return Body(llama(61, 32, 3, 4, 2, 64))
+    body, alone = made(), made()
+    high = role_of(body, lora=Lora(2, first=2)); token_logps(high, IDS, MASK, 4)
+    late, other = role_of(body, lora=Lora(2, first=1)), role_of(alone, lora=Lora(2, first=1))
+    for p, q in zip(late.adapter, other.adapter, strict=True): torch.nn.init.normal_(p, std=.5); q.data.copy_(p)
+    for _ in range(2): close(*(token_logps(r, IDS, MASK, 4).detach() for r in (late, other)), 1e-6)
+    close(token_logps(high, IDS, MASK, 4).detach(), token_logps(made().model, IDS, MASK, 4).detach(), 1e-6)
 
 
 def load_lm_again(role, folder): # from its files: the adapter knows its layers

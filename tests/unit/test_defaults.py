@@ -133,6 +133,7 @@ def test_a_full_memory_says_what_helps_and_how_much(tmp_path):
     assert f'micro_batch={config.micro_batch // 4} instead of {config.micro_batch} needs ' in said and 'recompute needs' in said
     numbers = [float(part.split(' GB')[0].split()[-1]) for part in said.split(', ')]
     assert numbers == sorted(numbers) and numbers[-2] < numbers[-1] and said.endswith(f'as it was, about {numbers[-1]} GB')
+    assert 'zero=3' not in savings(LLAMA_7B, replace(config, lora_rank=8), gpus=8)        # adapters share a whole body
     assert 'zero=3' in savings(LLAMA_7B, config, gpus=8) and 'recompute' not in savings(SMOLLM2, config, recompute=True)
     (tmp_path/'model').mkdir(); (tmp_path/'model/config.json').write_text(json.dumps(SMOLLM2), encoding='utf-8')
     class Run: manifest = dict(parent_folders=dict(sft=str(tmp_path)), stage='policy')

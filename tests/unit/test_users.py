@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import datasets
 import numpy as np
+import pandas as pd
 import pytest
 import tiny
 from test_scorers import Server
@@ -346,6 +347,8 @@ def test_alarms_are_said_once(models, monkeypatch, capsys):
 def test_ids_that_count_from_one_are_refused(home):
     rows = [pair(p, k) | dict(better_response_id=1 + k % 2) for k, p in enumerate(PROMPTS[:20])]
     for stage in (reward_rows, cost_rows): one_line('better_response_id counts answers from 1: response_0 is 0', stage, rows, 0, .2)
+    wide = pd.DataFrame(rows).astype(dict(better_response_id=float))                # as pandas reads a column with gaps
+    one_line('counts answers from 1', reward_rows, wide, 0, .2)
     assert reward_rows([r | dict(better_response_id=r['better_response_id'] - 1) for r in rows], 0, .2).train
 
 
