@@ -231,10 +231,11 @@ def defaults(
     here = memory(); gpu, gb = here[1] if gpu is None else gpu, memory_gb or here[0]
     place = 'gpu' if gpu else 'cpu'
     out = _fixed(command) | _sized(command, _size(shape), gpu)
-    if rank: # nothing of the table was measured with adapters
+    if rank: # `ranks.csv`, below
         out['lora_rank'] = Default(rank, '', 'data', 'that of the adapter which the model has')
-        why = 'ten times that of all weights, about what adapters are usually trained with'
-        out |= {k: Default(10 * d.value, d.unit, 'guess', why) for k, d in out.items() if k in _RATES}
+        why = 'ten times that of all weights: so rank 16 came out like them at 135M on a GPU'
+        out |= {k: Default(10 * d.value, d.unit, d.source if gpu else 'guess', why)
+                for k, d in out.items() if k in _RATES}
     budgets = 'max_prompt_tokens', 'max_new_tokens'
     for field, lengths, longest in zip(budgets, tokens, _LONGEST[place], strict=True):
         out[field] = _budget(lengths, longest, _ANSWERS[place], place)

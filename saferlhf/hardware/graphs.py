@@ -6,6 +6,7 @@
 __all__ = ['Size', 'size_of', 'fill', 'recorded_bytes', 'Recorded', 'record', 'worthwhile']
 
 # %% ../../nbs/hardware/13_graphs.ipynb #13a00002
+from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 from weakref import WeakSet
@@ -137,13 +138,17 @@ class Recorded:
             _memory.room(size.tokens * train)
             out = self.like[train].new_zeros(size.tokens, self.like[train].shape[1])
             ahead, back, gradient = torch.cuda.CUDAGraph(), None, torch.zeros_like(out) if train else None
-            with torch.cuda.graph(ahead, pool=_memory.id):
+            with _capture(ahead):
                 h = self._pass(*inputs, size.longest)
                 out.copy_(h.detach())
             if train:
                 back = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(back, pool=_memory.id): h.backward(gradient)
+                with _capture(back): h.backward(gradient)
         self.made[size, train] = _Recording(inputs, out, gradient, ahead, back)
+
+@contextmanager
+def _capture(graph): # a CUDA graph; a layer that would be compiled anew in it is recorded as it is
+    with torch.compiler.set_stance('eager_on_recompile'), torch.cuda.graph(graph, pool=_memory.id): yield
 
 def _add(total, w): # a gradient to the others
     total.add_(w.grad); w.grad = None

@@ -51,7 +51,7 @@ def prepare(
     for layer in layers:
         done = vars(layer).setdefault('_prepared', set())             # a body is prepared once
         if compile and 'compile' not in done:                         # with the roundings of plain code
-            how = dict(dynamic=True, options=dict(emulate_precision_casts=True))
+            how = dict(dynamic=True, options=dict(emulate_precision_casts=True, shape_padding=False))
             layer.forward = torch.compile(layer.forward, **how)
         if recompute and 'recompute' not in done:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)

@@ -131,10 +131,10 @@ print(f'ppo_step, 16 bits: {difference(fast, plain[:len(fast)]):.1e}, plain {dif
 
 # adapters: roles on one body, each with recordings of its own
 
-def roles(precision, graphs):
+def roles(precision, graphs, compile=False):
     "Two trained roles and two frozen ones by turns: scores, log-probabilities, norms of gradients."
     torch.manual_seed(0)
-    body = Body(tied())
+    body = Body(prepare(tied(), compile))
     made = [role_of(body, None, Lora(4), headless=k > 1) for k in range(4)]
     for r in made: torch.nn.init.normal_(r.adapter[1], std=.1)
     models = made[0], made[1], ScoreModel(made[2], 'critic'), ScoreModel(made[3], 'cost')
@@ -154,6 +154,10 @@ def roles(precision, graphs):
 plain, recorded, narrow, fast = (roles(p, g) for p in ('fp32', 'bf16') for g in (False, True))
 print(f'roles: 32 bits {difference(recorded, plain):.1e}; 16 bits {difference(fast, plain):.1e}, plain {difference(narrow, plain):.1e}')
 assert difference(recorded, plain) < 1e-5 and difference(fast, plain) < 1.6 * difference(narrow, plain) + 1e-3
+
+fast = roles('bf16', True, compile=True)                                      # rank 4: nothing is compiled while a pass is recorded
+print(f'roles, compiled: 16 bits {difference(fast, plain):.1e}')
+assert difference(fast, plain) < 1.6 * difference(narrow, plain) + 1e-3
 
 # order, and gradients that somebody else has put elsewhere
 

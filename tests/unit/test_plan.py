@@ -170,6 +170,9 @@ def test_all_weights_are_counted():
 def test_scale_is_predicted_where_it_was_measured():
     rows = pd.read_csv(ROOT/'data/results/bench/scale.csv')
     assert set(zip(rows.gpus, rows.zero, rows.model, strict=True)) >= {(g, z, '1.1B') for g in (1, 2) for z in range(4)} | {(2, 3, '7B')}
+    assert set(rows[rows.peak_gb.isna()].run_id) == {'bench-scale-20261127'}      # see nbs/bench/scale.ipynb
+    rows = rows.dropna(subset='peak_gb')
+    assert {4} < set(rows.gpus) and {'1.1B, rank 16', '1.1B, cost model'} < set(rows.model)
     assert (abs(rows.predicted_gb / rows.peak_gb - 1) < .15).all(), rows[['gpus', 'zero', 'peak_gb', 'predicted_gb']]
 
 # what follows from the formulas
