@@ -6,7 +6,6 @@
 __all__ = ['Size', 'size_of', 'fill', 'recorded_bytes', 'Recorded', 'record', 'worthwhile']
 
 # %% ../../nbs/hardware/13_graphs.ipynb #13a00002
-from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 from weakref import WeakSet
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from .adapters import Role
 from .packing import Layout, recordable, row_inputs
+from .precision import capture
 
 # %% ../../nbs/hardware/13_graphs.ipynb #13a00006
 class Size(NamedTuple):
@@ -138,17 +138,13 @@ class Recorded:
             _memory.room(size.tokens * train)
             out = self.like[train].new_zeros(size.tokens, self.like[train].shape[1])
             ahead, back, gradient = torch.cuda.CUDAGraph(), None, torch.zeros_like(out) if train else None
-            with _capture(ahead):
+            with capture(ahead, _memory.id):
                 h = self._pass(*inputs, size.longest)
                 out.copy_(h.detach())
             if train:
                 back = torch.cuda.CUDAGraph()
-                with _capture(back): h.backward(gradient)
+                with capture(back, _memory.id): h.backward(gradient)
         self.made[size, train] = _Recording(inputs, out, gradient, ahead, back)
-
-@contextmanager
-def _capture(graph): # a CUDA graph; a layer that would be compiled anew in it is recorded as it is
-    with torch.compiler.set_stance('eager_on_recompile'), torch.cuda.graph(graph, pool=_memory.id): yield
 
 def _add(total, w): # a gradient to the others
     total.add_(w.grad); w.grad = None

@@ -16,7 +16,7 @@ from .decoder import Decoder, why_not
 from .kernels import Choice, choose, plain_choose
 from .packing import (check_ids, check_length, host, layout, packed_forward, packs, positions,
                                        text_config, with_host)
-from .precision import finite
+from .precision import capture, finite
 from .ranks import gather, ranks, widest
 
 # %% ../../nbs/hardware/09_sampler.ipynb #e3cc36dd
@@ -283,7 +283,7 @@ class Sampler:
         step()                                                         # this compiles the kernels
         if self._state.token.is_cuda:
             self._graphs[key] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graphs[key]): step()           # recorded, not run
+            with capture(self._graphs[key]): step()           # recorded, not run
 
     def _plain(self, model, ids, mask, u):
         "Through transformers' own forward pass, all rows at a time."

@@ -1,4 +1,6 @@
 "Sizes and dummies of recorded passes, on a CPU; the recordings themselves are compared in tests/gpu/gpu_graphs.py."
+import gc
+from contextlib import contextmanager
 import pytest
 import torch
 from saferlhf.apps import plan
@@ -6,6 +8,7 @@ from saferlhf.engine import Optim, load
 from saferlhf.hardware.adapters import Body, Lora, role_of
 from saferlhf.hardware.graphs import Recorded, Size, fill, size_of, worthwhile
 from saferlhf.hardware.packing import layout, recordable, row_inputs
+from saferlhf.hardware.precision import capture
 from saferlhf.hardware.ranks import Spread
 from saferlhf.models import ScoreModel, tiny_model, token_logps
 from saferlhf.ppo import PPOConfig
@@ -115,3 +118,20 @@ def test_a_recorded_role_goes_through_its_own_adapter(monkeypatch):
     critic.body.recorded = lambda ids, lay: seen.append(1) or again._pass(ids, lay.position, lay.slot, lay.bounds, lay.longest)
     close(critic(ids, mask).scores.detach(), plain)
     assert seen
+
+
+def test_nothing_disturbs_a_recording(monkeypatch):
+    "An old graph that is collected, or a layer that is compiled, while a stream is recorded makes CUDA drop the recording."
+    compiled, seen = [], []
+
+    @contextmanager
+    def graph(made, pool=None): seen.append((made, pool, gc.isenabled())); yield
+    monkeypatch.setattr(torch.cuda, 'graph', graph)
+
+    def backend(gm, inputs): compiled.append(len(inputs)); return gm
+    f = torch.compile(lambda x: x * 2 if x.shape[0] > 5 else x * 3, backend=backend, dynamic=True)
+    assert f(torch.ones(8)).sum() == 16 and len(compiled) == 1
+    with capture('made', 'room'): assert f(torch.ones(3)).sum() == 9 and f(torch.ones(9)).sum() == 18
+    assert len(compiled) == 1 and seen == [('made', 'room', False)] and gc.isenabled()
+    with pytest.raises(ZeroDivisionError), capture('made'): raise ZeroDivisionError
+    assert gc.isenabled() and f(torch.ones(3)).sum() == 9 and len(compiled) == 2
