@@ -145,9 +145,10 @@ def _foreign(path, wanted): # as of `_table`, of another machine; ValueError nam
                     raise ValueError(f'{path}, line 1: {c[:60]!r} is no name of a column, or is there twice')
             n = lines.line_num + 1
             for row in lines:
-                if row and len(row) != len(names):
+                if not row: continue
+                if len(row) != len(names):
                     raise ValueError(f'{path}, line {n}: {len(row)} cells, not {len(names)}: copy it again')
-                for c, x in zip(names, row):
+                for c, x in zip(names, row, strict=True):
                     if why := _fault(c, x):
                         raise ValueError(f'{path}, line {n}, column {c}: {x[:60]!r} is {why}')
                 n = lines.line_num + 1
