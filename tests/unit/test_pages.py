@@ -17,6 +17,7 @@ from saferlhf.apps import chat, judge, report
 from saferlhf.apps.commands import main
 from saferlhf.apps.own_data import source_name
 from saferlhf.apps.watch import pairs
+from saferlhf.data import load_preferences, load_prompts
 from saferlhf.record.escape import (code_block, code_span, csv_text, guarded, is_formula, markdown_text, one_line_of, printable, read_csv,
                                     unguarded)
 from saferlhf.record.execute import publish
@@ -234,5 +235,8 @@ def test_a_terminal_is_not_steered(home, capsys):
     assert [x['prompt'] for x in told[::2]] == TEXTS and told[0]['policy'] == speakers[0].name, 'JSON says the same'
     said = pairs([r | dict(response='x') for r in rows], rows, len(rows))
     assert not STEERS.search(said) and said.count('\n') == 4 * len(rows) - 1
+    for loads in (load_preferences, load_prompts):                        # a role of a message is anybody's, too
+        with pytest.raises(ValueError) as e: loads([dict(prompt=[dict(role=x, content='a')]) for x in reversed(TEXTS)])
+        assert not STEERS.search(str(e.value))
     assert not STEERS.search(source_name('/a/\x1b[31mb.jsonl'))
     assert main(['export', str(home/'\x1b[31mred'), 'x']) == 1 and not STEERS.search(capsys.readouterr().err)
