@@ -81,7 +81,7 @@ def weights(table):
             if (home/'ran').exists(): why.append('a pickle ran')
             good = refused == asked and not why
             outcome = 'refused in one line, nothing opened' if good else f'FAILED: refused by {refused} of {asked}, {why}'
-            table.add(what, which, '', seed, 'before reading', len(asked), outcome, 0, '')
+            table.add(what, 'data', which, seed, 'before reading', len(asked), outcome, 0, '')
 
 
 def formula(cell): return bool(re.match(r'[\s"]*[=+\-@\t\r]', cell)) and not re.fullmatch(r'[+-]?[\d.]+(e[+-]?\d+)?|[+-]inf', cell)
@@ -113,7 +113,7 @@ def in_a_browser(table, home, texts, server):
         if asked is None: said = 'no browser: read by a parser'
         if what == 'not escaped': outcome = f'live, as it should be: {said}' if asked or asked is None else 'FAILED: nothing is live'
         else: outcome = f'FAILED: {said}, {found}' if asked or found else said
-        table.add(f'texts of strangers: {what}', 'page', 'browser' if browser() else 'parser', seed, '', len(texts), outcome, 0, '')
+        table.add(f'texts of strangers: {what}', 'data', 'browser' if browser() else 'parser', seed, '', len(texts), outcome, 0, '')
 
 
 def in_a_spreadsheet(table, home, texts):
@@ -128,13 +128,13 @@ def in_a_spreadsheet(table, home, texts):
     publish(rows, 'again/samples.csv', 'evaluate/a', ['policy']); join(path.parent, 'cpu')
     same = first == path.read_bytes() == (home/'data/results/cpu/samples.csv').read_bytes()
     outcome = 'no formula, the same bytes' if same and not left else f'FAILED: same {same}, formulas {left}'
-    table.add('texts of strangers: published twice, joined', 'table', '', 0, '', len(texts), outcome, 0, '')
+    table.add('texts of strangers: published twice, joined', 'data', 'table', 0, '', len(texts), outcome, 0, '')
     t = pd.DataFrame({'name': texts, '=1+1': texts}); (home/'t.csv').write_text(csv_text(t), encoding='utf-8', newline='')
     outcome = 'exactly the same' if read_csv(home/'t.csv', keep_default_na=False).to_dict() == t.to_dict() else 'FAILED: differs'
-    table.add('texts of strangers: written, read back', 'table', '', 1, '', len(texts), outcome, 0, '')
+    table.add('texts of strangers: written, read back', 'data', 'table', 1, '', len(texts), outcome, 0, '')
     steers = [x for x in texts if re.search(r'[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]', printable(x))]
     outcome = f'FAILED: {steers}' if steers else 'no control characters'
-    table.add('texts of strangers: printed', 'terminal', '', 2, '', len(texts), outcome, 0, '')
+    table.add('texts of strangers: printed', 'data', 'terminal', 2, '', len(texts), outcome, 0, '')
 
 
 def joined(table, results):
@@ -149,4 +149,4 @@ def joined(table, results):
         except ValueError as e: told = str(e)
         good = f'{path}, line 2, column {column}' in told and target.read_bytes() == before
         outcome = 'refused; file, line and column named' if good else f'FAILED: {told}'
-        table.add(f'join: {column} is {cell}', 'table', '', seed, '', 1, outcome, 0, '')
+        table.add(f'join: {column} is {cell}', 'data', 'table', seed, '', 1, outcome, 0, '')
