@@ -86,7 +86,8 @@ class _Report(namedtuple('_Report', 'total kept counts examples')):
     "Rows seen, rows kept; fault -> rows; fault -> up to three (row number, detail). Prints as a table."
     def line(self): return ' '.join(str(self).replace('\n', '; ').split())
     def __str__(self):
-        faults = (f'{n:7d}  {fault:22s} ' + '; '.join(f'row {i}: {x}' for i, x in self.examples[fault])
+        shown = lambda i, x: f'row {i}: ' + ''.join(filter(str.isprintable, str(x)))
+        faults = (f'{n:7d}  {fault:22s} ' + '; '.join(shown(*found) for found in self.examples[fault])
                   for fault, n in sorted(self.counts.items(), key=lambda x: -x[1]))
         return '\n'.join([f'{self.kept} of {self.total} rows kept', *faults])
 

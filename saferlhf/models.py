@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig,
                           PreTrainedTokenizerFast)
 from .hardware.adapters import Body, Role, base_of, is_adapter, read_head, role_of, save_adapter
+from .hardware.folders import one_line, vetted
 from .hardware.logprobs import log_probs, log_probs_back
 from .hardware.packing import check_ids, host, layout, packed_forward, packs, say_once
-from .hardware.weights import head_names, one_line, read_config, read_model, score_layout, stored_head
+from .hardware.weights import head_names, read_config, read_model, score_layout, stored_head
 from .text import PAPER_TEMPLATE, end_of_turn
 
 # %% ../nbs/method/03_models.ipynb #5c7ea394
@@ -282,6 +283,7 @@ def load_tokenizer(path): # local folder or hub name -> a fast tokenizer of tran
     """A tokenizer with a chat template (its own, else the paper's) whose EOS ends a turn in it. ValueError
     without one. A missing pad token is set to EOS: harmless, since masks come from lengths."""
     if is_adapter(path) and not (Path(path)/'tokenizer.json').is_file(): path = base_of(path)
+    vetted(path, 'config.json', 'tokenizer_config.json')
     with one_line(path): t = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     if not t.is_fast: raise ValueError(f'{path}: only fast tokenizers (tokenizer.json) can be used')
     if not t.chat_template: t.chat_template = PAPER_TEMPLATE

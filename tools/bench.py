@@ -19,6 +19,7 @@ from saferlhf.hardware.adapters import Body, Lora, role_of
 from saferlhf.hardware.graphs import recorded_bytes
 from saferlhf.hardware.ranks import Spread, device
 from saferlhf.models import ScoreModel
+from saferlhf.record.escape import csv_text, read_csv
 from saferlhf.record.execute import execute
 
 # time and memory
@@ -213,8 +214,8 @@ def record(
     better = new.ours / new.baseline
     new['ratio'] = better.where(new.unit.str.endswith('/s') | (new.unit == '1'), 1 / better)
     path.parent.mkdir(parents=True, exist_ok=True)
-    tables = [old[old.device != where] for old in ([pd.read_csv(path)] if path.exists() else [])] + [new]
-    pd.concat([t for t in tables if len(t)], ignore_index=True).to_csv(path, index=False, float_format='%.5g')
+    tables = [old[old.device != where] for old in ([read_csv(path)] if path.exists() else [])] + [new]
+    path.write_text(csv_text(pd.concat([t for t in tables if len(t)], ignore_index=True), float_format='%.5g'), encoding='utf-8')
     return new
 
 

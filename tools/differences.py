@@ -11,13 +11,14 @@ import subprocess
 from pathlib import Path
 
 import pandas as pd
+from saferlhf.record.escape import markdown_text, read_csv
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def table(text:str, name:str, seed:int) -> pd.Series:
     "What a file says of one seed: (what, of whom) -> value."
-    d = pd.read_csv(io.StringIO(text)).query('seed == @seed')
+    d = read_csv(io.StringIO(text)).query('seed == @seed')
     if name == 'models':
         d = d[(d.prompt_kind == 'unsafe') & (d.decoding == 'sampled')]
         d = d[d.judge.isin(['gold', 'judge', 'tfidf'])]
@@ -39,7 +40,7 @@ def main(commit:str, profile:str, seed:int) -> str:
         new = table((ROOT/path).read_text(encoding='utf-8'), name, seed)
         for key in new.index.union(old.index, sort=False):
             before, now = (f'{x[key]:.3g}' if key in x else '' for x in (old, new))
-            lines.append(f'| {key[0]} | {key[1]} | {before} | {now} |')
+            lines.append(f'| {markdown_text(key[0])} | {markdown_text(key[1])} | {before} | {now} |')
     return '\n'.join(lines)
 
 

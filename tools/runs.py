@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 import pandas as pd
+from saferlhf.record.escape import csv_text, read_csv
 
 ROOT = Path(__file__).resolve().parent.parent
 NONE = 'not recorded'
@@ -31,7 +32,7 @@ PLACES = ('data/results/**/*.ipynb', 'data/results/**/*.txt', 'data/models/*/REA
 def read(path:Path) -> pd.DataFrame:
     "A table as text; an empty runs.csv where there is none."
     if not path.exists(): return pd.DataFrame(columns=COLUMNS)
-    return pd.read_csv(path, dtype=str, keep_default_na=False)
+    return read_csv(path, dtype=str, keep_default_na=False)
 
 
 def tables(root:Path) -> dict[Path, pd.DataFrame]:
@@ -109,7 +110,7 @@ def update(runs=(), root:Path=ROOT, note:str='') -> pd.DataFrame:
     while ids:
         table = merge(table, ids, manifests)
         ids = {p for cell in table.parents for p in parent_ids(cell)} - set(table.run_id)
-    table.to_csv(path, index=False, lineterminator='\n')
+    path.write_text(csv_text(table), encoding='utf-8')
     return table
 
 

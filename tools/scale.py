@@ -16,6 +16,7 @@ from saferlhf.hardware.adapters import Lora
 from saferlhf.hardware.zero import deepspeed
 from saferlhf.hardware.ranks import Spread, device, largest, rank, ranks
 from saferlhf.objectives import Multiplier, ppo_lag
+from saferlhf.record.escape import csv_text, read_csv
 from saferlhf.record.launch import launch, rank_target
 from saferlhf.rollout import Sampler
 from saferlhf.train import score_step
@@ -116,7 +117,7 @@ def measure(
     case = dict(what='policy', lora_rank=0) | case
     key = [spread.ranks, spread.zero, offload, named(case), case['prompts_per_gpu']]
     run_id = run_id or f'bench-scale-{date.today():%Y%m%d}'
-    old = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=COLUMNS)
+    old = read_csv(path) if path.exists() else pd.DataFrame(columns=COLUMNS)
     same = (old[CASE].astype(str) == [str(k) for k in key]).all(axis=1)
     if (same & (old.run_id == run_id)).any(): print(f'{key}: measured before'); return None
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -129,5 +130,5 @@ def measure(
     row |= dict(predicted_gb=predicted(case), run_id=run_id, versions=made_with)
     kept = old[~(same & (old.device == row['device']))]              # one row a case and device: the last
     table = pd.concat([kept, pd.DataFrame([row])], ignore_index=True) if len(kept) else pd.DataFrame([row])
-    table[COLUMNS].to_csv(path, index=False, float_format='%.5g')
+    path.write_text(csv_text(table[COLUMNS], float_format='%.5g'), encoding='utf-8')
     return row

@@ -17,6 +17,7 @@ from ..engine import load
 from ..hardware.precision import fast_precision
 from ..models import load_lm, load_tokenizer
 from ..record.config import nearest
+from ..record.escape import one_line_of, printable
 from ..rollout import Sampler, respond
 from ..text import as_messages, prompt_id
 from .classifiers import budgets, common_budgets
@@ -77,7 +78,7 @@ def _judges(policies, told): # runs or folders; dict reward, cost: what was aske
     return told
 
 def _shown(row): # an answer, for people: without characters that steer a terminal
-    text = ''.join(c for c in row['response'] if c.isprintable() or c in '\n\t').strip()
+    text = printable(row['response']).strip()
     told = [f'{k} {row[k]:+.2f}' for k in ('reward', 'cost') if k in row] + ['cut'] * row['truncated']
     return text + (f'\n    [{", ".join(told)}]' if told else '')
 
@@ -111,7 +112,7 @@ class _Talk:
                 head = [dict(role='system', content=self.system)] if self.system else []
                 row = speaker.answer(head + talk)
                 self.turns[k] = [*talk, dict(role='assistant', content=row['response'].strip() or '...')]
-                name = f'{"AB"[k]} {speaker.name}: ' if len(self.speakers) > 1 else ''
+                name = f'{"AB"[k]} {one_line_of(speaker.name)}: ' if len(self.speakers) > 1 else ''
                 print(name + _shown(row), flush=True)
         except BaseException: self.turns = before; raise
 
@@ -128,7 +129,7 @@ def _loop(talk):
             if (said := talk.command(line)) is None: return
             print(said)
         except KeyboardInterrupt: print('\nstopped')
-        except (ValueError, RuntimeError) as e: print(str(e).splitlines()[0])
+        except (ValueError, RuntimeError) as e: print(one_line_of(str(e).splitlines()[0]))
 
 def _prompts(file): # its prompts; '': the lines of the standard input
     if file: return load_prompts(file)['prompt'][:]
@@ -167,12 +168,15 @@ def chat(
         with redirect_stdout(sys.stderr): answered = [s.answers(part) for s in speakers]
         for prompt, *rows in zip(part, *answered, strict=True): _write(prompt, rows, speakers, json)
 
+def _json(row): # JSON that holds no character that steers a terminal
+    return ''.join(c if c.isprintable() else json.dumps(c)[1:-1] for c in json.dumps(row, ensure_ascii=False))
+
 def _write(prompt, rows, speakers, as_json):
     "What was asked, and each speaker's answer."
     if as_json:
         for s, row in zip(speakers, rows, strict=True):
-            print(json.dumps(dict(prompt=prompt, policy=s.name, **row), ensure_ascii=False), flush=True)
+            print(_json(dict(prompt=prompt, policy=s.name, **row)), flush=True)
         return
-    print(f'> {as_messages(prompt)[-1]["content"]}')
+    print(f'> {printable(as_messages(prompt)[-1]["content"])}')
     for s, row in zip(speakers, rows, strict=True):
-        print((f'{s.name}: ' if len(speakers) > 1 else '') + _shown(row), flush=True)
+        print((f'{one_line_of(s.name)}: ' if len(speakers) > 1 else '') + _shown(row), flush=True)

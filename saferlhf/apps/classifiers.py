@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from ..engine import load
+from ..hardware.folders import one_line, vetted
 from ..hardware.packing import layout, packed_forward, text_config, with_host
 from ..hardware.precision import fast_precision
-from ..hardware.weights import one_line, read_config
+from ..hardware.weights import read_config, stored
 from ..models import ScoreModel, load_lm, load_tokenizer
 from ..record.config import nearest
 from .stages import located
@@ -129,6 +130,7 @@ def _classifier(path, config, kind, labels, limits):
     kind, score_of = _meaning(path, config, kind, labels)
     @cache
     def parts():
+        stored(path); vetted(path, 'config.json', 'tokenizer_config.json')
         with one_line(path):
             make = lambda: AutoModelForSequenceClassification.from_pretrained(
                 path, use_safetensors=True, trust_remote_code=False, dtype=torch.float32)

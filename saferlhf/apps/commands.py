@@ -281,7 +281,8 @@ def main(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())          # Python flushes at its end
         return 141
     except Exception as e: message, status = spelt(_line(e), _name(argv)), 1
-    print(f'saferlhf: {message}', file=sys.stderr)
+    from saferlhf.record.escape import printable
+    print(f'saferlhf: {printable(message)}', file=sys.stderr)
     return status
 
 # %% ../../nbs/apps/21_commands.ipynb #3fddf50c

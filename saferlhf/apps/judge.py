@@ -21,6 +21,7 @@ from sklearn.metrics import cohen_kappa_score
 from ..data import load_prompts
 from ..evaluate import Interval, accuracy, paired_difference
 from ..record.config import plain, resolve
+from ..record.escape import csv_text, one_line_of, read_csv
 from ..record.fetch import model_hash
 from ..record.files import atomic_write, read_lines
 from ..record.run import Record, Run
@@ -223,7 +224,7 @@ def _judge(run, scores, answered): # an open run, `Score`s, the two runs of answ
             for i, (p, k, x, y) in enumerate(zip(prompts, ids, *texts, strict=True))]
     atomic_write(run.path('judged.jsonl'), as_lines(rows))
     found = pd.DataFrame([r for v in told for r in _measures(v, ids)] + _agreement(told, ids))
-    atomic_write(run.path('judged.csv'), found.to_csv(index=False))
+    atomic_write(run.path('judged.csv'), csv_text(found))
     wins = found[found.measure == 'a wins']
     run.finish(dict(n=len(prompts), wins={r.judge: [r.value, r.low, r.high] for r in wins.itertuples()}))
 
@@ -233,9 +234,10 @@ def table(
     record:Record, # of `judge`
 )->str:            # a line for each judge and for each measure of agreement
     "The result as text."
-    rows = pd.read_csv(record.path('judged.csv')).to_dict('records')
+    rows = read_csv(record.path('judged.csv')).to_dict('records')
     answers = [Record(record.manifest['parent_folders'][k]) for k in 'ab']
-    who = [f'{k}: {r.manifest["policy"]}' for k, r in zip('ab', answers, strict=True)]
+    who = [f'{k}: {one_line_of(r.manifest["policy"])}' for k, r in zip('ab', answers, strict=True)]
+    for r in rows: r['judge'] = one_line_of(r['judge'])
     wide = max(len(r['judge']) for r in rows)
     def line(r):
         number = r['measure'].startswith(('mean', 'Cohen', 'Kripp'))

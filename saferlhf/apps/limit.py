@@ -18,6 +18,7 @@ from ..hardware.precision import fast_precision
 from ..judges import calibrate
 from ..models import ScoreModel, load_lm, load_tokenizer
 from ..record.config import nearest, resolve
+from ..record.escape import csv_text
 from ..record.files import atomic_write, read_lines
 from ..record.run import Record, Run
 from ..rollout import Sampler, respond, score_texts
@@ -263,7 +264,7 @@ def _measure(run, models, prompts, config): # sample, count, finish
     wide = [dict(limit=r['limit']) | {f'{k}{end}': x for k, v in r.items() if k != 'limit'
                                       for end, x in zip(ends, v, strict=True)} for r in found]
     atomic_write(run.path('answers.jsonl'), as_lines(rows))
-    atomic_write(run.path('limits.csv'), pd.DataFrame(wide).to_csv(index=False, lineterminator='\n'))
+    atomic_write(run.path('limits.csv'), csv_text(pd.DataFrame(wide)))
     _figure(run, found)
     start = dict(cost=costs) | ({} if harm is None else dict(harmful=harm))
     run.finish({k: [*cluster_bootstrap(x.mean(1))] for k, x in start.items()} | dict(

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from ..data import (cost_pairs, label_pairs, load_labels, load_preferences, load_prompts, load_sft,
                            read_rows, reward_pairs, sha256, shipped)
 from ..hardware.rows import has_split
+from ..record.escape import one_line_of
 from ..record.files import atomic_write
 from ..reproduction.prompts import shuffled
 from ..text import encode_prompt, encode_response, key_hash
@@ -66,7 +67,7 @@ class Read(NamedTuple):
 
 def source_name(source)->str: # a path, a hub name, or rows
     "What a source is called in messages and manifests."
-    return Path(source).name if isinstance(source, (str, os.PathLike)) else 'rows'
+    return one_line_of(Path(source).name) if isinstance(source, (str, os.PathLike)) else 'rows'
 
 def _loaded(source): # -> what can be read twice, and `key_hash` of the prompts of its test split, or None
     if has_split(source, 'test'):

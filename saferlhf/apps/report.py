@@ -6,10 +6,12 @@
 __all__ = ['report']
 
 # %% ../../nbs/apps/02_report.ipynb #24e9a21d
+import base64
+import hashlib
 import html
 import re
 from pathlib import Path
-import pandas as pd
+from ..record.escape import one_line_of, read_csv
 from ..record.execute import execute, warm_kernel
 from ..record.files import atomic_write
 from ..record.run import provenance, results_home, runs_home
@@ -21,6 +23,7 @@ _CELLS = '''{%- extends 'basic/index.html.j2' -%}
 
 def _exporter(): # of notebooks to HTML
     try:
+        import bleach # noqa: F401
         import latex2mathml # noqa: F401
         import nbconvert
     except ImportError as e:
@@ -28,8 +31,9 @@ def _exporter(): # of notebooks to HTML
     from jinja2 import DictLoader
     from traitlets.config import Config
     tags = dict(enabled=True, remove_cell_tags=['parameters', 'injected-parameters'])
+    kinds = dict(display_data_priority='text/html text/markdown image/png image/jpeg text/plain'.split())
     return nbconvert.HTMLExporter(
-        config=Config(TagRemovePreprocessor=tags), template_file='cells.html.j2',
+        config=Config(TagRemovePreprocessor=tags, NbConvertBase=kinds), template_file='cells.html.j2',
         extra_loaders=[DictLoader({'cells.html.j2': _CELLS})],
         exclude_input_prompt=True, exclude_output_prompt=True, exclude_anchor_links=True)
 
@@ -43,16 +47,40 @@ def _formulas(page): # formulas between dollar signs as MathML; code, and what i
     formula = r'\$\$(.+?)\$\$|\$([^$]+?)\$'
     return ''.join(p if p.startswith('<') else re.sub(formula, mathml, p) for p in parts)
 
+# %% ../../nbs/apps/02_report.ipynb #213d9875
+_TAGS = set("""a abbr b blockquote br code dd del details div dl dt em h1 h2 h3 h4 h5 h6 hr i img li ol p
+    pre s small span strong sub summary sup table tbody td tfoot th thead tr u ul""".split())
+_MATH = set("""math menclose mfenced mfrac mi mn mo mover mpadded mphantom mroot mrow ms mspace msqrt mstyle
+    msub msubsup msup mtable mtd mtext mtr munder munderover""".split())
+_LAYOUT = set("""accent columnalign columnlines columnspacing depth display displaystyle fence form height
+    largeop linethickness lspace mathvariant maxsize minsize movablelimits notation rowlines rowspacing rspace
+    scriptlevel separator stretchy symmetric voffset width""".split())
+_SCHEMES = 'https', 'http', 'mailto'
+
+def _attribute(tag, name, value): # whether it stays
+    if name == 'href': return tag == 'a' and bool(re.match(r'#[\w-]*$|(%s):' % '|'.join(_SCHEMES), value))
+    if name == 'src':
+        return tag == 'img' and bool(re.match(r'data:image/(png|jpeg);base64,[\w+/=\s]*$', value))
+    if tag in _MATH: return name in _LAYOUT
+    return name in ('class', 'alt') or tag in ('td', 'th') and name in ('colspan', 'rowspan')
+
+def _clean(page): # HTML of anybody -> HTML that runs nothing and fetches nothing
+    import bleach
+    page = re.sub(r'(?is)<style\b.*?</style\s*>', '', page)  # of pandas; it would be shown
+    return bleach.clean(page, tags=_TAGS | _MATH, attributes=_attribute, protocols=[*_SCHEMES, 'data'])
+
+# %% ../../nbs/apps/02_report.ipynb #9d12411f
 def _section(path, name, names): # executed notebook, names; HTML, headings (level, name, text)
+    link = lambda m: f'href="#{m[1]}"' if m[1] in names else ''
     body, heads = _formulas(_exporter().from_filename(str(path))[0]), []
+    body = _clean(re.sub(r'href="(?:[^"]*/)?(\w+)\.ipynb"', link, body))
     def heading(m):
         level, text = int(m[1]) + 1, re.sub('<[^>]*>', '', m[3])
         key = name + ('-' + re.sub('[^a-z0-9]+', '-', text.lower()).strip('-') if heads else '')
         heads.append((level, key, text))
         return f'<h{level} id="{key}">{m[3]}</h{level}>'
     body = re.sub(r'(?s)<h([1-4])([^>]*)>(.*?)</h\1>', heading, body)
-    link = lambda m: f'href="#{m[1]}"' if m[1] in names else ''
-    return '<section>' + re.sub(r'href="(?:[^"]*/)?(\w+)\.ipynb"', link, body) + '</section>', heads
+    return f'<section>{body}</section>', heads
 
 # %% ../../nbs/apps/02_report.ipynb #a9ff64ea
 _STYLE = '''*{box-sizing:border-box} a{color:#0061a8} a:not([href]){color:inherit}
@@ -79,11 +107,15 @@ def _page(parts, profile, runs): # name -> executed notebook; as from `_made_by`
         body, heads = _section(path, name, tuple(parts)); sections.append(body)
         contents += [f'<a href="#{key}"{"" if level == 2 else " class=sub"}>{text}</a>'
                      for level, key, text in heads if level < 4]
-    listed = [f'<div><code>{html.escape(run)}</code> {", ".join(made)}</div>' for run, made in runs.items()]
-    facts = provenance()
+    say = lambda x: html.escape(one_line_of(x))
+    listed = [f'<div><code>{say(run)}</code> {say(", ".join(made))}</div>' for run, made in runs.items()]
+    facts, profile = provenance(), say(profile)
+    style = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
     commit = f'at commit <code>{facts["commit"][:12]}</code>' if facts['commit'] else 'outside a checkout'
     commit += ', with changes that are not committed' * bool(facts['commit'] and facts['dirty'])
     return f'''<!doctype html><html lang="en"><head><meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:;
+style-src 'sha256-{style}'; base-uri 'none'; form-action 'none'"><meta name="referrer" content="no-referrer">
 <meta name="viewport" content="width=device-width"><title>Safe RLHF: {profile}</title>
 <style>{_STYLE}</style></head>
 <body><nav><b>Safe RLHF · {profile}</b>{"".join(contents)}<a href="#runs">Runs</a></nav>
@@ -112,7 +144,7 @@ def _executed(profile, seed, papers): # name -> executed paper notebook
     return out
 
 def _made_by(profile): # run id -> results files that hold its rows
-    tables = {f.stem: pd.read_csv(f, dtype=str) for f in sorted((results_home() / profile).glob('*.csv'))}
+    tables = {f.stem: read_csv(f, dtype=str) for f in sorted((results_home() / profile).glob('*.csv'))}
     made = {name: set(t.run_id.dropna()) for name, t in tables.items() if 'run_id' in t}
     return {run: [name for name in made if run in made[name]] for run in sorted(set().union(*made.values()))}
 

@@ -24,6 +24,7 @@ from ..engine import load
 from ..hardware.precision import fast_precision
 from ..hardware.ranks import Spread
 from ..hardware.adapters import Body, Lora, base_of, is_adapter, stored_rank
+from ..hardware.folders import vetted
 from ..hardware.weights import read_config
 from ..models import ScoreModel, load_lm, load_tokenizer
 from ..record.card import write_card
@@ -92,7 +93,7 @@ def _checked(folder): # -> the same; FileNotFoundError for no model, ValueError 
     elif not (folder/'config.json').is_file():
         raise FileNotFoundError(f'{folder} is no folder of a model (it has no config.json): name a run, '
                                 'runs/STAGE/NAME, or the folder of a model')
-    return folder
+    return vetted(folder)
 
 def opened(
     model,   # as of `located`

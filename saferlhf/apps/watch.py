@@ -17,6 +17,7 @@ from tqdm import tqdm
 from ..evaluate import accuracy, cluster_bootstrap, paired_difference, wilson
 from ..hardware.ranks import gather, rank
 from ..judges import distinct_trigrams, refuses
+from ..record.escape import one_line_of
 from ..record.files import atomic_write, read_lines
 from ..record.resume import agree
 from ..rollout import score_rollout
@@ -279,7 +280,7 @@ def table(numbers:dict)->str: # as from `compared`; -> lines
 
 def pairs(start:list, now:list, n:int=5)->str: # rows of the same prompts; how many -> lines
     "Answers before and after, side by side: the first prompts whose answers differ."
-    short = lambda x: ' '.join(str(x).split())[:300]
+    short = lambda x: one_line_of(x)[:300]
     both = [(a, b) for a, b in zip(start, now, strict=True) if a['response'] != b['response']][:n]
     return '\n'.join(f'\nprompt: {short(a["prompt"])}\n before: {short(a["response"])}\n'
                      f' after:  {short(b["response"])}' for a, b in both)

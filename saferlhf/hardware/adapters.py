@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
+from .folders import vetted
 from .packing import text_config
 
 # %% ../../nbs/hardware/06_adapters.ipynb #1ff79982
@@ -245,7 +246,10 @@ def save_adapter(
 _PLAIN = dict(peft_type='LORA', use_dora=False, lora_bias=False, bias='none')
 
 def _read(folder): # -> what its configuration says, its tensors by peft's names
+    vetted(folder)
     try:
+        if not (Path(folder)/'adapter_model.safetensors').is_file():
+            raise OSError('it has no adapter_model.safetensors; other formats can hide code, so save it anew')
         told = json.loads((Path(folder)/'adapter_config.json').read_text(encoding='utf-8'))
         return told, load_file(Path(folder)/'adapter_model.safetensors')
     except Exception as e:
@@ -257,7 +261,9 @@ def base_of(path): # folder or hub name -> the same, or of an adapter the folder
     base = Path(_read(path)[0].get('base_model_name_or_path') or 'no model')
     moved = [p/Path(*base.parts[-3:]) for p in Path(path).resolve().parents[2:3]]     # with its stage and run
     for found in (base, Path(path)/base, *moved):
-        if (found/'config.json').is_file(): return found
+        if not (found/'config.json').is_file(): continue
+        if is_adapter(found): raise ValueError(f'{path} is put on another adapter, {base}: merge that first')
+        return found
     if not base.is_absolute() and len(base.parts) == 2 and '.' not in base.parts[0]: return str(base)
     raise FileNotFoundError(f'{path} is an adapter on {base}, which is not there: put it back, or change '
                             'base_model_name_or_path in its adapter_config.json')

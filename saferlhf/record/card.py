@@ -14,6 +14,7 @@ from ..data import data_path, sources
 from ..hardware.adapters import stored_rank
 from ..models import load_tokenizer
 from .config import plain
+from .escape import code_block, code_span, markdown_text, one_line_of
 from .fetch import model_hash, seal_adapter
 from .files import atomic_write
 from .run import Record
@@ -35,20 +36,22 @@ def _shipped(folder): # a line of data/sources.json, {} for a folder that does n
 def _origin(folder): # of a model -> name, sha256, license and perhaps note of what it was first made from
     folder, card = folder.resolve(), _card_of(folder)
     if isinstance(root := card.get('saferlhf_base'), dict) and {'name', 'license'} <= set(root):
-        return {'sha256': model_hash(folder)} | root
+        return {'sha256': model_hash(folder)} | {k: one_line_of(v) for k, v in root.items()}
     ship, hub = _shipped(folder), re.search(r'models--([^/]+)--([^/]+)/snapshots', folder.as_posix())
     name = '/'.join(hub.groups()) if hub else ship.get('dataset') or folder.name
     license = card.get('license', ship.get('licence', 'unknown'))
-    return dict(name=name, sha256=model_hash(folder), license=license)
+    return dict(name=one_line_of(name), sha256=model_hash(folder), license=one_line_of(license))
 
 # %% ../../nbs/record/09_card.ipynb #c708dccc
+def _row(*cells): return f'| {" | ".join(map(markdown_text, cells))} |'
+
 def _data(manifest): # -> lines of a table; hub names of data sets; licences
     lines, names, licences = [], set(), set()
     for file, sha in manifest['data'].items():
         of = [s for s in sources() if s['file'] == file]
         if file in ('round', 'base', 'gold') or of and not any('train' in s['rows'] for s in of): continue
         sets = dict.fromkeys(f'{s["dataset"]} ({s["licence"]})' for s in of)
-        lines.append(f'| {file} | {sha} | {"; ".join(sets) or "own data (licence unknown)"} |')
+        lines.append(_row(file, sha, '; '.join(sets) or 'own data (licence unknown)'))
         names |= {m[0] for s in of if (m := re.match(r'[\w.-]+/[\w.-]+', s['dataset']))}
         licences |= {s['licence'] for s in of} or {'unknown'}
     return lines, sorted(names), licences
@@ -109,8 +112,7 @@ def _measured(now): # what a stage summed up -> lines of a table: what, value, i
         if isinstance(v, list) and [*map(type, v)] == [float] * 3:
             rows.append((named, v[0], f'{v[1]:.4g} to {v[2]:.4g}', '', ''))
         elif type(v) in (int, float): rows.append((named, v, '', '', ''))
-    return [f'| {name} | {f"{v:.4g}" if type(v) is float else v} | {interval} | {who} | {n} |'
-            for name, v, interval, who, n in rows]
+    return [_row(name, f'{v:.4g}' if type(v) is float else v, *rest) for name, v, *rest in rows]
 
 # %% ../../nbs/record/09_card.ipynb #85f1ef56
 def _form(folder): # a prompt as the model reads it, and what ends an answer
@@ -118,21 +120,23 @@ def _form(folder): # a prompt as the model reads it, and what ends an answer
     shown = tokenizer.decode(encode_prompt('{prompt}', tokenizer, 10 ** 6))
     paper = shown.startswith('BEGINNING OF CONVERSATION')
     whose = "the paper's" if paper else "the tokenizer's own chat template"
-    return [f'{whose}; an answer ends with `{tokenizer.eos_token}`', '', '```', shown, '```']
+    return [f'{whose}; an answer ends with {code_span(tokenizer.eos_token)}', '', *code_block(shown)]
+
+def _item(text): return f'* {markdown_text(text)}'
 
 def _of_base(base, origin): # lines
     if not base: return ['* random weights']
-    lines = [f'* made from {origin["name"]}, SHA-256 {origin["sha256"]}, licence {origin["license"]}']
-    if 'note' in origin: lines.append(f'* {origin["note"]}')
+    lines = [_item(f'made from {origin["name"]}, SHA-256 {origin["sha256"]}, licence {origin["license"]}')]
+    if 'note' in origin: lines.append(_item(origin['note']))
     if (sha := model_hash(base)) == origin['sha256']: return lines
-    return [*lines, f'* training went on from {base.parent.name}/{base.name}, SHA-256 {sha}']
+    return [*lines, _item(f'training went on from {base.parent.name}/{base.name}, SHA-256 {sha}')]
 
 def _of_run(run): # lines: where it was made, and from which runs
     m, name = run.manifest, lambda role: Path(run.manifest['parent_folders'][role]).name
     versions = ', '.join(f'{k} {v}' for k, v in m['versions'].items() if v)
-    return [f'* {run.id}, seed {run.seed}, commit {m["commit"]}, {m["device"]}; {versions}',
-            *(f'* reads {role}: {name(role)}, hash {sha}' for role, sha in m['parents'].items()),
-            f'* configuration: `{json.dumps(plain(run.config))}`']
+    return [_item(f'{run.id}, seed {run.seed}, commit {m["commit"]}, {m["device"]}; {versions}'),
+            *(_item(f'reads {role}: {name(role)}, hash {sha}') for role, sha in m['parents'].items()),
+            f'* configuration: {code_span(json.dumps(plain(run.config)))}']
 
 # %% ../../nbs/record/09_card.ipynb #c7ce4d6d
 def _head(stage, origin, names, license, own, rank): # YAML
@@ -173,7 +177,7 @@ def write_card(
     parts = _parts(run, base, origin, plain(summary or {}), files, mine)
     title = _KINDS.get(stage, f'Policy: {plain(run.config).get("objective", stage)}')
     if mine and stage == 'sft': title = 'Language model, fine-tuned on rows of its owner'
-    text = [f'# {title}']
+    text = [f'# {markdown_text(title)}']
     for name, lines in parts.items(): text += ['', f'## {name}', '', *lines] if lines else []
     card = run.path('model/README.md')
     head = _head(stage, origin, names, license, mine, stored_rank(run.path('model')))

@@ -18,6 +18,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 import pandas as pd
 from .config import advice, nearest
+from .escape import guarded
 from .files import atomic_write, inside, lock, read_json, turn
 from .resume import Interrupted, exit_on_sigterm, stopping
 from .run import command_for, results_home, templates_home
@@ -215,7 +216,8 @@ def _merged(path, new, keys): # a table that may be missing, its new rows; as CS
 
 def _cell(v):
     v = v.tolist() if hasattr(v, 'tolist') else v
-    return '' if v is None or v != v else f'{v:.6g}' if isinstance(v, float) else str(v)
+    if v is None or v != v: return ''
+    return f'{v:.6g}' if isinstance(v, float) else guarded(re.sub('\r\n?', '\n', str(v)))
 
 def _order(x): # numbers by size, before texts
     try: return 0, float(x), ''

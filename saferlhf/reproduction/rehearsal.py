@@ -12,6 +12,7 @@ from unittest.mock import patch
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from ..data import data_path
+from ..hardware.weights import read_config
 from ..models import llama, load_tokenizer
 from ..ppo import PPOConfig, make_objective
 from .graph import config_of, graph
@@ -28,8 +29,8 @@ def shape_of(
         c = config_of(stages['base_lm'], profile)
         with torch.device('meta'):
             return llama(c.vocab, c.hidden, c.layers, c.heads, c.kv_heads, c.ffn, 512).config
-    if profile != 'paper': return AutoConfig.from_pretrained(data_path('models/nano'))
-    if os.environ.get('SAFERLHF_BASE'): return AutoConfig.from_pretrained(own_base() / 'model')
+    if profile != 'paper': return read_config(data_path('models/nano'))
+    if os.environ.get('SAFERLHF_BASE'): return read_config(own_base() / 'model')
     return AutoConfig.for_model('llama', **LLAMA_7B | dict(vocab_size=32001))
 
 # %% ../../nbs/reproduction/14_rehearsal.ipynb #557cc400

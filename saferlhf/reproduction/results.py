@@ -6,14 +6,17 @@
 __all__ = ['publish_all', 'publish_arms', 'join']
 
 # %% ../../nbs/reproduction/09_results.ipynb #70b43fea
+import csv
+import re
 from pathlib import Path
 import pandas as pd
 from ..annotate import annotation_rows
+from ..record.escape import NUMBER, csv_text, is_formula, read_csv, unguarded
 from ..record.execute import publish
 from ..record.run import Run, results_home
 from .graph import SEEDS, arms, graph
 from .ledger import folder_of
-from ..record.files import read_lines
+from ..record.files import atomic_write, read_lines
 
 # %% ../../nbs/reproduction/09_results.ipynb #650f9d27
 _POLICY = ['policy', 'prompt_kind', 'judge', 'decoding']
@@ -108,28 +111,65 @@ def publish_arms(profile:str): # of the common part
                 _put(profile, seed, 'threshold_curves', run,
                      [dict(arm=arm) | row for row in _lagrange(run, stage.round)])
 
-# %% ../../nbs/reproduction/09_results.ipynb #416f968c
-def _rows(table, columns): return table[columns].apply(tuple, axis=1)
+# %% ../../nbs/reproduction/09_results.ipynb #7b33a37b
+_NAMES = set('policy prompt_kind judge decoding protocol what kind model metric label_source axis split '
+             'category arm objective stage round'.split())
+_TEXTS = {'prompt', 'response'}
 
 def _table(path, columns): # a CSV file, the columns that it must have; ValueError names a damaged one
-    try: table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    try: table = read_csv(path, dtype=str, keep_default_na=False)
     except ValueError as e:
         raise ValueError(f'{path} is damaged ({str(e).splitlines()[0]}): copy or publish it again') from None
     if missing := [c for c in columns if c not in table]:
         raise ValueError(f'{path} is no table of results, it lacks the columns {", ".join(missing)}')
     return table
 
+def _fault(column, cell): # as it stands in a file -> what is wrong with it, '' for nothing
+    if column == 'seed': return '' if re.fullmatch('[0-9]{1,9}', cell) else 'not a whole number'
+    if column == 'run_id':
+        known = re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', cell, re.ASCII)
+        return '' if known else 'not the id of a run, STAGE/NAME'
+    if column not in _NAMES | _TEXTS:
+        return '' if not cell or NUMBER.fullmatch(cell) or cell in ('True', 'False') else 'not a number'
+    if is_formula(cell) and unguarded(cell) == cell: return 'what a spreadsheet takes for a formula'
+    return '' if column in _TEXTS or cell.isprintable() else 'not a name in one line'
+
+def _foreign(path, wanted): # as of `_table`, of another machine; ValueError names the line and the column
+    table = _table(path, wanted)
+    with open(path, encoding='utf-8-sig', newline='') as file:
+        lines, n = csv.reader(file, strict=True), 1
+        try:
+            names = next(lines)
+            for c in names:
+                if not re.fullmatch('[a-z][a-z0-9_]*', c) or names.count(c) > 1:
+                    raise ValueError(f'{path}, line 1: {c[:60]!r} is no name of a column, or is there twice')
+            n = lines.line_num + 1
+            for row in lines:
+                if not row: continue
+                if len(row) != len(names):
+                    raise ValueError(f'{path}, line {n}: {len(row)} cells, not {len(names)}: copy it again')
+                for c, x in zip(names, row, strict=True):
+                    if why := _fault(c, x):
+                        raise ValueError(f'{path}, line {n}, column {c}: {x[:60]!r} is {why}')
+                n = lines.line_num + 1
+        except csv.Error as e: raise ValueError(f'{path}, line {n}: {e}: publish it again') from None
+    return table
+
+# %% ../../nbs/reproduction/09_results.ipynb #416f968c
+def _rows(table, columns): return table[columns].apply(tuple, axis=1)
+
 def join(
     folder,      # of CSV files as in data/results/<profile>, made on another machine
     profile:str, # whose results take them in
 )->pd.DataFrame: # rows of remade.csv: table, of, seed, what, first, again
-    "Merge another machine's results; rows that exist stay. FileNotFoundError for a folder without any; ValueError for a damaged file."
+    "Merge another machine's results; rows that exist stay. FileNotFoundError, ValueError say what is wrong."
     paths = [p for p in sorted(Path(folder).glob('*.csv')) if p.stem in _KEYS]
     if not paths: raise FileNotFoundError(f'{folder} has no results: name one like data/results/{profile}')
     home, compared = results_home() / profile, []
-    for path in paths:
-        keys, target = ['seed', *_KEYS[path.stem]], home / path.name
-        again = _table(path, [*keys, 'run_id'])
+    keys_of = lambda path: ['seed', *_KEYS[path.stem]]
+    tables = {p: _foreign(p, [*keys_of(p), 'run_id']) for p in paths}   # all, before any is merged
+    for path, again in tables.items():
+        keys, target = keys_of(path), home / path.name
         first = _table(target, keys) if target.exists() else again[:0]
         common = [c for c in again if c in first and c != 'run_id']      # older rows may lack some columns
         both, same = (_rows(again, names).isin(set(_rows(first, names))) for names in (keys, common))
@@ -141,7 +181,7 @@ def join(
             publish(rows.drop(columns='run_id'), target, run, keys)
     names = ['table', 'of', 'seed', 'what', 'first', 'again']
     out = pd.DataFrame(compared, columns=names).drop_duplicates([c for c in names if c != 'seed'])
-    out.to_csv(home / 'remade.csv', index=False)
+    atomic_write(home / 'remade.csv', csv_text(out))
     return out
 
 # %% ../../nbs/reproduction/09_results.ipynb #114a2dd0

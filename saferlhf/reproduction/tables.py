@@ -12,6 +12,7 @@ from pathlib import Path
 import pandas as pd
 from ..data import homes
 from ..evaluate import PAPER_TABLE1, over_seeds
+from ..record.escape import markdown_text, read_csv
 from .figures import Figure, save
 
 # %% ../../nbs/reproduction/12_tables.ipynb #fb473c30
@@ -41,7 +42,7 @@ class Results:
     ) -> pd.DataFrame | None:  # rows of all seeds; None when there is no such file
         "Read one results file, whatever the seed."
         path = self.path(name)
-        return pd.read_csv(path, dtype={'round': str}) if path.exists() else None
+        return read_csv(path, dtype={'round': str}) if path.exists() else None
     def read(self,
         name:str,       # file name without .csv
     ) -> pd.DataFrame:  # rows of this seed. FileNotFoundError, naming a command, when there are none
@@ -102,10 +103,16 @@ def seeds_table(
     return pd.DataFrame([dict(zip(by, key, strict=True), seeds=d.seed.nunique(), **ends(d))
                          for key, d in df.groupby(by, sort=False)])
 
-def markdown(df:pd.DataFrame) -> str: # any small frame; -> a GitHub table
+def markdown(
+    df:pd.DataFrame,  # any small frame
+    ours:tuple = (),  # columns whose cells are Markdown that we wrote; others are texts of anybody
+) -> str:             # a GitHub table
     "A frame as a markdown table, without its index."
-    line = lambda xs: '| ' + ' | '.join(str(x).replace('|', '\\|').replace('\n', ' ') for x in xs) + ' |'
-    return '\n'.join(map(line, [df.columns, ['---'] * df.shape[1], *df.itertuples(index=False)]))
+    own = lambda x: str(x).replace('|', '\\|').replace('\n', ' ')
+    write = [own if c in ours else markdown_text for c in df.columns]
+    line = lambda cells: '| ' + ' | '.join(cells) + ' |'
+    rows = ([f(x) for f, x in zip(write, row, strict=True)] for row in df.itertuples(index=False))
+    return '\n'.join(map(line, [map(markdown_text, df.columns), ['---'] * df.shape[1], *rows]))
 
 # %% ../../nbs/reproduction/12_tables.ipynb #895a4856
 _ROUNDS = ('1', '2', '3', 'unified')

@@ -339,6 +339,17 @@ def rows(lab, home):
 GROUPS = dict(kill=kill, disk=disk, damage=damage, numbers=numbers, kernel=kernel, lock=lock, ranks=ranks, rows=rows)
 
 
+def strangers(name):
+    "A group of tests/faults/strangers.py, which needs no run."
+    def group(lab, home):
+        import faults.strangers
+        getattr(faults.strangers, name)(Table(name, home))
+    return group
+
+
+GROUPS |= {name: strangers(name) for name in ('pages', 'weights')}
+
+
 def main(names, home=ROOT/'data/results/reliability', base=None):
     if unknown := set(names) - set(GROUPS): sys.exit(f'no faults {sorted(unknown)}; there are {list(GROUPS)}')
     lab, start = Lab(os.environ.get('FAULTS_FOLDER'), base or os.environ.get('FAULTS_BASE')), time.time()

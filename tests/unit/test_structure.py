@@ -19,7 +19,8 @@ LIBRARY = [m for m in ORDER if source(m).exists()]
 PURE = ('losses', 'advantages', 'objectives')
 ONLY_IN = {'deepspeed': {'hardware.zero'}, 'papermill': {'record.execute'}, 'matplotlib': {'reproduction.figures'}}
 PROVIDED = {'triton': 'torch', 'PIL': 'matplotlib', 'sklearn': 'scikit-learn', 'huggingface_hub': 'transformers',
-            'jupyter_client': 'ipykernel', 'jupyter_core': 'ipykernel', 'jinja2': 'torch', 'traitlets': 'nbconvert'}
+            'jupyter_client': 'ipykernel', 'jupyter_core': 'ipykernel', 'jinja2': 'torch', 'traitlets': 'nbconvert',
+            'bleach': 'nbconvert'}
 # imported when called; without them it says which extra to install
 EXTRAS = {'apps.report': 'notebooks', 'record.execute': 'notebooks', 'hardware.zero': 'deepspeed'}
 BLOCKED = ('nbdev fastcore execnb papermill jupyter_client jupyter_core jupyterlab ipykernel IPython '
