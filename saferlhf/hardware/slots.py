@@ -152,11 +152,9 @@ class Slots:
         self.alive[k:], self.pos[k:] = False, 0
 
     def record(self,
-        first:int, last:int,   # of some slots, and the one after them
-        drawn:Choice,          # by them
+        n:int, drawn:Choice,   # by the first n slots
         eos:int|None,          # as of a `Sampler`
     ):
         "As in `record`."
-        at = slice(first, last)
-        record(drawn, [x[at] for x in self.answers()[:3]], *(x[at] for x in (self.token, self.t, self.alive, self.pos)),
-               self.T, eos)
+        of = self.token, self.t, self.alive, self.pos
+        record(drawn, [x[:n] for x in self.answers()[:3]], *(x[:n] for x in of), self.T, eos)
