@@ -142,7 +142,7 @@ class Decoder:
                 torch.cat([read(m) for m in ms], out=buffer)
             if shift: buffer.add_(shift)
 
-    def _forward(self, ids, mix): # (N,); mix: (layer, qkv (N, (heads + 2 kv_heads) D)) -> (N, heads D); None ends it
+    def _forward(self, ids, mix): # (N,); (layer, qkv (N, (heads + 2 kv_heads) D) or parts) -> (N, heads D)
         x, h = self.embed[ids], None
         if self.embed_scale != 1: x = x * self.embed_scale
         for l, b in enumerate(self.blocks):
@@ -184,7 +184,10 @@ class Decoder:
                                                and self.dtype.itemsize == 2):
             return self.prefill(ids, lay, slots)
         key = size, -(-lay.longest // 64) * 64
-        if key not in self.recorded: self._record(*key)
+        if key not in self.recorded:                          # what comes once is not worth recording
+            self.recorded[key] = None
+            return self.prefill(ids, lay, slots)
+        if not self.recorded[key]: self._record(*key)
         graph, *fed = self.recorded[key]
         at, bounds = F.pad(self._slot(ids, lay, slots), (0, size - N), value=-1), lay.bounds
         bounds = torch.cat([bounds, bounds[-1:].expand(self.slots + 1 - len(bounds))])     # the rest is empty
@@ -193,8 +196,9 @@ class Decoder:
 
     def _record(self, size, longest): # tokens, those of a prompt
         ids, slot, position = torch.zeros(3, size, device=self.device, dtype=torch.int64)
-        bounds, graph = torch.zeros(self.slots + 1, device=self.device, dtype=torch.int32), torch.cuda.CUDAGraph()
-        lay, self.pool = Layout(None, position, None, bounds, longest), self.pool or torch.cuda.graph_pool_handle()
+        bounds = torch.zeros(self.slots + 1, device=self.device, dtype=torch.int32)
+        lay, graph = Layout(None, position, None, bounds, longest), torch.cuda.CUDAGraph()
+        self.pool = self.pool or torch.cuda.graph_pool_handle()
         slot.fill_(-1)
         self._fill(ids, slot, lay)                                    # this compiles the kernels
         with torch.cuda.graph(graph, pool=self.pool): self._fill(ids, slot, lay)
@@ -207,8 +211,9 @@ class Decoder:
     def _fill(self, ids, slot, lay):
         turn = self._turns(lay.position)
         def mix(l, qkv):
-            q, k, v = rotate_append(whole(qkv, self.dtype), *turn[l], slot, lay.position, self.keys[l], self.values[l])
-            if l == len(self.blocks) - 1: return None                 # its keys and values are all that is read
+            q, k, v = rotate_append(whole(qkv, self.dtype), *turn[l], slot, lay.position, self.keys[l],
+                                    self.values[l])
+            if l == len(self.blocks) - 1: return None         # its keys and values are all that is read of it
             return attend(q, k, v, lay, self.scale, self.cap).reshape(len(ids), -1)
         self._forward(ids, mix)
 

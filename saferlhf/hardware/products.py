@@ -9,21 +9,26 @@ __all__ = ['FEW', 'SOME', 'PROGRAMS', 'product', 'gated']
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from .kernels import act, ahead, early, gate, jit, on_gpu, tl, triton, wait
+from .kernels import act, early, gate, jit, on_gpu, tl, triton, wait
 
 # %% ../../nbs/hardware/08_products.ipynb #5b5a7b90
+@jit
+def _ahead(x): # from memory into the cache of the GPU: 128 bytes at each of these pointers
+    tl.inline_asm_elementwise('prefetch.global.L2 [$1]; mov.u32 $0, 0;', '=r,l', [x.to(tl.int64)], tl.int32,
+                              is_pure=False, pack=1)
+
 @jit
 def _product(x, w, out, M, N, K, part, up, GATED: tl.constexpr, SILU: tl.constexpr, ROWS: tl.constexpr,
              BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, EARLY: tl.constexpr):
     tile, piece, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     n, r, k = tile * BN + tl.arange(0, BN), block * ROWS + tl.arange(0, ROWS), piece * part + tl.arange(0, BK)
     wn = w + n.to(tl.int64)[:, None] * K
-    if EARLY:
+    if EARLY:                                                   # weights wait for nobody
         line: tl.constexpr = 1024 // w.dtype.element_ty.primitive_bitwidth
         at = wn + tl.minimum(piece * part + tl.arange(0, 4) * line, K - 1)[None, :]
         at = tl.where((n < N)[:, None], at, w)
-        ahead(at)
-        if GATED: ahead(at + up)
+        _ahead(at)
+        if GATED: _ahead(at + up)
     wait(EARLY)
     type: tl.constexpr = x.dtype.element_ty
     rows = (r < M)[:, None]
@@ -57,7 +62,7 @@ def _run(x, w, parts, gated=False, silu=False): # -> (parts, M, N), or (M, N)
     even = K % part == 0 and N % bn == 0
     _product[(triton.cdiv(N, bn), parts, triton.cdiv(M, rows))](
         x, w, out, M, N, K, part, N * K, gated, silu, rows, bn, bk, even, num_warps=4, num_stages=stages,
-        **early(x.device))
+        **early(x.device, M))
     return out
 
 def _thin(x, most): # whether the kernel is the faster way

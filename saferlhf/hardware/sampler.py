@@ -114,7 +114,7 @@ class Rollout:
                 for t, cut in zip(texts, self.truncated.tolist(), strict=True)]
 
 # %% ../../nbs/hardware/11_sampler.ipynb #751ca592
-LOOK = 8 # steps between two looks at the slots of a GPU while prompts wait, then three times as many; a CPU: one
+LOOK = 8 # a GPU's steps between two looks at the slots while prompts wait; later three times as many
 
 def _index(numbers, device): # of rows or slots, on a device, without waiting for it
     return torch.tensor(list(numbers), device='cpu').to(device, non_blocking=True)
@@ -215,7 +215,8 @@ class Sampler:
                 slots = _index(running, device)
                 for x in (self._decoder, s): x.compact(slots)
                 n, row = width, {k: row[i] for k, i in enumerate(running)}
-            longest, steps = max(cached[r] for r in row.values()), LOOK if waiting and self._late(gpu) else many
+            longest = max(cached[r] for r in row.values())
+            steps = LOOK if waiting and self._late(gpu) else many
             for k in range(steps): self._step(n, longest + k + 1)      # 3. decode
             for r in row.values(): cached[r] += steps
             looks.append(self._look(dict(row), n))
@@ -237,7 +238,7 @@ class Sampler:
         self._decoder.refresh()
         for x in (self._state.alive, self._state.pos): x.zero_()
 
-    def _late(self, gpu): # whether a look is read a turn later: the host then fills in while the device decodes
+    def _late(self, gpu): # whether looks are read a turn later: the host fills in while the device decodes
         return gpu and self.eos is not None
 
     def _look(self, row, n): # slot -> row -> what gives, when it is asked, the rows that have ended by now
