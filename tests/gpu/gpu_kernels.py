@@ -1,9 +1,12 @@
 "Every kernel against its plain form: on a GPU as it is, on a CPU with TRITON_INTERPRET=1. Prints the largest error of each."
 import torch
-from saferlhf.hardware.kernels import (_pieces_choose, _plain_add_norm, _plain_attend_cache, _plain_gate, _plain_norm_heads,
-                                       _plain_rotate_append, add_norm, attend_cache, choose, gate, norm_heads, on_gpu, plain_choose,
-                                       rotate_append)
+import torch.nn.functional as F
+from saferlhf.hardware.kernels import (_plain_add_norm, _plain_attend_cache, _plain_gate, _plain_norm_heads,
+                                       _plain_rotate_append, add_norm, attend_cache, gate, norm_heads, on_gpu,
+                                       rotate_append, whole)
 from saferlhf.hardware.logprobs import _plain_log_probs, _plain_log_probs_back, log_probs, log_probs_back
+from saferlhf.hardware.products import gated, product
+from saferlhf.hardware.slots import Choice, _pieces_choose, _plain_record, choose, plain_choose, record
 
 device = 'cuda' if torch.cuda.is_available() else 'cpu'
 types = (torch.float32, torch.bfloat16) if device == 'cuda' else (torch.float32,)
@@ -28,9 +31,11 @@ def check(name, cases):
 def norms(dtype):
     for n, d in ((1, 7), (5, 192), (3, 2048)):
         x, h, w = (torch.randn(*s, device=device, dtype=dtype) for s in ((n, d), (n, d), (d,)))
+        parts = torch.randn(3, n, d, device=device)                              # as a product leaves them
         for weight in (w, w.float(), None):                                      # one in 32 bits rounds once, as Gemma does
             yield error(add_norm(x, h, weight, 1e-6), _plain_add_norm(x, h, weight, 1e-6))
             yield error(add_norm(x, None, weight, 1e-6), _plain_add_norm(x, None, weight, 1e-6))
+            yield error(add_norm(x, parts, weight, 1e-6), _plain_add_norm(x, parts, weight, 1e-6))
 
 
 def heads(dtype):
@@ -50,6 +55,17 @@ def gates(dtype):
             yield error([gate(x, act)], [_plain_gate(x, act)])
 
 
+def products(dtype):
+    for M, N, K in ((1, 70, 130), (16, 64, 256), (37, 40, 64), (101, 32, 256), (130, 8, 64)):
+        x, w, b = (torch.randn(*s, device=device, dtype=dtype) for s in ((M, K), (2 * N, K), (2 * N,)))
+        scaled = w / K ** .5
+        for bias in (None, b):
+            yield error([product(x, scaled, bias)], [F.linear(x, scaled, bias)])
+            parts = product(x, scaled, bias, parts=True)
+            yield error([whole(parts, dtype)], [F.linear(x, scaled, bias)])
+            for act in ('silu', 'gelu'): yield error([gated(x, scaled, bias, act)], [_plain_gate(F.linear(x, scaled, bias), act)])
+
+
 def attention(dtype):
     for H, K, D, L in ((4, 2, 32, 70), (8, 1, 64, 300), (6, 6, 32, 9), (32, 4, 64, 512), (8, 8, 128, 140), (2, 1, 256, 77),
                        (4, 4, 96, 150), (6, 2, 80, 70)):
@@ -66,6 +82,10 @@ def attention(dtype):
         want = _plain_attend_cache(qkv, *caches[1], pos, cos, sin, D ** -.5, cap=cap)
         used = torch.arange(L, device=device) <= pos[:, None]
         yield error([got, *(x[:N].transpose(1, 2)[used] for x in caches[0])], [want, *(x[:N].transpose(1, 2)[used] for x in caches[1])])
+        if H != 4: continue
+        parts = torch.randn(3, *qkv.shape, device=device)
+        yield error([attend_cache(parts, *caches[0], pos, cos, sin, D ** -.5, cap=cap)],
+                    [attend_cache(whole(parts, dtype), *caches[1], pos, cos, sin, D ** -.5, cap=cap)])
 
 
 def prompts(dtype):
@@ -74,10 +94,11 @@ def prompts(dtype):
         sizes = (N, (H + 2 * K) * D), (slots, K, L, D), (slots, K, L, D)
         qkv, ks, vs = (torch.randn(*s, device=device, dtype=dtype) for s in sizes)
         angle = torch.randn(N, D // 2, device=device).repeat(1, 2)
-        place = torch.randperm(slots * 12, device=device)[:N]                    # slots and positions without order
+        place = torch.randperm(slots * 12, device=device)[:N]                    # slots and positions without order,
+        slot = (place // 12).index_fill(0, torch.tensor([3, 9], device=device), -1)  # and two tokens that go nowhere
         caches = [(ks.clone(), vs.clone()) for _ in range(2)]
         turn = torch.float32 if D == 96 else dtype
-        got, want = (f(qkv.clone(), angle.cos().to(turn), angle.sin().to(turn), place // 12, place % 12, *c)
+        got, want = (f(qkv.clone(), angle.cos().to(turn), angle.sin().to(turn), slot, place % 12, *c)
                      for f, c in zip((rotate_append, _plain_rotate_append), caches, strict=True))
         yield error([*got, *caches[0]], [*want, *caches[1]])
 
@@ -99,6 +120,18 @@ def tokens(dtype):
             yield error([x[same] for x in got[1:]], [x[same] for x in want[1:]])
 
 
+def records(dtype):
+    for n, T, eos in ((1, 3, 5), (130, 4, 1), (7, 2, None)):
+        def some(high, *size, n=n): return torch.randint(0, high, size or (n,), device=device)
+        drawn = Choice(some(3), *torch.randn(2, n, device=device))
+        slots = [some(9, n, T + 1), *torch.randn(2, n, T + 1, device=device), some(9), some(T + 1), some(2).bool(), some(50)]
+        slots[4].mul_(slots[5])                                                  # an empty slot may have drawn all of T
+        got, want = ([x.clone() for x in slots] for _ in range(2))
+        for f, x in ((record, got), (_plain_record, want)): f(drawn, x[:3], *x[3:], T, eos)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+        yield 0.
+
+
 def probabilities(dtype):
     for V in (3, 1000, 4096, 9001):
         z, ids = 4 * torch.randn(17, V, device=device).to(dtype), torch.randint(0, V, (17,), device=device)
@@ -112,6 +145,6 @@ def probabilities(dtype):
 
 
 assert on_gpu(torch.zeros(1, device=device)), 'no GPU and no interpreter: nothing would be compared'
-for name, cases in dict(add_norm=norms, norm_heads=heads, gate=gates, attend_cache=attention, rotate_append=prompts, choose=tokens,
-                         log_probs=probabilities).items():
+for name, cases in dict(add_norm=norms, norm_heads=heads, gate=gates, product=products, attend_cache=attention, rotate_append=prompts,
+                         choose=tokens, record=records, log_probs=probabilities).items():
     check(name, cases)

@@ -63,12 +63,16 @@ for arch in ('llama', 'mistral', 'qwen2', 'gemma', *MORE):
         assert same >= n - 1 and worst < 1e-4 and fast._graphs
         assert slots == 1 or (got.lengths.min() <= 3 and got.lengths.max() == T)
     narrow = copy.deepcopy(lm).bfloat16()
-    r = Sampler(narrow, EOS, T, seed=3).generate(b, 3)
-    mask = r.mask.bool()
-    truth = alone(lm, r)[mask]
-    d = difference(r.policy_logp[mask], truth), difference(alone(narrow, r)[mask], truth)
-    print(f'{arch}: sampled in 16 bits {d[0]:.1e}, alone {d[1]:.1e}')
-    assert d[0] < 1.5 * d[1] + 1e-3
+    for slots in (None, 16):                                                    # few slots are filled in again by recorded passes
+        sampler = Sampler(narrow, EOS, T, seed=3, slots=slots)
+        first, r, again = (sampler.generate(b, 3) for _ in range(3))
+        mask = r.mask.bool()
+        truth = alone(lm, r)[mask]
+        d = difference(r.policy_logp[mask], truth), difference(alone(narrow, r)[mask], truth)
+        recorded = [k for k, graph in sampler._decoder.recorded.items() if graph]
+        print(f'{arch}, slots {slots}: sampled in 16 bits {d[0]:.1e}, alone {d[1]:.1e}; recorded {recorded}')
+        assert d[0] < 1.5 * d[1] + 1e-3 and torch.equal(r.responses, again.responses) and torch.equal(r.logp, again.logp)
+        assert bool(recorded) == (slots == 16 and arch != 'gemma2')
 
 for arch in ('llama', 'qwen2', 'gpt2'):
     if arch == 'gpt2':

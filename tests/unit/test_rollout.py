@@ -4,7 +4,7 @@ import pytest
 import torch
 from saferlhf.engine import Optim, TorchEngine
 from saferlhf.models import token_logps
-from saferlhf.hardware.kernels import choose
+from saferlhf.hardware.slots import choose
 from saferlhf.rollout import Rollout, Sampler, by_length, perplexities, respond, score_texts
 from saferlhf.hardware.sampler import _mix, _nucleus, uniforms
 from saferlhf.text import encode_prompt, encode_response, pad, prompt_batch
@@ -202,6 +202,14 @@ def test_slots_change_nothing(arch, slots): # lengths from 1 to all, and a vocab
     same(fast.generate(one), plain.generate(one))                              # a smaller batch in the same slots
     limit = Sampler(policy(arch), EOS, 1, slots=slots, **how).generate(batch, 3)
     assert limit.mask.shape == (27, 1) and torch.equal(limit.responses, a.responses[:, :1])
+
+
+@pytest.mark.parametrize('slots', (1, 4, 7))
+def test_looks_that_are_read_late_change_nothing(slots, monkeypatch): # as on a GPU, where the host fills in while the device decodes
+    batch, how = prompt_rows(9, V), dict(temperature=1.2, seed=5, slots=slots)
+    want = Sampler(policy(), EOS, T, **how).generate(batch, 3)
+    monkeypatch.setattr(Sampler, '_late', lambda self, gpu: True)
+    same(Sampler(policy(), EOS, T, **how).generate(batch, 3), want)
 
 
 def test_the_sampler_follows_its_model():
