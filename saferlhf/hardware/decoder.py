@@ -202,7 +202,7 @@ class Decoder:
         self.pool = self.pool or torch.cuda.graph_pool_handle()
         slot.fill_(-1)
         self._fill(ids, slot, lay)                                    # this compiles the kernels
-        with torch.cuda.graph(graph, pool=self.pool): self._fill(ids, slot, lay)
+        with capture(graph, self.pool): self._fill(ids, slot, lay)
         self.recorded[size, longest] = graph, ids, slot, position, bounds
 
     def _slot(self, ids, lay, slots): # of every token
