@@ -12,6 +12,7 @@ from pathlib import Path
 import pandas as pd
 from ..data import homes
 from ..evaluate import PAPER_TABLE1, over_seeds
+from ..record.files import whole_table
 from .figures import Figure, save
 
 # %% ../../nbs/reproduction/12_tables.ipynb #fb473c30
@@ -41,7 +42,7 @@ class Results:
     ) -> pd.DataFrame | None:  # rows of all seeds; None when there is no such file
         "Read one results file, whatever the seed."
         path = self.path(name)
-        return pd.read_csv(path, dtype={'round': str}) if path.exists() else None
+        return pd.read_csv(whole_table(path), dtype={'round': str}) if path.exists() else None
     def read(self,
         name:str,       # file name without .csv
     ) -> pd.DataFrame:  # rows of this seed. FileNotFoundError, naming a command, when there are none
