@@ -242,7 +242,7 @@ def _meaning(path, sha): # of a file that decides numbers -> what of it does
     return {k: v for k, v in said.items() if k not in (*WRITTEN_BY, 'base_model_name_or_path')}
 
 # %% ../../nbs/record/01_files.ipynb #26b42917
-_FOR_PEOPLE = re.compile(r'manifest\.json|config\.json|(.*/)?README\.md')
+_FOR_PEOPLE = re.compile(r'manifest\.json|config\.json|(.*/)?README\.md|.*\.png')
 
 def seal(folder:str|Path)->str: # complete and on the disk, but for DONE; -> 64 hexadecimal digits for DONE
     "Write files.json: the hash of every file in a folder, and the content of all."

@@ -190,7 +190,7 @@ def test_the_ledger_points_to_runs_of_its_stages(noted, capsys):
     path.write_text(json.dumps(book | {'policy-1': dict(folder=made('policy', seed=3, profile='smoke').id, key='k')}))
     with pytest.raises(ValueError, match='its seed is 3, not 0'): folder_of('policy-1', 'smoke', 0)
     path.write_text(json.dumps(book | {'policy-1': book['policy-1'] | dict(stage='threshold-m1')}))
-    with pytest.raises(ValueError, match='its entry for policy-1 is wrong, it is the entry of threshold-m1'): folder_of('policy-1', 'smoke', 0)
+    with pytest.raises(ValueError, match='entry for policy-1 is wrong, it is the entry of threshold-m1'): folder_of('policy-1', 'smoke', 0)
 
 
 @pytest.mark.parametrize('text', ['', '[]', '{"sft": []}', '{"sft": {"folder": 3, "key": "k"}}', '<<<<<<< HEAD\n{}', 'null'])
