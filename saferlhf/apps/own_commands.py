@@ -99,7 +99,9 @@ def _latest(stage, base): # the newest finished run from the start with this has
         m = run.manifest
         if m.get('parents', {}).get('base') == base:
             found.append((m.get('finished', ''), done.stat().st_mtime_ns, done.parent))
-    return max(found)[-1] if found else None
+    for *_, folder in sorted(found, reverse=True):
+        try: return Record(folder).folder
+        except (OSError, ValueError): continue                                              # it was altered
 
 def _force(*records): # of score models -> what `align` has to be told
     from saferlhf.apps.heldout import weakness

@@ -10,6 +10,7 @@ __all__ = ['WRITTEN_BY', 'flush', 'atomic_write', 'inside', 'read_json', 'whole_
 import csv
 import errno
 import hashlib
+import io
 import json
 import os
 import platform
@@ -76,7 +77,7 @@ def whole_table(
     way:str='restore it with `git checkout`, or publish it again', # what to do about a damaged one
 )->Path:           # the same path
     "ValueError for an empty table, a line of a merge conflict, and one with another number of cells."
-    try: rows = list(csv.reader(Path(path).read_bytes().decode('utf-8-sig').splitlines(keepends=True)))
+    try: rows = list(csv.reader(io.StringIO(Path(path).read_bytes().decode('utf-8-sig'), newline='')))
     except (ValueError, csv.Error) as e: raise ValueError(f'{path} is damaged ({e}): {way}') from None
     wrong = [] if rows and any(rows[0]) else ['it is empty']
     for k, row in enumerate(rows, 1):

@@ -25,6 +25,27 @@ def call(lab, runs, home, *argv): # its exit status, all that it said
     return p.returncode, said
 
 
+MANY = """if True:
+    import json, sys
+    from saferlhf.apps.commands import main
+    from saferlhf.reproduction.results import publish_all
+    for argv in json.loads(sys.argv[1]):
+        try: code = publish_all('smoke', 0) or 0 if argv == ['publish'] else main(argv)
+        except Exception as e: code = print(e) or 1
+        print(f'\\n@@ {code}', flush=True)
+"""
+
+
+def calls(lab, runs, home, *lines):
+    "Several commands in one process, also `publish` -> (exit status, what was said) each."
+    env = lab.env(runs) | dict(SAFERLHF_HOME=str(home))
+    argv = [x.split() if isinstance(x, str) else x for x in lines]
+    said = subprocess.run([sys.executable, '-c', MANY, json.dumps(argv)], env=env, timeout=900, **PIPES).stdout
+    parts = said.split('\n@@ '); codes = [int(x.split('\n')[0]) for x in parts[1:]]
+    texts = [parts[0], *(x.partition('\n')[2] for x in parts[1:-1])]
+    return [*zip(codes, texts, strict=True)] + [(-1, line(said))] * (len(lines) - len(codes))
+
+
 def copied(lab, name, *without):
     "The finished reproduction in another place, without some stages; and an empty home."
     shutil.copytree(lab.base, runs := lab.fresh(name), symlinks=True); (home := lab.fresh(f'{name}-home')).mkdir()
@@ -124,10 +145,10 @@ def altered_one(lab, table, stage, name, how, alter, child, seed):
     runs, home = copied(lab, 'altered', child)
     path = folder(lab, runs, stage); alter(path/name)
     again = f'saferlhf run {stage} --profile smoke --seed 0'
-    said = [call(lab, runs, home, 'run', child, '--profile', 'smoke'), own(lab, runs, home, 'publish'), call(lab, runs, home, 'verify')]
+    said = calls(lab, runs, home, f'run {child} --profile smoke', 'publish', 'verify')
     told = [code == 1 and name in text and str(path) in text and again in text for code, text in said]
     silent = not tables(home) and not (folder(lab, runs, child)/'DONE').exists()
-    shutil.rmtree(path); ends = [call(lab, runs, home, *argv.split()) for argv in (again[9:], f'run {child} --profile smoke', 'verify')]
+    shutil.rmtree(path); ends = calls(lab, runs, home, again[9:], f'run {child} --profile smoke', 'verify')
     same = not any(code for code, _ in ends) and (folder(lab, runs, child)/'DONE').exists()
     good = all(told) and silent and same
     outcome = 'named by child, publishing and verify; made again, the same ids'
@@ -141,9 +162,9 @@ def ledger_one(lab, table, stage, other, child, seed):
     path = runs/'ledger-smoke-0.json'; book = json.loads(path.read_text())
     path.write_text(json.dumps(book | {stage: book[stage] | dict(folder=book[other]['folder'])}))
     again = f'saferlhf run {stage} --profile smoke --seed 0'
-    said = [call(lab, runs, home, 'run', child, '--profile', 'smoke'), own(lab, runs, home, 'publish'), call(lab, runs, home, 'verify')]
+    said = calls(lab, runs, home, f'run {child} --profile smoke', 'publish', 'verify')
     told = [code == 1 and str(path) in text and f'is no run of {stage}' in text and again in text for code, text in said]
-    ends = [call(lab, runs, home, *argv.split()) for argv in (again[9:], f'run {child} --profile smoke', 'verify')]
+    ends = calls(lab, runs, home, again[9:], f'run {child} --profile smoke', 'verify')
     good = all(told) and not tables(home) and not any(code for code, _ in ends) and (folder(lab, runs, child)/'DONE').exists()
     outcome = 'named by child, publishing and verify; put right by the command'
     if not good: outcome = f'FAILED: named {told}, {[c for c, _ in ends]}: {line(ends[-1][1])[:200]}'
@@ -162,8 +183,7 @@ def altered(lab, table):
                 ['limit', '--policy', at('sft'), '--reward', at('reward-1'), '--cost', at('cost-1'), *asked],
                 ['judge', at('policy-1'), at('sft'), '--by', at('cost-1'), *asked], ['export', at('cost-1'), str(home/'out')],
                 ['chat', at('policy-1'), *asked])
-    for seed, argv in enumerate(commands):
-        code, said = call(lab, runs, home, *argv)
+    for seed, (argv, (code, said)) in enumerate(zip(commands, calls(lab, runs, home, *commands), strict=True)):
         good = code == 1 and at('cost-1') in said and 'model/model.safetensors was changed' in line(said)
         table.add('altered: head times -1', f'own {argv[0]}', 'torch', seed, 'model/model.safetensors', '',
                   'refused in one line' if good else f'FAILED: exit status {code}: {line(said)[:200]}', 0, run_id(at('cost-1')))
@@ -208,7 +228,7 @@ def moved_one(lab, table, how, seed):
     (shutil.move if how == 'moved' else shutil.copytree)(str(runs), str(new))
     if how == 'copied': os.rename(runs, lab.fresh('away'))
     steps = 'verify', 'status', 'run evaluate --profile smoke', 'reproduce --profile smoke', 'figures --profile smoke', 'verify'
-    ends = [call(lab, new, home, *argv.split()) for argv in steps]
+    ends = calls(lab, new, home, *steps)
     ran = [x for x in ends[3][1].splitlines() if x.startswith('[') and 'done before' not in x]
     same = tables(home) == published(lab) and (folder(lab, new, 'evaluate')/'DONE').exists() and not ran
     good = not any(code for code, _ in ends) and same

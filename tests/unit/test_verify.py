@@ -325,6 +325,12 @@ def test_a_damaged_table_is_named(home, content, capsys):
     assert commands.main(['verify']) == 1 and str(path) in capsys.readouterr().out
 
 
+def test_texts_of_every_kind_fit_into_a_table(home):
+    texts = ['a\u2028b', 'a\x0cb\x85', 'a\rb', 'a\nb', '"a",b', '<<<<<<< a', '']
+    path = publish([dict(seed=0, k=k, text=t) for k, t in enumerate(texts)], home/'t.csv', 'x', ['k'])
+    assert pd.read_csv(whole_table(path), keep_default_na=False, lineterminator='\n').text.tolist() == texts
+
+
 def test_runs_of_tables_are_known(home, capsys):
     run = made(); path = home/'data/results/smoke/t.csv'
     publish([dict(seed=0, a=1)], path, run.id, ['a']); publish([dict(seed=1, a=1)], path, 'sft/far-0123456789ab', ['a'])
