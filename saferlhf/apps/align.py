@@ -179,8 +179,8 @@ def _finish(run): # whose model/ is complete
     if outcome['lam'] is not None: summary |= dict(limit=outcome['limit'], lam=outcome['lam'])
     folders = told['parent_folders']
     write_card(run, Path(folders.get('actor', folders['sft']))/'model', summary)
+    shutil.rmtree(run.path('kept'), ignore_errors=True)                           # a checkpoint has it, too
     run.finish(summary)
-    shutil.rmtree(run.path('kept'), ignore_errors=True)
 
 def _show(record, again): # a finished run; whether it is read back: then nobody here has said what rang
     x, told = record.summary, record.manifest

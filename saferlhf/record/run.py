@@ -263,6 +263,7 @@ class Run(_Log):
         print(f'{self.id}, seed {self.seed}, {state}: {self.folder}')
         if is_dataclass(config): show(config, paper)
         if not self.done:
+            for left in [p for p in self.folder.rglob('.*.aside') if p.is_file()]: left.unlink()  # by a kill
             found = newest(self.folder/'checkpoint')
             step = read_json(found/'manifest.json')['step'] if found else -1
             self._rewind(step)

@@ -360,6 +360,11 @@ def test_a_finished_run_without_its_manifest_is_not_begun_again():
     assert not (run.folder/'manifest.json').exists()
 
 
+def test_what_a_kill_left_half_written_is_swept_up():
+    run = Run.start('sft', {}); run.close(); (left := run.folder/'.manifest.json.7.aside').write_text('{')
+    Run.start('sft', {}).close(); assert not left.exists() and (run.folder/'manifest.json').exists()
+
+
 def test_a_folder_is_let_go_when_its_start_fails():
     run = Run.start('sft', {}); save_checkpoint(run.folder/'checkpoint', 0, {'a': Path.touch}); run.close()
     manifest = run.folder/'checkpoint/step-00000000/manifest.json'
