@@ -202,7 +202,8 @@ def publish(
     for r in rows:
         if missing := [k for k in keys if k not in r]:
             raise ValueError(f'a row for {path.name} lacks {missing}: {r}')
-    new = [{k: _cell(v) for k, v in (r | {'run_id': run_id}).items()} for r in rows]
+    line = lambda text: text.replace('\r\n', '\n').replace('\r', '\n') # pandas would not quote it
+    new = [{k: line(_cell(v)) for k, v in (r | {'run_id': run_id}).items()} for r in rows]
     path.parent.mkdir(parents=True, exist_ok=True)
     with turn(path):                                             # seeds of two processes publish side by side
         atomic_write(path, _merged(path, new, keys))
