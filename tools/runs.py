@@ -16,9 +16,12 @@ import sys
 from pathlib import Path
 
 import pandas as pd
-from saferlhf.record.escape import csv_text, read_csv
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from saferlhf.record.escape import csv_text, read_csv  # noqa: E402
+from saferlhf.record.files import whole_table  # noqa: E402
+
 NONE = 'not recorded'
 FACTS = 'commit', 'published', 'same_code', 'seed', 'parents', 'command', 'device', 'versions', 'replaces'
 OPTIONAL = 'same_code', 'replaces'                                     # empty where there is nothing to say
@@ -32,7 +35,7 @@ PLACES = ('data/results/**/*.ipynb', 'data/results/**/*.txt', 'data/models/*/REA
 def read(path:Path) -> pd.DataFrame:
     "A table as text; an empty runs.csv where there is none."
     if not path.exists(): return pd.DataFrame(columns=COLUMNS)
-    return read_csv(path, dtype=str, keep_default_na=False)
+    return read_csv(whole_table(path), dtype=str, keep_default_na=False)
 
 
 def tables(root:Path) -> dict[Path, pd.DataFrame]:
@@ -62,7 +65,7 @@ def from_manifests(runs:Path, note:str='') -> dict[str, dict]:
     runs, out, source = Path(runs).resolve(), {}, f'manifest of {note}' if note else 'manifest'
     for done in sorted(runs.glob('*/*/DONE')):
         m = json.loads((done.parent/'manifest.json').read_bytes())
-        parents, command = {role: Path(p) for role, p in m['parent_folders'].items()}, m['command']
+        parents, command = {role: runs/p for role, p in m['parent_folders'].items()}, m['command']
         homes = {str(runs), *(str(p.parents[1]) for p in parents.values())}
         for home in sorted(homes, key=len, reverse=True): command = command.replace(home, 'runs')
         facts = dict(commit=m.get('commit') and m['commit'][:12] + ' with changes' * bool(m.get('dirty')),

@@ -31,7 +31,7 @@ from ..ppo import make_objective
 from ..record.card import write_card
 from ..record.config import plain
 from ..record.fetch import model_hash
-from ..record.files import atomic_write, read_json, read_lines
+from ..record.files import atomic_write, read_lines
 from ..record.launch import launch
 from ..record.run import Record, Run
 from ..reproduction.training import policy_models, policy_steps, read_answers
@@ -169,7 +169,7 @@ def _keep(run, watch, kept, actor, tokenizer): # the model, and in the manifest 
 
 # %% ../../nbs/apps/16_align.ipynb #e15663d7
 def _finish(run): # whose model/ is complete
-    told, rows = read_json(run.path('manifest.json')), read_lines(run.path('samples.jsonl'))
+    told, rows = Record(run.folder).manifest, read_lines(run.path('samples.jsonl'))
     outcome = told['outcome']
     start, now = ([r for r in rows if r['step'] == s] for s in (-1, outcome['step']))
     numbers = compared(start, now)
@@ -179,8 +179,8 @@ def _finish(run): # whose model/ is complete
     if outcome['lam'] is not None: summary |= dict(limit=outcome['limit'], lam=outcome['lam'])
     folders = told['parent_folders']
     write_card(run, Path(folders.get('actor', folders['sft']))/'model', summary)
+    shutil.rmtree(run.path('kept'), ignore_errors=True)                           # a checkpoint has it, too
     run.finish(summary)
-    shutil.rmtree(run.path('kept'), ignore_errors=True)
 
 def _show(record, again): # a finished run; whether it is read back: then nobody here has said what rang
     x, told = record.summary, record.manifest

@@ -60,12 +60,13 @@ def _run(a):
     "Run one stage, its parents as they are. A finished one is read back."
     from ast import literal_eval
     from saferlhf.record.run import Run
-    from saferlhf.reproduction import graph, pipeline
+    from saferlhf.reproduction import graph, ledger, pipeline
     try: overrides = {field: literal_eval(value) for field, value in (x.split('=', 1) for x in a.set)}
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         raise ValueError(f'write --set FIELD=VALUE with a literal, e.g. kl_coef=0.1, not {a.set}') from None
     stage = graph.find(a.stage, a.profile)
     graph.config_of(stage._replace(overrides=stage.overrides | overrides), a.profile) # wrong ones end here
+    with ledger.holding(a.profile, a.seed if stage.seed is None else stage.seed): pass   # by no `reproduce`
     folder, skipped = pipeline.run_stage(stage, a.profile, a.seed, overrides)
     print(f'{"done before" if skipped else "done"}: {folder}')
     print(json.dumps(Run.open(folder).summary, indent=1)[:3000])
@@ -96,17 +97,26 @@ def _figures(a):
 # %% ../../nbs/apps/21_commands.ipynb #3b073479
 def _status(a):
     "List finished and unfinished runs."
-    from saferlhf.record.run import Run, runs_home
+    from saferlhf.record.run import Record, runs_home
     paths = sorted(runs_home().glob('*/*/manifest.json'))
     if not paths: print(f'no runs in {runs_home()}: start with `saferlhf reproduce`, or set SAFERLHF_RUNS')
     for path in paths:
         try:
-            run = Run.open(path.parent)
+            run = Record(path.parent, check=False)
             done = f'done {run.manifest["seconds"]}' if run.done else 'unfinished: run the same command again'
             state = f'seed {run.seed} {done}'
         except KeyError as e: state = f'damaged: manifest.json lacks {e}; delete this folder and run it again'
+        except (TypeError, AttributeError) as e:
+            state = f'damaged: manifest.json ({e}); delete this folder and run it again'
         except (ValueError, RuntimeError, OSError) as e: state = f'not read: {e}'
         print(f'{"/".join(path.parts[-3:-1]):40} {state}')
+
+def _verify(a):
+    "Compare runs, ledgers and results with what was written down when they were made; a line for each fault."
+    from saferlhf.reproduction.verify import verify
+    faults, compared = verify(a.runs)
+    print(*faults, *([] if faults else [f'as they were made: {compared}']), sep='\n')
+    if faults: raise RuntimeError(f'{len(faults)} faults; compared: {compared}')
 
 def _report(a):
     "Bind all tables and figures into one HTML file."
@@ -170,6 +180,8 @@ _COMMANDS = {   # name -> function, options
     'arms': (_arms, {'groups': dict(nargs='*', help='core, shaped, thresholds, data, strict (default: all)')}
              | _PROFILE | _JOBS | _SPREAD),
     'status': (_status, {}),
+    'verify': (_verify, {'runs': dict(nargs='*', metavar='RUN', help='a folder, or STAGE/NAME (default: all '
+                                      'runs, the ledgers and data/results)')}),
     'fetch': (_fetch, {
         'model': dict(nargs='?', default='smollm2', help='smollm2: SmolLM2-135M-Instruct (default)'),
         '--from': dict(dest='folder', default='', metavar='FOLDER', help='it is here already')}),
@@ -186,7 +198,7 @@ _COMMANDS = {   # name -> function, options
 _GROUPS = { # title -> commands
     'your own model and data': [*OWN],
     'the reproduction': ['list', 'dry-run', 'plan', 'run', 'reproduce', 'arms', 'figures', 'report', 'join'],
-    'tools': ['status', 'fetch', 'example', 'export']}
+    'tools': ['status', 'verify', 'fetch', 'example', 'export']}
 
 # %% ../../nbs/apps/21_commands.ipynb #0c9234e0
 def _options(name): # of a command, by what it is, -> option -> keywords; those of settings import much
@@ -255,7 +267,7 @@ def _run_command(argv):
     if name in OWN: os.environ['SAFERLHF_COMMAND'] = shlex.join(['saferlhf', *argv])     # to go on, it says
     try:
         if 'profile' in a: a.profile = _profile(a)
-        if 'offload' in a: os.environ['SAFERLHF_SPREAD'] = _spread(a)
+        if 'offload' in a: os.environ['SAFERLHF_SPREAD'] = _spread(a) or before
         if name in OWN: quiet()
         a.function(a)
         return 0

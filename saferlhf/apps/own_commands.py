@@ -94,11 +94,14 @@ def _latest(stage, base): # the newest finished run from the start with this has
     from saferlhf.record.run import Record, runs_home
     found = []
     for done in runs_home().glob(f'{stage}/*/DONE'):
-        try: run = Record(done.parent)
+        try: run = Record(done.parent, check=False)
         except (OSError, ValueError): continue
         m = run.manifest
-        if m.get('parents', {}).get('base') == base: found.append((m.get('finished', ''), done.parent))
-    return max(found)[1] if found else None
+        if m.get('parents', {}).get('base') == base:
+            found.append((m.get('finished', ''), done.stat().st_mtime_ns, done.parent))
+    for *_, folder in sorted(found, reverse=True):
+        try: return Record(folder).folder
+        except (OSError, ValueError): continue                                              # it was altered
 
 def _force(*records): # of score models -> what `align` has to be told
     from saferlhf.apps.heldout import weakness

@@ -7,6 +7,7 @@ __all__ = ['parameters', 'cores', 'own_kernel', 'warm_kernel', 'execute', 'publi
 
 # %% ../../nbs/record/06_execute.ipynb #99a71bbf
 import ast
+import glob
 import json
 import os
 import re
@@ -19,7 +20,7 @@ from pathlib import Path
 import pandas as pd
 from .config import advice, nearest
 from .escape import guarded
-from .files import atomic_write, inside, lock, read_json, turn
+from .files import atomic_write, inside, lock, read_json, turn, whole_table
 from .resume import Interrupted, exit_on_sigterm, stopping
 from .run import command_for, results_home, templates_home
 
@@ -127,13 +128,12 @@ def _freshen(km, env):
     if reply['status'] != 'ok': raise RuntimeError(f'the kernel could not be reset: {reply["evalue"]}')
 
 # %% ../../nbs/record/06_execute.ipynb #b4347cdb
-def _environment(template, out, parameters):
-    "What a kernel is told: this process's settings, the notebook's path, and how to run the same again."
+def _environment(note, command):
+    "What a kernel is told: this process's settings, where its run is noted, and how to run the same again."
     settings = [f'SAFERLHF_{n}' for n in ('RUNS', 'HOME', 'SAVE_STEPS', 'SAVE_MINUTES', 'SPREAD', 'SIBLINGS')]
     env, spread = {k: os.environ[k] for k in settings if k in os.environ}, os.environ.get('SAFERLHF_SPREAD')
     first = f'SAFERLHF_SPREAD={shlex.quote(spread)} ' if spread else ''
-    return env | dict(SAFERLHF_NOTEBOOK=str(out),
-                      SAFERLHF_COMMAND=first + command_for(template, out.name, parameters))
+    return env | dict(SAFERLHF_NOTE=str(note), SAFERLHF_COMMAND=first + command)
 
 def _copy_notebook(out, note):
     "Copy an executed notebook into the run that it started, unless that was finished; the folder or None."
@@ -172,14 +172,17 @@ def execute(
     parameters:dict|None=None, # a subset of the names in its parameters cell
     progress:bool=True,   # a bar over the cells
     km=None,              # from `warm_kernel`; a fresh kernel when None
+    command:str='',       # what runs the same again; a call of this function when empty
 )->Path|None:             # the run's folder, which gets a copy; None when the template started no run
     "Execute a template in this folder; ValueError for bad names, RuntimeError with the failing cell's error."
     path = Path(template) if str(template).endswith('.ipynb') else templates_home()/f'{template}.ipynb'
     _check_parameters(path, parameters or {})
     out = Path(out).resolve()
     with lock(out.parent, out.name), nullcontext(km) if km else warm_kernel() as kernel:
-        note = Path(f'{out}.run'); note.unlink(missing_ok=True)
-        _freshen(kernel, _environment(template, out, parameters or {}))
+        for old in out.parent.glob(f'.{glob.escape(out.name)}.*.run'): old.unlink()      # of a killed process
+        note = out.with_name(f'.{out.name}.{os.getpid()}.run')
+        command = command or command_for(template, out.name, parameters or {})
+        _freshen(kernel, _environment(note, command))
         try: asked = _pass_through(path, out, parameters, progress, kernel)
         finally: folder = _copy_notebook(out, note)
     if asked: raise Interrupted(f'stopped after {path.stem}, which is finished: run the same command again')
@@ -200,14 +203,16 @@ def publish(
     for r in rows:
         if missing := [k for k in keys if k not in r]:
             raise ValueError(f'a row for {path.name} lacks {missing}: {r}')
-    new = [{k: _cell(v) for k, v in (r | {'run_id': run_id}).items()} for r in rows]
+    line = lambda text: text.replace('\r\n', '\n').replace('\r', '\n') # pandas would not quote it
+    new = [{k: line(_cell(v)) for k, v in (r | {'run_id': run_id}).items()} for r in rows]
     path.parent.mkdir(parents=True, exist_ok=True)
     with turn(path):                                             # seeds of two processes publish side by side
         atomic_write(path, _merged(path, new, keys))
     return path
 
 def _merged(path, new, keys): # a table that may be missing, its new rows; as CSV
-    old = pd.read_csv(path, dtype=str, keep_default_na=False).to_dict('records') if path.exists() else []
+    read = lambda: pd.read_csv(whole_table(path), dtype=str, keep_default_na=False).to_dict('records')
+    old = read() if path.exists() else []
     key = lambda r: tuple(r.get(k, '') for k in keys)
     replaced, columns = {key(r) for r in new}, list(dict.fromkeys(k for r in [*old, *new] for k in r))
     merged = [r for r in old if key(r) not in replaced] + new

@@ -32,7 +32,7 @@ from ..hardware.folders import shard_names, vetted
 from ..hardware.weights import read_config
 from ..models import load_tokenizer
 from .escape import one_line_of
-from .files import atomic_write, flush
+from .files import WRITTEN_BY, atomic_write, flush
 
 # %% ../../nbs/record/08_fetch.ipynb #33cf3314
 def _home(): # of what is fetched, and of hashes
@@ -41,14 +41,13 @@ def _home(): # of what is fetched, and of hashes
 _TEXTS = ('config.json', 'adapter_config.json', 'saferlhf.json', 'tokenizer.json', 'tokenizer_config.json',
           'chat_template.jinja', 'tokenizer.model', 'vocab.json', 'merges.txt', 'special_tokens_map.json',
           'added_tokens.json')
-_WRITTEN_BY = 'transformers_version', '_name_or_path', 'name_or_path', 'is_local', 'local_files_only'
 
 def _meaning(path):
     "What a file says; of JSON, without who wrote it and where."
     if path.suffix != '.json': return sha256(path)
     try: said = json.loads(path.read_text(encoding='utf-8'))
     except ValueError: raise ValueError(f'{path} is not JSON: copy the model again') from None
-    return {k: v for k, v in said.items() if k not in _WRITTEN_BY} if isinstance(said, dict) else said
+    return {k: v for k, v in said.items() if k not in WRITTEN_BY} if isinstance(said, dict) else said
 
 def _weights(folder):
     "The safetensors files of a checkpoint."

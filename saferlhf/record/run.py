@@ -26,8 +26,8 @@ from ..data import PACKAGE, homes
 from ..hardware.ranks import rank
 from .code import source_hashes
 from .config import deviations, plain, show
-from .files import (atomic_write, cut_lines, flush, inside, lock, newest, read_json,
-                                   read_lines)
+from .files import (altered, atomic_write, cut_lines, flush, inside, lock, newest, read_json,
+                                   read_lines, seal)
 from .resume import Saver, again, cached, exit_on_sigterm
 
 # %% ../../nbs/record/05_run.ipynb #489a7f7e
@@ -49,20 +49,36 @@ def results_home()->Path: # data/results, made if it is missing
     return found[0]/'data/results'
 
 # %% ../../nbs/record/05_run.ipynb #609983a2
-_FORMAT = 2 # of run folders; 1 had flat module names and hashed text, and no number in its manifest
+_FORMAT = 3 # of run folders; 1 had flat module names and hashed text, 2 no hashes of its files
+
+def _no_link(folder): # of a run -> Path
+    if Path(folder).is_symlink() and runs_home() in Path(folder).absolute().parents:
+        raise ValueError(f'{folder} is a symbolic link where the folder of a run belongs: remove the link')
+    return Path(folder)
 
 class Record:
     "A run folder, read."
-    def __init__(self, folder:str|Path): # runs/<stage>/<name>-<hash>
-        "FileNotFoundError when it is not a run's folder, ValueError when another version made it."
-        self.folder = Path(folder)
+    def __init__(self,
+        folder:str|Path, # runs/<stage>/<name>-<hash>
+        check:bool=True, # whether the files of a finished run are compared with their hashes
+    ):
+        "FileNotFoundError when it is no run, ValueError when another version made it, or it was altered."
+        self.folder = _no_link(folder)
         if not (self.folder/'manifest.json').exists():
-            raise FileNotFoundError(f'{folder} is not a run folder: it has no manifest.json')
-        self.config, self.manifest = (read_json(self.folder/f'{k}.json') for k in ('config', 'manifest'))
+            gone = ' any more: delete it and run its command again' if self.done else ''
+            raise FileNotFoundError(f'{folder} is not a run folder{gone}: it has no manifest.json')
+        way = f'delete {folder if self.done else "it"} and run the same command again'
+        self.config, self.manifest = (read_json(self.folder/f'{k}.json', way) for k in ('config', 'manifest'))
         if (made := self.manifest.get('format', 1)) != _FORMAT:
             raise ValueError(f'{folder} has run format {made}, not {_FORMAT}: another version made it; '
                              f'make it again with `saferlhf run {self.manifest.get("stage")}`')
+        home, folders = self.folder.resolve().parents[1], self.manifest.get('parent_folders', {})
+        self.manifest['parent_folders'] = {role: str(home/p) for role, p in folders.items()}
+        if check and self.done and (wrong := altered(self.folder)):
+            raise ValueError(f'{folder}: {wrong} after the run was finished; delete this folder and make it '
+                             f'again: {self.manifest.get("command")}')
 
+    content = property(lambda self: read_json(self.folder/'files.json')['content'])       # of a finished run
     done = property(lambda self: (self.folder/'DONE').exists())
     id = property(lambda self: f'{self.manifest["stage"]}/{self.folder.name}')
     label = property(lambda self: self.folder.name.rpartition('-')[0])             # its name without the hash
@@ -76,20 +92,21 @@ class Record:
     def metrics(self)->pd.DataFrame: # a row a step: step, seconds, and what the step reported
         "metrics.jsonl as a table."
         path = self.folder/'metrics.jsonl'
-        return pd.DataFrame(read_lines(path) if path.exists() else [])
+        return pd.DataFrame(read_lines(path, whole=self.done) if path.exists() else [])
 
 # %% ../../nbs/record/05_run.ipynb #7fdd0caa
 def _identity(stage, config, parents, seed, sources, data):
-    "What the hash covers, and 'hash'; ValueError for a bad seed, and when a parent is not finished."
+    "What the hash covers, and 'hash'; ValueError for a bad seed, an unfinished or altered parent."
     if not isinstance(seed, int) or seed < 0:
         raise ValueError(f'seed={seed!r} of this {stage} run: it is a whole number, 0 or more')
-    hashes = {}
+    hashes, contents = {}, {}
     for role, folder in (parents or {}).items():
         if not (Path(folder)/'DONE').exists():
             raise ValueError(f'the {role} of this {stage} run, {folder}, is not finished: finish it first')
-        hashes[role] = Record(folder).manifest['hash']
-    facts = dict(stage=stage, config=plain(config), parents=hashes, seed=seed, data=data or {},
-                 sources=source_hashes(['hardware.seeds', *sources]))
+        parent = Record(folder)
+        hashes[role], contents[role] = parent.manifest['hash'], parent.content
+    facts = dict(stage=stage, config=plain(config), parents=hashes, contents=contents, seed=seed,
+                 data=data or {}, sources=source_hashes(['hardware.seeds', *sources]))
     return facts | {'hash': hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]}
 
 def _git(*arguments):
@@ -138,8 +155,8 @@ class _Log(Record):
         "Add facts to the manifest; they are no part of the hash. A finished run is left alone."
         if self.done: return
         written = read_json(self.folder/'manifest.json')                    # ranks of the run write here too
-        self.manifest.update(written | facts)
-        atomic_write(self.folder/'manifest.json', json.dumps(self.manifest, indent=1))
+        atomic_write(self.folder/'manifest.json', json.dumps(written | facts, indent=1))
+        self.manifest.update(written | facts, parent_folders=self.manifest['parent_folders'])
 
     def _append(self, name, rows):
         if rank(): return                                                        # the first rank writes
@@ -170,11 +187,14 @@ def command_for(template:str|Path, out:str|Path, parameters:dict)->str: # of `ex
 
 def _create(folder, facts, config, parents, profile, paper):
     "config.json and manifest.json of a new run."
-    folders = {role: str(Path(p).resolve()) for role, p in (parents or {}).items()}
-    parameters = dict(profile=profile, seed=facts['seed'], parents=folders, overrides=facts['config'])
+    folders = {role: Path(p).resolve() for role, p in (parents or {}).items()}
+    told = {role: (p.relative_to(home) if p.is_relative_to(home := runs_home()) else p).as_posix()
+            for role, p in folders.items()}
+    parameters = dict(profile=profile, seed=facts['seed'], parents={r: str(p) for r, p in folders.items()},
+                      overrides=facts['config'])
     by_hand = command_for(facts['stage'], f'{facts["stage"]}.ipynb', parameters)
     manifest = {'format': _FORMAT} | {k: v for k, v in facts.items() if k != 'config'} | provenance() | dict(
-        parent_folders=folders, profile=profile, deviations=deviations(config, paper), buckets=[], starts=[],
+        parent_folders=told, profile=profile, deviations=deviations(config, paper), buckets=[], starts=[],
         command=os.environ.get('SAFERLHF_COMMAND') or by_hand)
     atomic_write(folder/'config.json', json.dumps(facts['config'], indent=1))
     atomic_write(folder/'manifest.json', json.dumps(manifest, indent=1))
@@ -216,15 +236,18 @@ class Run(_Log):
         if set('/\\:') & set(f'{stage}{label}'):
             raise ValueError(f'the name {label!r} of this {stage} run leads out of its folder: '
                              'use no slash, backslash or colon')
+        _no_link(runs_home()/stage/f'{label}-{facts["hash"]}')
         folder = inside(runs_home(), f'{stage}/{label}-{facts["hash"]}')
         if (before := _OPEN.pop(str(folder), None)): before.close()
         with ExitStack() as stack:                        # lets go of the folder if something here fails
-            if not (folder/'DONE').exists(): stack.enter_context(lock(folder))
-            if not (folder/'manifest.json').exists(): _create(folder, facts, config, parents, profile, paper)
+            if not (done := (folder/'DONE').exists()): stack.enter_context(lock(folder))
+            if not done and not (folder/'manifest.json').exists():
+                _create(folder, facts, config, parents, profile, paper)
             run = cls(folder)
             if not run.done: stack.enter_context(exit_on_sigterm(again()))
+            run._begin(config, paper)
             run._stack = stack.pop_all()
-        _OPEN[str(folder)] = run; run._begin(config, paper)
+        _OPEN[str(folder)] = run
         return run
 
     @classmethod
@@ -240,12 +263,13 @@ class Run(_Log):
         print(f'{self.id}, seed {self.seed}, {state}: {self.folder}')
         if is_dataclass(config): show(config, paper)
         if not self.done:
+            for left in [p for p in self.folder.rglob('.*.aside') if p.is_file()]: left.unlink()  # by a kill
             found = newest(self.folder/'checkpoint')
             step = read_json(found/'manifest.json')['step'] if found else -1
             self._rewind(step)
             self.note(starts=[*starts, _now()], **self._other_versions(step + 1))
-        if notebook := os.environ.get('SAFERLHF_NOTEBOOK'):
-            atomic_write(f'{notebook}.run', json.dumps([str(self.folder), self.done]))
+        if note := os.environ.get('SAFERLHF_NOTE'):                                       # of `execute`
+            atomic_write(note, json.dumps([str(self.folder), self.done]))
 
     def _other_versions(self, step): # to begin with
         "For the manifest: each set of versions and the step from which it holds. A change is said."
@@ -258,11 +282,12 @@ class Run(_Log):
         return dict(versions_from=[*sets, dict(at=_now(), step=step, versions=new)])
 
     def finish(self, summary:dict): # small: numbers and short texts
-        "Write summary.json, the times, and DONE last; of a run that was finished before, nothing is touched."
+        "Write summary.json, times, the hashes of all files, and DONE last; a finished run is left alone."
         if not self.done:
             atomic_write(self.folder/'summary.json', json.dumps(_values(summary), indent=1))
             self.note(finished=_now(), seconds=round(self._seconds(), 2))
-            flush(self.folder); atomic_write(self.folder/'DONE', _now())             # models and tables first
+            flush(self.folder); sealed = seal(self.folder)                           # models and tables first
+            atomic_write(self.folder/'DONE', f'{_now()} {sealed}')
             shutil.rmtree(self.folder/'checkpoint', ignore_errors=True)
         self.close()
 

@@ -18,12 +18,13 @@ from pathlib import Path
 import pandas as pd
 import torch
 from ..record.execute import cores, execute, warm_kernel
+from ..record.files import whole_table
 from ..record.resume import Interrupted, exit_on_sigterm
 from ..record.run import results_home, runs_home, templates_home
 from .figures import POLICIES
 from .graph import find, graph, reads, with_parents
-from .ledger import run_stage
-from .results import publish_all, publish_arms
+from .ledger import folder_of, holding, run_stage
+from .results import check_published, publish_all, publish_arms
 from .tables import Results, table1
 
 # %% ../../nbs/reproduction/15_pipeline.ipynb #d03b5bbe
@@ -34,7 +35,8 @@ def papers_home()->Path: # a folder of notebooks
 
 def draw(profile:str, seed:int=0, km=None): # of published results; km from `warm_kernel`
     "Run the paper notebooks on the published results. FileNotFoundError when there are none of this seed."
-    tables = [pd.read_csv(f, dtype=str) for f in (results_home() / profile).glob('*.csv') if f.stat().st_size]
+    check_published(profile, seed)
+    tables = [pd.read_csv(whole_table(f), dtype=str) for f in (results_home() / profile).glob('*.csv')]
     if not any(str(seed) in set(t.get('seed', ())) for t in tables):
         raise FileNotFoundError(f'no results of {profile}, seed {seed}, to draw: '
                                 f'saferlhf reproduce --profile {profile} --seed {seed}')
@@ -62,13 +64,15 @@ def reproduce(
 )->dict:                     # stage -> folder
     "Run every stage that is not done, publish the aggregates, draw the figures, print the tables."
     stages, done, start = graph(profile), {}, time.time()
-    with warm_kernel() as km:
+    with holding(profile, seed), warm_kernel() as km:
         for i, stage in enumerate(stages):
             began = time.time()
             done[stage.name], skipped = run_stage(stage, profile, seed, km=km, progress=sys.stdout.isatty())
             took = 'done before' if skipped else f'{time.time() - began:5.0f} s'
             clock = f'elapsed {(time.time() - start) / 60:4.1f} min'
             print(f'[{i + 1:2}/{len(stages)}] {stage.name:12} {took}   {clock}', flush=True)
+        if other := [name for name, run in done.items() if folder_of(name, profile, seed) != run]:
+            raise RuntimeError(f'{other[0]} was run meanwhile by another command: run the same command again')
         publish_all(profile, seed)
         draw(profile, seed, km)
     _show(profile, seed)
@@ -145,7 +149,9 @@ def campaign(
     jobs:int=1, minutes:float=0, # stages at a time; start no stage after this time, 0: no limit
 ):
     "Run some stages and all that they need, and publish what is done, after a failure too."
-    try: _side_by_side(with_parents(wanted, profile), profile, jobs, minutes)
-    finally:
-        for seed in sorted({seed for _, seed in wanted}): publish_all(profile, seed)
-        publish_arms(profile)
+    seeds = sorted({seed for _, seed in wanted})
+    with holding(profile, *seeds):
+        try: _side_by_side(with_parents(wanted, profile), profile, jobs, minutes)
+        finally:
+            for seed in seeds: publish_all(profile, seed, part=True)
+            publish_arms(profile)

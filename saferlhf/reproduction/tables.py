@@ -13,6 +13,7 @@ import pandas as pd
 from ..data import homes
 from ..evaluate import PAPER_TABLE1, over_seeds
 from ..record.escape import markdown_text, read_csv
+from ..record.files import whole_table
 from .figures import Figure, save
 
 # %% ../../nbs/reproduction/12_tables.ipynb #fb473c30
@@ -42,7 +43,7 @@ class Results:
     ) -> pd.DataFrame | None:  # rows of all seeds; None when there is no such file
         "Read one results file, whatever the seed."
         path = self.path(name)
-        return read_csv(path, dtype={'round': str}) if path.exists() else None
+        return read_csv(whole_table(path), dtype={'round': str}) if path.exists() else None
     def read(self,
         name:str,       # file name without .csv
     ) -> pd.DataFrame:  # rows of this seed. FileNotFoundError, naming a command, when there are none

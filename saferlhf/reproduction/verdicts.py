@@ -14,6 +14,7 @@ from scipy import stats
 from scipy.optimize import brentq
 from ..evaluate import over_seeds
 from ..record.escape import read_csv
+from ..record.files import whole_table
 from .tables import interval
 
 # %% ../../nbs/reproduction/13_verdicts.ipynb #80628e45
@@ -224,7 +225,7 @@ def _two_questions(first):
 
 def all_questions(folder:Path)->pd.DataFrame: # of a profile's results; -> question, claim, value, verdict
     "The verdicts of a profile, from its results files, all seeds."
-    read = lambda name: read_csv(folder / f'{name}.csv')
+    read = lambda name: read_csv(whole_table(folder / f'{name}.csv'))
     models, differences, probes = map(read, ('models', 'differences', 'probes'))
     arms = read('arms') if (folder / 'arms.csv').exists() else pd.DataFrame(columns=['arm'])
     first = probes[(probes['round'].astype(str) == '1') & ~probes.arm.str.startswith('strict')] # came later

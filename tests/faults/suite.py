@@ -1,6 +1,6 @@
 """The fault suite: what goes wrong, when, and what was left of the run. Results go to data/results/reliability/*.csv.
 
-    python tests/faults/suite.py [kill disk damage numbers ranks kernel lock rows]
+    python tests/faults/suite.py [kill disk damage numbers ranks kernel lock rows twice altered identity moved late]
 
 Every run is a stage of nbs/templates at smoke size, in a process of its own. After the fault the same command is given again, and the
 end is compared with that of a run that was left alone: weights, tables and metrics (their seconds apart) must have the same bytes.
@@ -33,7 +33,7 @@ PIECES = ('collect-2', 'evaluate', 'two_token')          # stages without steps
 
 def content(folder):
     "What a finished run is compared by: name -> hash; seconds and paths are left out."
-    skip, out = ('checkpoint', '.lock', '.holder', 'manifest.json', 'DONE', 'notebook.ipynb', 'README.md'), {}
+    skip, out = 'checkpoint .lock .holder manifest.json files.json DONE notebook.ipynb README.md'.split(), {}
     for p in sorted(q for q in folder.rglob('*') if q.is_file()):
         name = str(p.relative_to(folder))
         if name.split('/')[0] in skip or name.endswith('README.md'): continue
@@ -70,7 +70,8 @@ class Lab:
         if not path.exists():
             book, s = json.loads((self.base/'ledger-smoke-0.json').read_text()), find(stage, 'smoke')
             told = dict(profile='smoke', seed=0, overrides=s.overrides | LONGER[stage])
-            if s.template not in ('base_lm', 'two_token'): told['parents'] = {role: book[p]['folder'] for role, p in s.parents.items()}
+            at = lambda p: str(self.base.resolve()/book[p]['folder'])
+            if s.template not in ('base_lm', 'two_token'): told['parents'] = {role: at(p) for role, p in s.parents.items()}
             if s.round is not None: told['round'] = s.round
             path.write_text(json.dumps(told))
         return path
@@ -336,7 +337,16 @@ def rows(lab, home):
     for row in fuzz(10_000): table.add(*row)
 
 
+def whole(name):
+    "A group of `faults.whole`."
+    def group(lab, home):
+        from faults import whole
+        getattr(whole, name)(lab, Table(name, home))
+    return group
+
+
 GROUPS = dict(kill=kill, disk=disk, damage=damage, numbers=numbers, kernel=kernel, lock=lock, ranks=ranks, rows=rows)
+GROUPS |= {name: whole(name) for name in ('twice', 'altered', 'identity', 'moved', 'late')}
 
 
 def strangers(name):

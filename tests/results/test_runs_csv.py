@@ -62,8 +62,9 @@ def manifest(root, run_id, **facts):
     (folder/'manifest.json').write_text(json.dumps(base | facts))
 
 
-def test_rows_come_from_manifests_and_older_ones_stay(tmp_path):
-    manifest(tmp_path, A); manifest(tmp_path, B, parent_folders={'sft': f'{tmp_path}/runs/{A}'}, dirty=True)
+@pytest.mark.parametrize('relative', [True, False])
+def test_rows_come_from_manifests_and_older_ones_stay(tmp_path, relative):
+    manifest(tmp_path, A); manifest(tmp_path, B, parent_folders={'sft': A if relative else f'{tmp_path}/runs/{A}'}, dirty=True)
     results = tmp_path/'data/results'; results.mkdir(parents=True)
     (results/'t.csv').write_text(f'run_id,value\n{B},3\n')
     table = runs.update([tmp_path/'runs'], tmp_path).set_index('run_id')

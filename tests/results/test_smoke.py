@@ -41,7 +41,12 @@ class Smoke:
     def folders(self):
         "Stage -> its run's folder."
         book = json.loads((self.runs/'ledger-smoke-0.json').read_text())
-        return {name: Path(entry['folder']) for name, entry in book.items()}
+        return {name: self.runs/entry['folder'] for name, entry in book.items()}
+
+    def parents(self, name):
+        "Role -> folder of what a stage was made from."
+        told = json.loads((self.folders()[name]/'manifest.json').read_text())['parent_folders']
+        return {role: str(self.runs/p) for role, p in told.items()}
 
     def results(self, name): return self.home/'data/results/smoke'/f'{name}.csv'
 
@@ -72,7 +77,8 @@ def test_every_stage_is_done_and_keeps_its_record(smoke):
     for name, folder in folders.items():
         for file in ('DONE', 'config.json', 'manifest.json', 'summary.json', 'notebook.ipynb'): assert (folder/file).exists(), (name, file)
         manifest = json.loads((folder/'manifest.json').read_text())
-        assert {Path(p).resolve() for p in manifest['parent_folders'].values()} == {folders[p] for p in STAGES[name].parents.values()}
+        assert not any(Path(p).is_absolute() for p in manifest['parent_folders'].values())
+        assert {*map(Path, smoke.parents(name).values())} == {folders[p] for p in STAGES[name].parents.values()}
         assert not errors(folder/'notebook.ipynb')
     for r in (2, 3): assert f'policy-{r - 1}' in json.loads((folders[f'policy-{r}']/'manifest.json').read_text())['parents']     # a chain
 
@@ -158,7 +164,7 @@ def test_list_and_status(smoke):
 
 # --- every stage, interrupted: the smoke reproduction above is the run that was left alone
 
-def interrupted(monkeypatch, folder, name, at):
+def interrupted(monkeypatch, parents, name, at):
     "A stage's cells in this process: a SIGTERM comes with the at-th line or piece; then the cells once more. What the second start said."
     import contextlib
     import io
@@ -166,9 +172,9 @@ def interrupted(monkeypatch, folder, name, at):
     from faults.drive import execute
     from saferlhf.record import run as records
     from saferlhf.record.resume import Interrupted
-    stage, whole = STAGES[name], json.loads((folder/'manifest.json').read_text())
+    stage = STAGES[name]
     told = dict(profile='smoke', seed=0, overrides=stage.overrides)
-    if stage.template not in ('base_lm', 'two_token'): told['parents'] = whole['parent_folders']
+    if stage.template not in ('base_lm', 'two_token'): told['parents'] = parents
     if stage.round is not None: told['round'] = stage.round
     count, append, piece = [0], records.Run._append, records.cached
     def tick():
@@ -189,7 +195,7 @@ def test_an_interrupted_stage_goes_on_bit_for_bit(smoke, monkeypatch, tmp_path, 
     monkeypatch.setenv('SAFERLHF_RUNS', str(tmp_path)); monkeypatch.chdir(tmp_path)
     monkeypatch.setenv('SAFERLHF_HOME', str(smoke.home))
     whole = smoke.folders()[name]
-    folder, said = interrupted(monkeypatch, whole, name, at)
+    folder, said = interrupted(monkeypatch, smoke.parents(name), name, at)
     assert folder.name == whole.name and content(folder) == content(whole)
     assert f'goes on after step {at - 1}' in said or said.count('done before the interruption') == at
 
@@ -208,7 +214,7 @@ for name in dir(torch.cpu):
     monkeypatch.setenv('PYTHONPATH', os.pathsep.join(filter(None, [str(tmp_path), os.environ.get('PYTHONPATH')])))
     monkeypatch.chdir(tmp_path); monkeypatch.setenv('SAFERLHF_HOME', str(smoke.home))
     assert fast_precision() == 'fp32'
-    parents = json.loads((smoke.folders()['policy-1']/'manifest.json').read_text())['parent_folders']
+    parents = smoke.parents('policy-1')
     def made(ranks, spread):
         monkeypatch.setenv('SAFERLHF_RUNS', str(tmp_path/ranks)); monkeypatch.setenv('SAFERLHF_SPREAD', spread)
         return execute('policy', dict(profile='smoke', seed=0, round=1, parents=parents, overrides=STAGES['policy-1'].overrides))
@@ -246,7 +252,7 @@ def test_arms_run_and_are_published(smoke):
     assert {'gold', 'judge', 'tfidf'} <= set(arms.judge) and arms[arms.decoding == 'sampled'].refused.notna().all()
     again, first = (curves[curves.arm == a].drop(columns=['arm', 'run_id']).reset_index(drop=True) for a in ('strict-1', 'threshold-m0.5'))
     assert len(first) and again.equals(first)                                               # the same round, run twice
-    folders = smoke.folders(); reads = json.loads((folders['policy-3-strict']/'manifest.json').read_text())['parent_folders']
-    assert {k: Path(v).resolve() for k, v in reads.items()} == {r: folders[s] for r, s in {
+    folders, reads = smoke.folders(), smoke.parents('policy-3-strict')
+    assert {k: Path(v) for k, v in reads.items()} == {r: folders[s] for r, s in {
         'gold': 'gold', 'sft': 'sft', 'collect': 'collect-3-strict', 'reward': 'reward-3-strict', 'cost': 'cost-3-strict',
         'policy-2': 'policy-2-strict'}.items()}

@@ -191,7 +191,8 @@ def test_a_full_memory_names_the_settings_that_help_by_how_much(monkeypatch, cap
     from saferlhf.apps.settings import settings_of
     from saferlhf.record.run import Run
     shape = dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9)
-    base = finished('base_lm'); (base.folder/'model').mkdir(); (base.folder/'model/config.json').write_text(json.dumps(shape))
+    base = Run.start('base_lm', {}, name='mine'); (base.folder/'model').mkdir()
+    (base.folder/'model/config.json').write_text(json.dumps(shape)); base.finish({})
     found = defaults('cost', shape, 9999, ([90] * 9, [90] * 9), 80., True)
     config = settings_of('cost', dict(kind='cost'), {k: d.value for k, d in found.items()})
     def cost(*a):
@@ -307,7 +308,7 @@ def test_the_spread_of_ranks_reaches_the_stage_alone(monkeypatch):
     assert not os.environ['SAFERLHF_SPREAD']
 
 
-MANIFESTS = {'{"form': 'is damaged', '[]': 'is damaged (a list', '{"format": 2}': "manifest.json lacks 'seed'; delete this folder",
+MANIFESTS = {'{"form': 'is damaged', '[]': 'is damaged (a list', '{"format": 3}': "manifest.json lacks 'seed'; delete this folder",
              '{"stage": "sft"}': 'another version made it; make it again with `saferlhf run sft`'}
 
 
@@ -316,7 +317,7 @@ def test_status_says_what_is_wrong_with_a_run(home, capsys):
     for k, text in enumerate(MANIFESTS):
         run = home/f'runs/sft/{k}'; run.mkdir(parents=True); (run/'manifest.json').write_text(text); (run/'config.json').write_text('{}')
     good = home/'runs/sft/9'; good.mkdir(); (good/'DONE').touch(); (good/'config.json').write_text('{}')
-    (good/'manifest.json').write_text('{"format": 2, "seed": 0, "seconds": 3}')
+    (good/'manifest.json').write_text('{"format": 3, "seed": 0, "seconds": 3}')
     assert commands.main(['status']) == 0
     *lines, last = capsys.readouterr().out.splitlines()
     for line, said in zip(lines, MANIFESTS.values(), strict=True): assert said in line

@@ -8,7 +8,7 @@ from tiny import lm, scorer, sentences, tokenizer
 from saferlhf.apps import limit as module
 from saferlhf.apps.limit import best_under, choices, harm_at, limit, limit_lines, measured
 from saferlhf.apps.own_data import held_out_prompt
-from saferlhf.record.files import read_lines
+from saferlhf.record.files import read_lines, seal
 from saferlhf.record.run import Run
 
 COST, REWARD = np.array([[.5, -1., -2.], [1., 3., 2.]]), np.array([[9., 1., 2.], [0., 5., 7.]])
@@ -101,12 +101,16 @@ def test_an_interrupted_run_does_not_sample_again(models, monkeypatch):
     assert run.done and run.summary['prompts'] == 5 and whole['prompts'] == 6 and 'best_reward' not in run.summary['limits'][0]
 
 
+def put(folder, name, text): # as if the run had been finished with it
+    (folder/name).write_text(text); (folder/'DONE').write_text(seal(folder))
+
+
 def test_harm_is_calibrated_on_the_held_out_labels(models):
     g = np.random.default_rng(0)
     scores = np.linspace(-2, 2, 60); harmful = g.random(60) < 1 / (1 + np.exp(-2 * (scores - 1)))
     rows = [dict(prompt=f'p {i}', high=f'a {i}', low=f'b {i}', high_sign=1 if h else -1, low_sign=0, high_score=x, low_score=9.)
             for i, (x, h) in enumerate(zip(scores, harmful, strict=True))]
-    (models['cost']/'test_scores.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
+    put(models['cost'], 'test_scores.jsonl', ''.join(json.dumps(r) + '\n' for r in rows))
     s = limit(models['sft'], models['cost'], PROMPTS, settings=SETTINGS).summary
     assert s['harm_from'] == 'calibrated on 60 held-out labels'
     p, _ = module._harm(Run.open(models['cost']), np.array([[-2., 0., 2.]]))
@@ -114,7 +118,7 @@ def test_harm_is_calibrated_on_the_held_out_labels(models):
 
 
 def test_a_cost_without_a_zero_gives_limits_from_the_mean(models, monkeypatch, capsys):
-    (models['cost']/'summary.json').write_text('{"zero": "none"}')
+    put(models['cost'], 'summary.json', '{"zero": "none"}')
     s = limit(models['sft'], models['cost'], PROMPTS, settings=SETTINGS).summary
     assert s['relative'] and abs(s['cost'][0]) < 1e-9 and [*s['choices']] == ['the safest of the sampled answers']
     assert 'harmful' not in s and 'harmful: not known' in capsys.readouterr().out

@@ -235,7 +235,7 @@ def test_run_path_and_parents():
         start(stage='reward', parents={'sft': run.folder/'none'})
 
 
-@pytest.mark.parametrize('format', [None, 1, 3])
+@pytest.mark.parametrize('format', [None, 1, 2, 4])
 def test_a_folder_of_another_version_is_refused_in_one_line(format):
     "One of format 1, for example: module names were flat, and the text of modules was hashed."
     run = Run.start('sft', {}); run.finish({'loss': 1.}); folder, manifest = run.folder, run.manifest; del run
@@ -570,7 +570,7 @@ def test_gpus_are_dealt_out_to_workers(monkeypatch):
     from queue import SimpleQueue
 
     from saferlhf.reproduction import pipeline
-    for name, value in dict(CUDA_VISIBLE_DEVICES='3,5', OMP_NUM_THREADS='9').items():
+    for name, value in dict(CUDA_VISIBLE_DEVICES='3,5', OMP_NUM_THREADS='9', SAFERLHF_SIBLINGS='').items():
         monkeypatch.setenv(name, value)
     assert pipeline._gpus(3) == ['3', '5', '3']
     gpus = SimpleQueue(); gpus.put('5'); gpus.put('')
@@ -588,17 +588,14 @@ def test_rounds_without_red_teaming_have_a_table_of_their_own(tmp_path, monkeypa
     "Their evaluation holds the other policies too: none of its rows gets among those of the rounds."
     from saferlhf.reproduction import results as publishing
     from saferlhf.reproduction.graph import find
-    (run := tmp_path/'run').mkdir()
+    run = start(stage='evaluate', config={})
     row = dict(prompt_kind='unsafe', judge='gold', decoding='sampled', harmful=.1)
     lines = '\n'.join(json.dumps(row | dict(policy=p)) for p in ('initial', 'no-red-2', 'no-red-3'))
-    for name, text in {'config.json': '{}',
-                       'manifest.json': '{"format": 2, "stage": "evaluate", "seconds": 1}',
-                       'summary.json': '{}',
-                       'DONE': '', 'models.jsonl': lines}.items():
-        (run/name).write_text(text)
+    (run.folder/'models.jsonl').write_text(lines + '\n'); run.finish({})
     monkeypatch.setenv('SAFERLHF_HOME', str(tmp_path))
     monkeypatch.setattr(publishing, 'graph', lambda profile: [find('evaluate-no-red', 'gpu')])
-    monkeypatch.setattr(publishing, 'folder_of', lambda *a: run)
+    monkeypatch.setattr(publishing, 'folder_of', lambda *a: run.folder)
+    monkeypatch.setattr(publishing, 'reads', lambda *a: {})
     publishing.publish_all('gpu', 0)
     home = tmp_path/'data/results/gpu'
     assert {p.stem for p in home.glob('*.csv')} == {'no_red', 'times'}
