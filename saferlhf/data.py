@@ -180,6 +180,7 @@ def _cast(column, value, feature, system=None): # -> its column's type; other te
     if column == 'prompt': return stored_prompt(value, system)
     if column.startswith('response') and feature is _S:
         return value if isinstance(value, str) or (parts := split_answer(value))[0] else parts[1]
+    if feature is _B and type(value) is bool or feature is _I and type(value) is int: return value
     word = str(value).strip().lower()
     if feature is _I: return _IDS.get(word, value)
     if feature is _B: return _FLAGS.get(word, None if column.startswith('human') else value)
@@ -210,9 +211,9 @@ def _from_chosen(row, axis, notes):
 
 # %% ../nbs/method/02_data.ipynb #fc5e70ea
 _SYSTEM, _PARTS = ('system', 'system_prompt'), ('instruction', 'input', 'context')
-_OF_A_PROMPT = re.compile( # columns that say something to the model
+_of_a_prompt = lru_cache(re.compile( # whether a column says something to the model
     r'instruction|input|context|persona|preamble|'
-    r'(.*[_ -])?sys(tem)?([_ -]?(prompt|message|msg|text|instruction)s?)?', re.I)
+    r'(.*[_ -])?sys(tem)?([_ -]?(prompt|message|msg|text|instruction)s?)?', re.I).fullmatch)
 
 def _system(row): # the system text in a column of its own, or None
     texts = [row[c] for c in _SYSTEM if row.get(c) is not None]
@@ -239,7 +240,7 @@ def _from_turns(row, kind, notes): # Alpaca's columns, prompt and completion, me
             raise ValueError('unreadable history', str(past)[:40])
         new['prompt'] = [*sum(past, []), asked]
     for column in row:
-        if _OF_A_PROMPT.fullmatch(column) and column not in (*_SYSTEM, *parts) and row[column]:
+        if _of_a_prompt(column) and column not in (*_SYSTEM, *parts) and row[column]:
             notes[f'column {column!r} is not used, though it reads like part of a prompt'] += 1
     return new
 

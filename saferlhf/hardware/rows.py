@@ -152,9 +152,9 @@ def _csv_rows(file):
         yield from rows
 
 def _text_rows(file):
-    n = 0
-    for n, line in enumerate(filter(str.strip, file), 1): yield dict(prompt=line.rstrip('\n'))
-    if not n: raise _Refused('it holds no prompt: a line is one')
+    line = ''
+    for line in filter(str.strip, file): yield dict(prompt=line.rstrip('\n'))
+    if not line: raise _Refused('it holds no prompt: a line is one')
 
 def _parquet_rows(file, packed):
     if packed: shutil.copyfileobj(file, apart := tempfile.TemporaryFile()); file = apart  # it is read in pieces
