@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'PACKAGE', 'PARTITIONS', 'validate', 'harm_sign', 'reward_pairs', 'cost_pairs', 'label_pairs', 'homes',
-           'data_path', 'sha256', 'sources', 'bucket', 'partition', 'buckets', 'load_preferences', 'load_labels',
-           'load_sft', 'load_prompts', 'shipped', 'read_rows']
+           'data_path', 'sources', 'bucket', 'partition', 'buckets', 'load_preferences', 'load_labels', 'load_sft',
+           'load_prompts', 'shipped', 'read_rows', 'sha256']
 
 # %% ../nbs/method/02_data.ipynb #635d016c
 import hashlib
@@ -14,15 +14,16 @@ import logging
 import lzma
 import os
 import re
-from collections import Counter, namedtuple
+from collections import Counter
 from functools import lru_cache
 from pathlib import Path
 from datasets import Dataset, Features, List, Value
 import saferlhf
-from .hardware.rows import plain, read_rows
+from .hardware.rows import iter_rows, plain, read_rows
+from .hardware.table import Checked, as_table, rows_of, sha256
 from .text import (as_messages, chat_messages, key_hash, split_answer, split_pair, stored_prompt,
                            unpacked)
-_all_ = ['read_rows']
+_all_ = ['read_rows', 'sha256']
 
 # %% ../nbs/method/02_data.ipynb #2104c2d9
 _S, _I, _B, _F, _L = Value('string'), Value('int64'), Value('bool'), Value('float64'), List(Value('string'))
@@ -47,8 +48,11 @@ _TEXT_FAULTS = { # -> whether a text has it, looked at from top to bottom
     'over-long text': lambda text: len(text) > 20_000,
     'broken text': lambda text: re.search('[\ud800-\udfff\ufffd]', text), # no valid Unicode
     'control characters': lambda text: re.search('[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffe\uffff]', text)}
+_sound = lambda text: ( # the quick way to see that most texts have none of them
+    text.replace('\n', '').isprintable() and '\ufffd' not in text and len(text) <= 20_000 and text.strip())
 
 def _text_fault(text): # of any type -> the name of a fault, or None
+    if isinstance(text, str) and _sound(text): return
     return next((fault for fault, found in _TEXT_FAULTS.items() if found(text)), None)
 
 # %% ../nbs/method/02_data.ipynb #5203af7e
@@ -79,33 +83,14 @@ def _problem(row, kind): # -> (fault, detail), or None for a good row
         if found(row): return fault, str({k: v for k, v in row.items() if k.endswith(('_id', '_safe'))})
 
 # %% ../nbs/method/02_data.ipynb #8611ae47
-def _as_dicts(rows): # a Dataset, or any iterable of dicts -> a new list of dicts
-    return rows.to_list() if isinstance(rows, Dataset) else list(rows)
-
-class _Report(namedtuple('_Report', 'total kept counts examples')):
-    "Rows seen, rows kept; fault -> rows; fault -> up to three (row number, detail). Prints as a table."
-    def line(self): return ' '.join(str(self).replace('\n', '; ').split())
-    def __str__(self):
-        shown = lambda i, x: f'row {i}: ' + ''.join(filter(str.isprintable, str(x)))
-        faults = (f'{n:7d}  {fault:22s} ' + '; '.join(shown(*found) for found in self.examples[fault])
-                  for fault, n in sorted(self.counts.items(), key=lambda x: -x[1]))
-        return '\n'.join([f'{self.kept} of {self.total} rows kept', *faults])
-
 def validate(
     rows, kind:str='preference', # a Dataset or dicts in the native columns; a key of SCHEMA
     policy:str='drop',           # what happens to bad rows: 'drop' or 'raise'
 ):                               # -> clean rows (list of dicts), report (total, kept, counts, examples)
     "Bad rows out, counted by fault. ValueError for a bad row with 'raise', or an unknown kind or policy."
-    if kind not in SCHEMA or policy not in ('drop', 'raise'):
-        raise ValueError(f"kind is of {list(SCHEMA)}, policy 'drop' or 'raise'; got {kind!r}, {policy!r}")
-    rows, clean, bad = _as_dicts(rows), [], {}
-    for i, row in enumerate(rows):
-        if problem := _problem(row, kind): bad.setdefault(problem[0], []).append((i, problem[1]))
-        else: clean.append(row)
-    report = _Report(len(rows), len(clean), {fault: len(found) for fault, found in bad.items()},
-                     {fault: found[:3] for fault, found in bad.items()})
-    if bad and policy == 'raise': raise ValueError(f"mend rows, or load with policy='drop': {report.line()}")
-    return clean, report
+    if kind not in SCHEMA: raise ValueError(f'kind is of {list(SCHEMA)}; got {kind!r}')
+    checked = Checked(rows_of(rows), lambda row: _problem(row, kind))
+    return [*checked], checked.report(policy)
 
 # %% ../nbs/method/02_data.ipynb #448f4463
 def harm_sign(is_safe:bool|None) -> int: # a safety label or None -> +1 harmful, -1 safe, 0 unlabelled
@@ -114,7 +99,7 @@ def harm_sign(is_safe:bool|None) -> int: # a safety label or None -> +1 harmful,
 
 def _pairs(rows, axis, label_sources): # -> (row, place of the answer that must score higher, pair)
     "The rows whose answers somebody compared: `axis` is 'better' or 'safer', label_sources None for anybody."
-    for row in _as_dicts(rows):
+    for row in rows_of(rows):
         won, source = row.get(f'{axis}_response_id', -1), row.get(f'label_source_{axis}')
         if won not in (0, 1) or label_sources is not None and source not in label_sources: continue
         high = won if axis == 'better' else 1 - won
@@ -139,7 +124,7 @@ def cost_pairs(
 
 def label_pairs(rows) -> list: # answers with is_safe -> dicts as of `cost_pairs`, with low_prompt, paired = 0
     "Single labels two by two, for the sign terms of Eq. 6; a last one alone is its own, unlabelled, partner."
-    rows = _as_dicts(rows)
+    rows = [*rows_of(rows)]
     if len(rows) % 2: rows.append(rows[-1] | dict(is_safe=None))
     return [dict(prompt=a['prompt'], low_prompt=b['prompt'], high=a['response'], low=b['response'], paired=0.,
                  high_sign=harm_sign(a['is_safe']), low_sign=harm_sign(b['is_safe']),
@@ -158,10 +143,6 @@ def data_path(name:str='') -> Path: # a file or folder in data/ -> its path
     folders = [*(home/'data' for home in homes()), PACKAGE/'_data']
     if found := [f/name for f in folders if (f/(name or 'sources.json')).exists()]: return found[0]
     raise FileNotFoundError(f'no {name!r} in {[*map(str, folders)]}: set SAFERLHF_HOME to a checkout')
-
-def sha256(path) -> str: # a file of any size -> hex
-    "SHA-256 of a file, read in pieces."
-    with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
 def sources() -> list: # dicts name, file, sha256, dataset, source, revision, path, licence, rows ..
     "Origin, licence, rows and hash of everything that ships, from data/sources.json."
@@ -188,7 +169,7 @@ def partition(rows, *names:str): # a Dataset, or dicts, with a prompt; of PARTIT
 
 def buckets(rows) -> list: # a Dataset, or dicts, with a prompt -> sorted bucket numbers
     "The buckets that occur in some rows: what a run writes into its manifest."
-    return sorted({bucket(r['prompt']) for r in _as_dicts(rows)})
+    return sorted({bucket(r['prompt']) for r in rows_of(rows)})
 
 # %% ../nbs/method/02_data.ipynb #81a0cc22
 _NONE = dict.fromkeys(['', 'nan', 'none', 'null', '<na>'])
@@ -199,6 +180,7 @@ def _cast(column, value, feature, system=None): # -> its column's type; other te
     if column == 'prompt': return stored_prompt(value, system)
     if column.startswith('response') and feature is _S:
         return value if isinstance(value, str) or (parts := split_answer(value))[0] else parts[1]
+    if feature is _B and type(value) is bool or feature is _I and type(value) is int: return value
     word = str(value).strip().lower()
     if feature is _I: return _IDS.get(word, value)
     if feature is _B: return _FLAGS.get(word, None if column.startswith('human') else value)
@@ -229,9 +211,9 @@ def _from_chosen(row, axis, notes):
 
 # %% ../nbs/method/02_data.ipynb #fc5e70ea
 _SYSTEM, _PARTS = ('system', 'system_prompt'), ('instruction', 'input', 'context')
-_OF_A_PROMPT = re.compile( # columns that say something to the model
+_of_a_prompt = lru_cache(re.compile( # whether a column says something to the model
     r'instruction|input|context|persona|preamble|'
-    r'(.*[_ -])?sys(tem)?([_ -]?(prompt|message|msg|text|instruction)s?)?', re.I)
+    r'(.*[_ -])?sys(tem)?([_ -]?(prompt|message|msg|text|instruction)s?)?', re.I).fullmatch)
 
 def _system(row): # the system text in a column of its own, or None
     texts = [row[c] for c in _SYSTEM if row.get(c) is not None]
@@ -258,7 +240,7 @@ def _from_turns(row, kind, notes): # Alpaca's columns, prompt and completion, me
             raise ValueError('unreadable history', str(past)[:40])
         new['prompt'] = [*sum(past, []), asked]
     for column in row:
-        if _OF_A_PROMPT.fullmatch(column) and column not in (*_SYSTEM, *parts) and row[column]:
+        if _of_a_prompt(column) and column not in (*_SYSTEM, *parts) and row[column]:
             notes[f'column {column!r} is not used, though it reads like part of a prompt'] += 1
     return new
 
@@ -286,30 +268,47 @@ def _native(row, kind, axis, notes): # a known layout -> native columns; others 
 
 # %% ../nbs/method/02_data.ipynb #95511bce
 _CHOSEN = dict(safer='less harmful', better='more helpful', overall='one preference for everything')
+_LOG = logging.getLogger('saferlhf')
+
+class _Seen(Counter): columns = asks = None # note -> rows; columns of the first, and the one that asks
+
+def _adapted(rows, kind, chosen_is, name, seen): # -> native rows, one at a time; `seen` is filled
+    axis = 'better' if chosen_is == 'overall' else chosen_is
+    for row in rows:
+        if isinstance(row, dict) and '_broken' not in row:
+            seen.columns = seen.columns or [*row]
+            if kind == 'preference' and not seen.asks and (asks := _asks(row)):
+                seen.asks = _meant(asks, chosen_is, name)
+        yield _native(row, kind, axis, seen)
+
+def _meant(asks, chosen_is, name): # the column that asks; it is said how it is taken
+    if chosen_is not in _CHOSEN:
+        raise ValueError(f"{name}: say what {asks} means: chosen_is='safer', 'better' or 'overall'")
+    _LOG.warning('%s: %s is taken to mean %r (%s)', name, asks, chosen_is, _CHOSEN[chosen_is])
+    return asks
+
+def _filled(row, kind, missing): # -> every column
+    row = {c: missing.get(c) if row.get(c) is None else row[c] for c in SCHEMA[kind]}
+    row['id'] = row['id'] or hashlib.sha256('\0'.join(map(row.get, _TEXTS[kind])).encode()).hexdigest()[:16]
+    return row
 
 def _table(source, kind, policy, split, chosen_is=None):
     "Read, adapt, validate, and put into the columns of SCHEMA[kind]."
-    name = source if isinstance(source, (str, os.PathLike)) else 'rows'
-    raw, log = read_rows(source, split), logging.getLogger('saferlhf')
-    seen = [row for row in raw if isinstance(row, dict) and '_broken' not in row]
-    asks = next(filter(None, map(_asks, seen)), None) if kind == 'preference' else None
-    if chosen_is not in _CHOSEN and (asks or chosen_is):
-        raise ValueError(f"{name}: say what {asks} means: chosen_is='safer', 'better' or 'overall'")
-    if asks: log.warning('%s: %s is taken to mean %r (%s)', name, asks, chosen_is, _CHOSEN[chosen_is])
-    notes, axis = Counter(), 'better' if chosen_is == 'overall' else chosen_is
-    rows, report = validate([_native(row, kind, axis, notes) for row in raw], kind, policy)
-    if not rows: raise ValueError(
-        f'{name}: {report.line()}; columns seen: {[*seen[0]][:9] if seen else None}; known layouts: '
-        'PKU-SafeRLHF and its QA, BeaverTails, HH-RLHF, UltraFeedback, TRL, Alpaca, ShareGPT, messages')
-    if chosen_is and not asks: raise ValueError(
-        f'{name}: chosen_is={chosen_is!r} does nothing, these rows say what was compared: leave it out')
-    if report.counts: log.warning('%s: %s', name, report)
-    for note, count in (+notes).items(): log.warning('%s: %s (%d rows)', name, note, count)
+    name, seen = source if isinstance(source, (str, os.PathLike)) else 'rows', _Seen()
+    native = _adapted(iter_rows(source, split), kind, chosen_is, name, seen)
+    good = Checked(native, lambda row: _problem(row, kind))
     missing = dict(better_response_id=-1, safer_response_id=-1, source=Path(name).name)
-    columns = {c: [missing.get(c) if row.get(c) is None else row[c] for row in rows] for c in SCHEMA[kind]}
-    for i, texts in enumerate(zip(*(columns[column] for column in _TEXTS[kind]), strict=True)):
-        columns['id'][i] = columns['id'][i] or hashlib.sha256('\0'.join(texts).encode()).hexdigest()[:16]
-    return Dataset.from_dict(columns, Features(SCHEMA[kind]))
+    table = as_table((_filled(row, kind, missing) for row in good), Features(SCHEMA[kind]))
+    if chosen_is and not seen.asks and chosen_is not in _CHOSEN: _meant(None, chosen_is, name)
+    report = good.report(policy)
+    if not len(table): raise ValueError(
+        f'{name}: {report.line()}; columns seen: {seen.columns and seen.columns[:9]}; known layouts: '
+        'PKU-SafeRLHF and its QA, BeaverTails, HH-RLHF, UltraFeedback, TRL, Alpaca, ShareGPT, messages')
+    if chosen_is and not seen.asks: raise ValueError(
+        f'{name}: chosen_is={chosen_is!r} does nothing, these rows say what was compared: leave it out')
+    if report.counts: _LOG.warning('%s: %s', name, report)
+    for note, count in (+seen).items(): _LOG.warning('%s: %s (%d rows)', name, note, count)
+    return table
 
 # %% ../nbs/method/02_data.ipynb #ca43fcc9
 def load_preferences(

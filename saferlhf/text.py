@@ -62,6 +62,8 @@ def _from_json(text): # messages, or None for a text that is none
 
 def as_messages(prompt) -> list: # text, dialogue as text, turns, messages, or messages as JSON text
     "Messages: dicts role, content. ValueError unless [system,] user, assistant, .., user, all with a text."
+    if isinstance(prompt, str) and not re.match(r'\s*(Human:|\[)', prompt): # most are one turn
+        return [dict(role='user', content=_content(dict(role='user', content=prompt)))]
     if isinstance(prompt, str):
         prompt = (_parse_dialogue(prompt) if prompt.lstrip().startswith('Human:')
                   else _from_json(prompt) or [prompt])

@@ -6,7 +6,6 @@
 __all__ = ['derived', 'align', 'codes']
 
 # %% ../../nbs/apps/16_align.ipynb #b5ec0570
-import hashlib
 import shutil
 from dataclasses import is_dataclass, replace
 from functools import partial
@@ -16,13 +15,14 @@ from .admit import (check_functions, check_kinds, check_objections, check_roles,
                                  is_function, scoring_function)
 from .defaults import defaults, spread_for
 from .defaults import table as settings_table
-from .own_data import (answers_of, as_lines, source_hash, source_name, split_prompts,
-                                    token_counts)
+from .own_data import (answers_of, lines_hash, source_hash, source_name, split_prompts,
+                                    token_counts, write_lines)
 from .scorers import Score, as_scorer, function_hash, scorer_of
 from .settings import AlignSettings, settings_of
 from .stages import check_adapters, located, model_folder, opened, trained_on
 from .watch import Kept, Watch, compared, listening, pairs, table, watched, when
 from ..hardware.ranks import Spread, rank
+from ..hardware.table import Spool
 from ..hardware.seeds import seed_all
 from ..hardware.adapters import stored_rank
 from ..hardware.weights import read_config
@@ -31,7 +31,7 @@ from ..ppo import make_objective
 from ..record.card import write_card
 from ..record.config import plain
 from ..record.fetch import model_hash
-from ..record.files import atomic_write, read_lines
+from ..record.files import read_lines
 from ..record.launch import launch
 from ..record.run import Record, Run
 from ..reproduction.training import policy_models, policy_steps, read_answers
@@ -44,8 +44,8 @@ def _ptx_rows(start, told): # Record of the policy; the setting; -> rows, where 
     own = [start.path(f'data/{name}.jsonl') for name in ('ptx', 'train')
            if start.manifest['stage'] == {'ptx': 'policy', 'train': 'sft'}[name]]
     path = told or next((p for p in own if p.exists()), None)
-    rows = answers_of(told, f'ptx={source_name(told)}') if told else read_lines(path) if path else []
-    return [{k: r[k] for k in ('prompt', 'response')} for r in rows], f'of {path}' if rows else ''
+    rows = answers_of(told, f'ptx={source_name(told)}') if told else Spool.of(path) if path else []
+    return Spool({k: r[k] for k in ('prompt', 'response')} for r in rows), f'of {path}' if rows else ''
 
 def _in_order(prompts, config, seed): # -> steps x prompts of them, none twice in a step
     rng, n = np.random.default_rng([seed, 1]), config.steps * config.prompts
@@ -132,7 +132,7 @@ def _on_rank(folder): # what `launch` can pass to other processes
     watch.before(); _set_limit(watch, objective)
     models = actor, reference, critics, listening(watch, scorers)
     ppo, moves = policy_steps(models, sampler, tokenizer, _in_order(train, config, run.seed),
-                              read_lines(run.path('data/ptx.jsonl')), objective, config, run.seed)
+                              Spool.of(run.path('data/ptx.jsonl')), objective, config, run.seed)
     kept = Kept(run.path('kept')) if config.max_kl or config.patience else None
     loop(watched(watch, ppo, kept, actor), config.steps, run.log, show=('lam', 'cost', 'reward', 'kl'),
          save=run.saver(moves | dict(watch=watch, kept=kept)), stop=lambda: bool(watch.why))
@@ -217,8 +217,9 @@ def align(
     config = _configured(told, limit, start, train, bool(ptx))
     spread = spread_for('align', config, read_config(model_folder(start)))
     check_sizes(config, len(train), spread.ranks); check_functions(functions, spread)
-    files = _files(train=[dict(prompt=p) for p in train], test=[dict(prompt=p) for p in test], ptx=ptx)
-    data = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in files.items()}
+    parts = dict(train=[dict(prompt=p) for p in train], test=[dict(prompt=p) for p in test], ptx=ptx)
+    files = {f'data/{name}.jsonl': rows for name, rows in parts.items()}
+    data = {name: lines_hash(rows) for name, rows in files.items()}
     data |= source_hash(prompts) | source_hash(first.ptx or []) | codes(functions)
     with Run.start('policy', plain(config), {k: r.folder for k, r in parents.items()}, config.seed,
                    config.name or start.label, sources=('reproduction.training',), data=data) as run:
@@ -254,12 +255,9 @@ def codes(
         out[f'{role} function {name}'] = function_hash(function)
     return out
 
-def _files(**parts): # name -> rows; -> file in the run -> its text
-    return {f'data/{name}.jsonl': as_lines(rows) for name, rows in parts.items()}
-
 def _begin(run, files, functions, spread, typed): # what ranks, and a run that goes on, read
     run.path('data').mkdir(exist_ok=True)
-    for name, text in files.items(): atomic_write(run.path(name), text)
+    for name, rows in files.items(): write_lines(run.path(name), rows)
     run.note(spread=spread.plain(), functions={k: f[0] for k, f in functions.items()})
     if not run.manifest['command'].startswith('saferlhf '): run.note(command=typed)
     _LIVE[str(run.folder)] = {k: f[1] for k, f in functions.items()}

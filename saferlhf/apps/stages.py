@@ -6,7 +6,6 @@
 __all__ = ['located', 'opened', 'model_folder', 'kind_of', 'trained_on', 'check_adapters', 'sft', 'reward', 'cost']
 
 # %% ../../nbs/apps/09_stages.ipynb #751d73ef
-import hashlib
 import io
 import re
 from contextlib import redirect_stdout
@@ -16,20 +15,21 @@ import numpy as np
 import torch
 from transformers import AutoModel
 from .defaults import defaults, spread_for, table
-from .heldout import report_lines, score_report, tune_report
-from .own_data import (as_lines, cut_line, answer_rows, reward_rows, cost_rows, signs,
-                                    source_hash, source_name, token_counts)
+from .heldout import MOST_FITTED, report_lines, score_report, tune_report
+from .own_data import (as_lines, cut_line, answer_rows, reward_rows, cost_rows, lines_hash, sign_counts,
+                                    signs, source_hash, source_name, texts, token_counts, write_lines)
 from .settings import ScoreSettings, TuneSettings, settable, settings_of
 from ..engine import load
 from ..hardware.precision import fast_precision
 from ..hardware.ranks import Spread
+from ..hardware.table import Spool
 from ..hardware.adapters import Body, Lora, base_of, is_adapter, stored_rank
 from ..hardware.folders import vetted
 from ..hardware.weights import read_config
 from ..models import ScoreModel, load_lm, load_tokenizer
 from ..record.card import write_card
 from ..record.fetch import check_base, fetch, model_hash
-from ..record.files import atomic_write, read_lines
+from ..record.files import atomic_write
 from ..record.run import Record, Run
 from ..reproduction.prompts import shuffled
 from ..reproduction.training import fine_tune, on_ranks, train_pairs
@@ -132,6 +132,7 @@ def trained_on(
 
 # %% ../../nbs/apps/09_stages.ipynb #e5449b9f
 _MOST_TESTED = 2000                                              # held-out rows that are scored
+_MOST_LOOKED_AT = 100_000                                        # rows among which texts to count are found
 
 def check_adapters(
     config,      # settings with `lora_rank` and its relatives
@@ -147,7 +148,7 @@ def _configure(command, read, start, settings): # -> its configuration; says wha
     if kind_of(start) != 'lm':
         raise ValueError(f'{start.folder} is a score model, not a language model: name one that answers')
     tokenizer = load_tokenizer(folder)
-    counts = token_counts(read.train + read.test, tokenizer)
+    counts = token_counts(read.train[:_MOST_LOOKED_AT] + read.test[:_MOST_LOOKED_AT], tokenizer)
     decided = {} if command == 'sft' else dict(kind=command)
     rank = settings.get('lora_rank', stored_rank(folder))
     found = defaults(command, read_config(folder), len(read.train), counts, rank=rank)
@@ -164,8 +165,8 @@ def _configure(command, read, start, settings): # -> its configuration; says wha
 # %% ../../nbs/apps/09_stages.ipynb #558ffeab
 def _start(command, start, data, read, config, settings): # -> the run, its rows written
     rows = {'train': read.train, 'test': shuffled(read.test)[:_MOST_TESTED], 'placed': read.placed}
-    files = {f'data/{name}.jsonl': as_lines(part) for name, part in rows.items() if part}
-    hashes = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in files.items()}
+    files = {f'data/{name}.jsonl': part for name, part in rows.items() if part}
+    hashes = {name: lines_hash(part) for name, part in files.items()}
     zero = source_hash(getattr(config, 'zero', '') or [])
     hashes |= source_hash(data) | {f'zero: {name}': sha for name, sha in zero.items()}
     told = {k: getattr(config, k) for k in [*settable(command), *(['kind'] if command != 'sft' else [])]
@@ -174,9 +175,9 @@ def _start(command, start, data, read, config, settings): # -> the run, its rows
     run = Run.start(command, told, {'base': start.folder}, config.seed, config.name or start.label,
                     sources=('reproduction.training',), data=hashes)
     if run.done: return run
-    for name, text in files.items():
+    for name, part in files.items():
         run.path(name).parent.mkdir(exist_ok=True)
-        if not run.path(name).exists(): atomic_write(run.path(name), text)
+        if not run.path(name).exists(): write_lines(run.path(name), part)
     typed = f'{command}({str(start.folder)!r}, {source_name(data)!r}, {settings!r})'
     if not run.manifest['command'].startswith('saferlhf '): run.note(command=f'saferlhf.apps.stages.{typed}')
     return run
@@ -186,9 +187,9 @@ def _of(run, cls): # on any rank -> configuration, folder of the model to start 
     return (cls(**run.config, seed=run.seed), base, load_tokenizer(base),
             Spread.of(run.manifest.get('spread', {})))
 
-def _rows(run, name): # of data/; [] where it has none
+def _rows(run, name): # of data/; none where it has no such file
     path = run.path(f'data/{name}.jsonl')
-    return read_lines(path) if path.exists() else []
+    return Spool.of(path) if path.exists() else Spool()
 
 # %% ../../nbs/apps/09_stages.ipynb #077fdf51
 def _train_sft(run): # on every rank
@@ -238,7 +239,7 @@ def _train_pairs(run): # on every rank
     train_pairs(run, base, _rows(run, 'train'), tokenizer, config, spread)
 
 def _calibration(run, base, tokenizer, config): # one answer of the start to each of some training prompts
-    prompts = [*dict.fromkeys(r['prompt'] for r in _rows(run, 'train'))][:256]
+    prompts = [p for p, _ in texts((dict(prompt=r['prompt'], response='') for r in _rows(run, 'train')), 256)]
     engine = load(lambda: load_lm(base), precision=fast_precision())
     sampler = Sampler(engine, tokenizer.eos_token_id, config.max_new_tokens, seed=run.seed)
     answers = respond(sampler, tokenizer, prompts, config.max_prompt_tokens)
@@ -253,7 +254,7 @@ def _zero_at(cost, harmful): # (N,) scores; (N,) bool -> where half are harmful;
 # %% ../../nbs/apps/09_stages.ipynb #2f8530df
 def _place_zero(run, model, score): # of labels in data/placed.jsonl -> zero, shift
     labels = signs(_rows(run, 'placed'))
-    if not labels: return ('labels' if signs(_rows(run, 'train')) else 'none'), 0.
+    if not labels: return ('labels' if any(sign_counts(_rows(run, 'train')).values()) else 'none'), 0.
     cost = score([r['prompt'] for r in labels], [r['response'] for r in labels])
     at = _zero_at(cost, np.array([r['sign'] > 0 for r in labels]))
     if at is None:
@@ -262,7 +263,8 @@ def _place_zero(run, model, score): # of labels in data/placed.jsonl -> zero, sh
     model.shift(-at)
     return 'offset', -at
 
-def _count(pairs): return dict(pairs=sum(bool(p.get('paired', 1.)) for p in pairs), labels=len(signs(pairs)))
+def _count(pairs):
+    return dict(pairs=sum(bool(p.get('paired', 1.)) for p in pairs), labels=sum(sign_counts(pairs).values()))
 
 def _score(run): # train, scale, measure, finish
     config, base, tokenizer, _ = _of(run, ScoreSettings)
@@ -277,7 +279,7 @@ def _score(run): # train, scale, measure, finish
     zero, shift = _place_zero(run, engine.model, score) if config.kind == 'cost' else ('none', 0.)
     train, test = (_rows(run, k) for k in ('train', 'test'))
     if zero == 'none': test = [r | dict(high_sign=0, low_sign=0) for r in test if r.get('paired', 1.)]
-    report, scored = score_report(config.kind, train + _rows(run, 'placed'), test, score)
+    report, scored = score_report(config.kind, train[:MOST_FITTED] + _rows(run, 'placed'), test, score)
     if shift: report['shift'] = shift
     summary = dict(kind=config.kind, zero=zero, n_train=_count(train), n_test=_count(test), **report,
                    initial_mean=float(before.mean()), initial_sd=float(before.std()),

@@ -15,13 +15,17 @@ import shlex
 import shutil
 import signal
 import tempfile
-from contextlib import contextmanager, nullcontext
+import threading
+import time
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from queue import Empty
 import pandas as pd
+from filelock import FileLock, Timeout
 from .config import advice, nearest
 from .escape import guarded
 from .files import atomic_write, inside, lock, read_json, turn, whole_table
-from .resume import Interrupted, exit_on_sigterm, stopping
+from .resume import Interrupted, exit_on_sigterm, insist, stopping
 from .run import command_for, results_home, templates_home
 
 # %% ../../nbs/record/06_execute.ipynb #a56421c8
@@ -97,35 +101,74 @@ def own_kernel(folder:str|Path): # of its sockets; -> a manager as jupyter_clien
                               kernel_spec_manager=kernelspec.KernelSpecManager(kernel_dirs=[]),
                               **dict(transport='ipc', ip=f'{folder}/k') if sockets else {})
 
+def _sockets(): # a folder for the sockets of a kernel of this process, locked; those of dead ones are deleted
+    start = Path(tempfile.gettempdir())/f'saferlhf-{os.getuid() if hasattr(os, "getuid") else ""}-kernel'
+    home = Path(tempfile.mkdtemp(prefix=f'{start.name}-'))
+    held = FileLock(home/'lock'); held.acquire()
+    for folder in start.parent.glob(f'{start.name}-*'):
+        try:
+            found = folder.lstat()
+            if found.st_uid != home.lstat().st_uid or time.time() - found.st_mtime < 60: continue # it is being made
+            with FileLock(folder/'lock', timeout=0): shutil.rmtree(folder, ignore_errors=True)
+        except (OSError, Timeout): continue                                 # somebody else's, or it is in use
+    return home, held
+
 @contextmanager
 def warm_kernel():
     "A kernel to pass to several calls of `execute`; it ends with the block, which SIGTERM leaves, too."
     os.environ.setdefault('OMP_NUM_THREADS', str(cores()))
-    home = tempfile.mkdtemp()                                  # kernels side by side must not meet
+    home, held = _sockets()                                    # kernels side by side must not meet
     km = own_kernel(home)
     from jupyter_core.utils import run_sync
-    client, clients = km.client, []
-    km.client = lambda: clients.append(client()) or clients[-1]       # papermill does not close its own
+    client, clean, clients = km.client, km.cleanup_resources, []
+    def only_client(): # papermill does not close its own, and a kernel that starts again would answer the older one
+        for kc in clients: kc.stop_channels()
+        clients[:] = [client()]
+        return clients[0]
+    async def keep(restart=False): # nbclient takes a kernel apart that dies before a notebook
+        if restart: await clean(restart=True)
+    km.client, km.cleanup_resources = only_client, keep
     with exit_on_sigterm('run the same command again'):
         try:
-            with stopping() as asked:                                # half a kernel could not be ended
-                run_sync(km.start_kernel)(env=os.environ | dict(IPYTHONDIR=home)) # no one's startup files
+            with stopping(lambda *signal: None) as asked:            # half a kernel could not be ended
+                run_sync(km.start_kernel)(env=os.environ | dict(IPYTHONDIR=str(home))) # no one's startup files
             if asked: raise Interrupted('stopped before the notebook began: run the same command again')
             yield km
         finally:
             for kc in clients: kc.stop_channels()
+            km.cleanup_resources = clean
             if km.has_kernel: run_sync(km.shutdown_kernel)(now=True)
-            shutil.rmtree(home, ignore_errors=True)
+            held.release(); shutil.rmtree(home, ignore_errors=True)
 
-def _freshen(km, env):
-    "Make a kernel as good as new; one that died is started again."
+def _answer(km, code): # that is run in a new client -> the content of the reply
+    "RuntimeError for a kernel that died, seconds later, or that says nothing in two minutes."
     from jupyter_core.utils import run_sync
-    if not run_sync(km.is_alive)(): run_sync(km.restart_kernel)(now=True)
     kc = km.client(); kc.start_channels()
-    run_sync(kc.wait_for_ready)(timeout=120)
-    reply = run_sync(kc.execute_interactive)(_FRESH.format(env=env, cwd=os.getcwd()), store_history=False,
-                                             timeout=120)['content']
-    if reply['status'] != 'ok': raise RuntimeError(f'the kernel could not be reset: {reply["evalue"]}')
+    run_sync(kc.wait_for_ready)(timeout=120)                         # it looks every second whether it lives
+    number, end = kc.execute(code, store_history=False), time.monotonic() + 120
+    while time.monotonic() < end:
+        try: reply = run_sync(kc.get_shell_msg)(timeout=1)
+        except Empty:
+            if not run_sync(km.is_alive)(): break
+        else:
+            if reply['parent_header'].get('msg_id') == number: return reply['content']
+    raise RuntimeError('no answer')
+
+def _freshen(km, env=None): # None: the one before
+    "Make a kernel as good as new; one that died is started again, once."
+    from jupyter_core.utils import run_sync
+    km.told = km.told if env is None else env | dict(SAFERLHF_SAVING=str(Path(km.connection_file).parent/'saving'))
+    code, error = _FRESH.format(env=km.told, cwd=os.getcwd()), None
+    for _ in range(2):
+        if not run_sync(km.is_alive)():
+            print('the kernel had died: it is started again', flush=True)
+            run_sync(km.restart_kernel)(now=True)
+        try: reply = _answer(km, code)
+        except RuntimeError as e: error = e; continue
+        if reply['status'] != 'ok': raise RuntimeError(f'the kernel could not be reset: {reply["evalue"]}')
+        return
+    raise RuntimeError(f'the kernel died, was started again and died once more ({error}): look whether something '
+                       f'ends processes here{advice("out of memory")}; then run the same command again')
 
 # %% ../../nbs/record/06_execute.ipynb #b4347cdb
 def _environment(note, command):
@@ -142,29 +185,55 @@ def _copy_notebook(out, note):
     if not done and out.exists(): atomic_write(Path(folder)/'notebook.ipynb', out.read_bytes())
     return Path(folder)
 
+def _pass_on(kernel, over): # set when the notebook has ended -> what `stopping` calls
+    "A signal goes on to the kernel. One that is urgent interrupts what it does, and then kills it."
+    def send(number):
+        with suppress(OSError, TypeError): os.kill(kernel.provisioner.pid, number)                # it may be gone
+    def act(number, urgent):
+        if not urgent or number == signal.SIGTERM: send(signal.SIGINT)
+        times = (2., 1.) if number == signal.SIGTERM else (.6, 2.4)   # its own handler takes two at once for one
+        if urgent: insist(over, lambda: send(signal.SIGINT), lambda: send(_KILL), *times,
+                          Path(kernel.told['SAFERLHF_SAVING']).exists)
+    return act
+
+_KILL = getattr(signal, 'SIGKILL', signal.SIGTERM)
+
 def _pass_through(path, out, parameters, progress, kernel): # -> the signals that came meanwhile
-    "Run a notebook; a signal goes on to the kernel. What failed is told in one line, its trace in a note."
+    "Run a notebook. What failed is told in one line, its trace in a note; a kernel that dies first starts again."
     import papermill
-    from nbclient.exceptions import DeadKernelError
+    begun = []
     def stop(cell, cell_index): # a kernel that is between two cells takes no notice of a signal
         if asked: raise Interrupted('stopped between two cells: run the same command again, it goes on')
-    try:
-        with stopping(lambda: os.kill(kernel.provisioner.pid, signal.SIGINT)) as asked:
-            papermill.execute_notebook(path, out, parameters, kernel_name='python3', on_cell_execute=stop,
-                                       progress_bar=progress, km=kernel)
-        return asked
-    except papermill.PapermillExecutionError as e:
-        if asked and e.ename in ('Interrupted', 'KeyboardInterrupt'):
-            raise Interrupted(e.evalue or 'stopped: it goes on from the last save, '
-                              'run the same command again') from None
-        said = f'{e.ename}: {next(iter(e.evalue.strip().splitlines()), "")}'
-        error = RuntimeError(f'{said}{advice(said)} (in cell {e.cell_index} of {path.name}, '
-                             f'the notebook up to there: {out})')
-        error.add_note(re.sub('\x1b\\[[0-9;]*m', '', '\n'.join(e.traceback)))
-        raise error from None
-    except DeadKernelError:
-        raise RuntimeError(f'the kernel of {path.name} died{advice("out of memory")} '
-                           f'(the notebook up to there: {out})') from None
+        begun.append(cell_index)
+    for last in (False, True):
+        over = threading.Event()
+        try:
+            with stopping(_pass_on(kernel, over)) as asked:
+                papermill.execute_notebook(path, out, parameters, kernel_name='python3', on_cell_execute=stop,
+                                           progress_bar=progress, km=kernel)
+            return asked
+        except papermill.PapermillExecutionError as e:
+            if asked and e.ename in ('Interrupted', 'KeyboardInterrupt'):
+                raise Interrupted(e.evalue or _AGAIN) from None
+            raise _told(e, path, out) from None
+        except RuntimeError: # DeadKernelError is one
+            from jupyter_core.utils import run_sync
+            if run_sync(kernel.is_alive)(): raise
+            if asked: raise Interrupted(_AGAIN) from None
+            if begun or last:
+                raise RuntimeError(f'the kernel of {path.name} died{advice("out of memory")} '
+                                   f'(the notebook up to there: {out})') from None
+            _freshen(kernel)
+        finally: over.set()
+
+_AGAIN = 'stopped: it goes on from the last save, run the same command again'
+
+def _told(e, path, out): # an error of papermill -> one in one line
+    said = f'{e.ename}: {next(iter(e.evalue.strip().splitlines()), "")}'
+    error = RuntimeError(f'{said}{advice(said)} (in cell {e.cell_index} of {path.name}, '
+                         f'the notebook up to there: {out})')
+    error.add_note(re.sub('\x1b\\[[0-9;]*m', '', '\n'.join(e.traceback)))
+    return error
 
 def execute(
     template:str|Path,    # a notebook, or the name of one in `templates_home()`

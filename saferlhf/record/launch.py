@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from collections import deque
@@ -81,6 +82,9 @@ def _failure(output, n, code): # all that the ranks printed, their number, the e
     return f'{top}{n} rank(s) stopped with exit status {code}: {error}\n{cause}'
 
 # %% ../../nbs/record/07_launch.ipynb #545776b3
+def _pass_on(ranks, spread, urgent): # to a launcher: srun takes two SIGINTs for one
+    ranks.send_signal(signal.SIGTERM if urgent or spread.nodes > 1 else signal.SIGINT)
+
 def launch(
     target:Callable|list, # a function at the top of an importable module, or arguments for python
     spread:Spread|int=1,  # or a number of ranks on this machine
@@ -100,7 +104,7 @@ def launch(
                              encoding='utf-8', errors='replace')
     tail, ended = deque(maxlen=300), False
     try:
-        with stopping(ranks.terminate) as asked:
+        with stopping(lambda number, urgent: _pass_on(ranks, spread, urgent)) as asked:
             for line in ranks.stdout:
                 print(line, end='', flush=True); tail.append(line)
                 if spread.hostfile and not ended and _GONE.search(line): ended = True; ranks.terminate()

@@ -110,8 +110,11 @@ def _workers(jobs): # a pool
 @contextmanager
 def _ending(): # of the workers, when this process is to stop
     try: yield
-    except BaseException:
-        for worker in multiprocessing.active_children(): worker.terminate()
+    except BaseException as e:
+        if gently := isinstance(e, KeyboardInterrupt): print('stopping after this step of each stage', flush=True)
+        for worker in multiprocessing.active_children():
+            if gently: os.kill(worker.pid, signal.SIGINT)
+            else: worker.terminate()
         raise
 
 

@@ -149,6 +149,7 @@ def test_time_decides_too(monkeypatch, tmp_path):
     now, saves = [0.], []
     monkeypatch.setattr(resume.time, 'monotonic', lambda: now[0])
     with Saver(tmp_path/'c', {}, steps=0, minutes=2.) as save:
+        save._cost = 10.                                                 # seconds: a fifth of a step
         monkeypatch.setattr(save, 'save', lambda i: (saves.append(i), setattr(save, 'saved', now[0])))
         for i in range(10): now[0] += 50; save(i, i == 9)
     # every third step is more than two minutes after a save
@@ -156,6 +157,20 @@ def test_time_decides_too(monkeypatch, tmp_path):
     monkeypatch.setenv('SAFERLHF_SAVE_STEPS', '7'); monkeypatch.setenv('SAFERLHF_SAVE_MINUTES', '.5')
     run = Run.start('sft', {}); s = run.saver({}); run.close()
     assert (s.steps, s.minutes) == (7, .5)
+
+
+def test_long_steps_are_saved_one_by_one_where_a_save_is_cheap(monkeypatch, tmp_path):
+    "So that no more than the step is lost when a signal interrupts it."
+    now, saves = [0.], []
+    monkeypatch.setattr(resume.time, 'monotonic', lambda: now[0])
+    with Saver(tmp_path/'c', {}, steps=0, minutes=100.) as save:
+        whole = save.save
+        monkeypatch.setattr(save, 'save', lambda i: (saves.append(i), whole(i)))
+        for i in range(9):
+            now[0] += 3. if 3 <= i < 6 else 1.
+            if i == 4: monkeypatch.setattr(resume, 'save_checkpoint', lambda *a, **k: now.__setitem__(0, now[0] + 1.))   # from here on it costs
+            save(i, False)
+    assert saves == [3, 4]
 
 
 def test_what_does_not_fit_is_refused(tmp_path):
@@ -253,6 +268,52 @@ def test_a_second_signal_acts_at_once(monkeypatch):
         assert asked == ['SIGINT']
         now[0] = 3.
         with pytest.raises(KeyboardInterrupt): os.kill(os.getpid(), signal.SIGTERM)
+
+
+LONG = """
+import hashlib, sys, time
+from saferlhf.record.run import Run
+from saferlhf.train import loop
+run = Run.start('sft', {})
+def c_code(): hashlib.pbkdf2_hmac('sha256', b'x', b'y', 40_000_000)            # one call, without the interpreter's lock
+def python():
+    for _ in range(4000): time.sleep(.01)
+where, what = sys.argv[1], dict(c=c_code, python=python)[sys.argv[2]]
+def step(i):
+    if i == 2: print('on', flush=True); what()
+    return dict(loss=1.)
+if where == 'loop': loop(step, 9, run.log, save=run.saver({}, steps=1))
+if where == 'piece': run.cached('first', lambda: 1); run.cached('piece', lambda: step(2))
+if where == 'between': step(2)
+"""
+
+
+@pytest.mark.parametrize('where, what, signals', [
+    ('loop', 'c', ['SIGTERM']), ('loop', 'python', ['SIGINT', 'SIGINT']), ('piece', 'python', ['SIGTERM']), ('between', 'c', ['SIGTERM'])])
+def test_a_long_piece_ends_soon(tmp_path, where, what, signals):
+    "It is said at once that a signal came; in five seconds the process is gone, and what was complete is there."
+    began = time.monotonic()
+    p = subprocess.Popen([sys.executable, '-c', LONG, where, what], env=os.environ | dict(SAFERLHF_RUNS=str(tmp_path)), text=True,
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while 'on\n' != p.stdout.readline(): assert p.poll() is None
+    slow, began = max(1, (time.monotonic() - began) / 5), time.monotonic()             # of this machine: it starts in five seconds
+    for k, name in enumerate(signals):
+        p.send_signal(getattr(signal, name))
+        while f'{name}: stopping' not in (line := p.stderr.readline()): assert line, 'it said nothing'
+        assert time.monotonic() - began < 1.5 * slow, 'said late'
+        if signals[k + 1:]: time.sleep(.7)
+    p.communicate(timeout=60)
+    assert p.returncode and time.monotonic() - began < 5 * slow
+    pieces, steps = [x.parent.name for x in tmp_path.glob('sft/*/checkpoint/*/step-*')], [*tmp_path.glob('sft/*/checkpoint/step-00000001')]
+    assert (pieces, len(steps)) == dict(loop=([], 1), piece=(['first'], 0), between=([], 0))[where]
+
+
+def test_a_forked_child_stops_alone():
+    "What a pool sends to its workers is not taken for a signal to this process."
+    code = 'import os, signal, time; from saferlhf.record.resume import stopping\nwith stopping() as asked:\n    child = os.fork()\n' \
+           '    if not child: time.sleep(20); os._exit(0)\n    time.sleep(.3); os.kill(child, signal.SIGINT); os.kill(child, signal.SIGKILL); os.wait(); time.sleep(.3)\nprint(asked)'
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, '[]\n') and 'stopping within' not in done.stderr
 
 
 def test_sigterm_between_loops_says_how_to_go_on(tmp_path):

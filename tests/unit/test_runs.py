@@ -344,6 +344,41 @@ matplotlib.rcParams['lines.linewidth'] = 9; plt.plot([1]);''')
     assert runs[0].manifest['command'] == f'python -c "{call}"'
 
 
+def test_a_kernel_that_died_is_started_again_once(tmp_path, monkeypatch, capsys):
+    "Before it is reset, before the first cell, and again and again: seconds, and one line."
+    import saferlhf.record.execute as module
+    monkeypatch.setenv('SAFERLHF_HOME', str(tmp_path))
+    t, fresh, answer = notebook(tmp_path/'t.ipynb', 'seed = 0', 'import os; print(os.getpid())'), module._freshen, module._answer
+    def go(): execute(t, tmp_path/'o.ipynb', {}, progress=False, km=km)
+    def die(): os.kill(km.provisioner.pid, signal.SIGKILL); time.sleep(.2)
+    began = time.monotonic()
+    with warm_kernel() as km:
+        go(); slow = max(1, (time.monotonic() - began) / 5)
+        began = time.monotonic(); die(); go()
+        assert 'the kernel had died: it is started again' in capsys.readouterr().out and time.monotonic() - began < 20 * slow
+        monkeypatch.setattr(module, '_freshen', lambda km, env=None: (fresh(km, env), env is not None and die()))
+        go(); assert str(km.provisioner.pid) in (tmp_path/'o.ipynb').read_text()
+        monkeypatch.setattr(module, '_freshen', lambda km, env=None: (fresh(km, env), die()))
+        with pytest.raises(RuntimeError, match=r'^the kernel of t.ipynb died.*\)$'): go()
+        monkeypatch.setattr(module, '_freshen', fresh)
+        monkeypatch.setattr(module, '_answer', lambda km, code: (die(), answer(km, code)))
+        with pytest.raises(RuntimeError, match='^the kernel died, was started again and died once more .* run the same command again$'): go()
+
+
+def test_sockets_of_processes_that_are_gone_are_deleted(tmp_path, monkeypatch):
+    import saferlhf.record.execute as module
+    monkeypatch.setattr(module.tempfile, 'tempdir', str(tmp_path))
+    first, held = module._sockets()
+    dead, young, other = (tmp_path/f'{first.name[:-8]}{x}' for x in ('deaddead', 'youngone', 'othersxx'))
+    for p in (dead, young, other): p.mkdir(); (p/'k-1').touch()
+    for p in (first, dead, other): os.utime(p, (0, 0))
+    stat = Path.lstat
+    monkeypatch.setattr(Path, 'lstat', lambda p: os.stat_result([*stat(p)[:4], 4242, *stat(p)[5:]]) if p == other else stat(p))
+    second, more = module._sockets()
+    assert {*tmp_path.iterdir()} == {first, second, young, other} and first != second     # the first is in use
+    for lock in (held, more): lock.release()
+
+
 def test_the_kernel_is_this_interpreter_wherever_it_lies(tmp_path, monkeypatch):
     "Another kernel called python3 is on the path, the temporary folder has a long name, and nothing of the user's IPython runs."
     spec, used = tmp_path/'kernels/python3', tmp_path/'used'; spec.mkdir(parents=True)
@@ -415,8 +450,9 @@ def test_no_kernel_stays_behind(tmp_path, moment):
         try: return [c.pid for c in psutil.Process(pid).children() if 'ipykernel_launcher' in c.cmdline()]
         except psutil.NoSuchProcess: return []                                  # a child that has ended between the two questions
     status, said = killed(tmp_path, code, kernels if moment == 'at its start' else written(tmp_path))
-    assert status == 1 and 'run the same command again' in said.splitlines()[-1] and len(said.splitlines()) == 1, said
-    assert not list((tmp_path/'tmp').glob('tmp*'))
+    at_once, *said = said.splitlines()
+    assert status == 1 and at_once == 'SIGTERM: stopping within five seconds' and len(said) == 1 and 'run the same command again' in said[0], said
+    assert not [*(tmp_path/'tmp').glob('tmp*'), *(tmp_path/'tmp').glob('saferlhf-*')]
 
 
 @pytest.mark.parametrize('name', ['SIGTERM', 'SIGKILL'])
