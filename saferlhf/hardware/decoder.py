@@ -177,8 +177,8 @@ class Decoder:
         "Fill the caches of some slots with prompts, from their beginning."
         self._fill(ids, self._slot(ids, lay, slots), lay)
 
-    def refill(self, ids:Tensor, lay:Layout, slots:Tensor):
-        "`prefill` again and again: recorded for some sizes, if nothing in it depends on others."
+    def refill(self, ids:Tensor, lay:Layout, slots:Tensor): # as of `prefill`
+        "`prefill`, again and again: recorded for some sizes."
         N = len(ids)
         size = -(-N // (step := max(128, (1 << N.bit_length()) // 4))) * step
         if size > RECORDED or self.cap or not (ids.is_cuda and kernel_fits(self.keys, self.keys.shape[-1])

@@ -38,14 +38,14 @@ def early(device, rows:int)->dict: # where a kernel runs; what it works on
     return dict(EARLY=True, launch_pdl=True) if rows <= HURRIED and _hopper(device) else dict(EARLY=False)
 
 @jit
-def wait(EARLY: tl.constexpr):
+def wait(EARLY: tl.constexpr): # as the kernel was launched
     "Go on when all that earlier kernels wrote is there; the next one may begin."
     if EARLY:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
 
 @jit
-def total(x, m, step, PARTS: tl.constexpr): # pointers to the first of some parts, `step` numbers apart
+def total(x, m, step, PARTS: tl.constexpr): # places in the first part, real ones; numbers a part
     "The sum of parts, in 32 bits."
     v = tl.load(x, m, 0.).to(tl.float32)
     for p in tl.static_range(1, PARTS): v += tl.load(x + p * step, m, 0.).to(tl.float32)
@@ -131,7 +131,7 @@ def _plain_gate(gu, act):
     return (F.silu(g) if act == 'silu' else F.gelu(g, approximate='tanh')) * u
 
 @jit
-def act(g, SILU: tl.constexpr):
+def act(g, SILU: tl.constexpr): # a gate; GELU otherwise
     "The activation of a gate, in 32 bits."
     if SILU: a = g * tl.sigmoid(g)
     else: a = g * tl.sigmoid(1.5957691216057308 * (g + 0.044715 * g * g * g)) # (1 + tanh z)/2 = sigmoid(2z)
@@ -247,7 +247,7 @@ def kernel_fits(x:Tensor, D:int)->bool: # where heads are; numbers of one
     return on_gpu(x) and D % 2 == 0 and D >= 32
 
 def attend_cache(
-    qkv:Tensor,                     # (N, (heads + 2 kv_heads) * D) query, key, value of a token a row; or parts
+    qkv:Tensor,                     # (N, (heads + 2 kv_heads) * D) query, key, value of a token; or parts
     k_cache:Tensor, v_cache:Tensor, # (B, kv_heads, L, D) with B >= N; the new key and value go into them
     pos:Tensor, cos:Tensor, sin:Tensor, # (N,) int64 tokens in the row's cache; (N, D) of each row's position
     scale:float, seen:int|None=None, # of the scores; all of `pos` are below it: the plain form stops there
