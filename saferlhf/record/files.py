@@ -77,14 +77,17 @@ def whole_table(
     way:str='restore it with `git checkout`, or publish it again', # what to do about a damaged one
 )->Path:           # the same path
     "ValueError for an empty table, a line of a merge conflict, and one with another number of cells."
-    try: rows = list(csv.reader(io.StringIO(Path(path).read_bytes().decode('utf-8-sig'), newline='')))
+    rows, at = [], [1]
+    try:
+        lines = csv.reader(io.StringIO(Path(path).read_bytes().decode('utf-8-sig'), newline=''))
+        for row in lines: rows.append(row); at.append(lines.line_num + 1)
     except (ValueError, csv.Error) as e: raise ValueError(f'{path} is damaged ({e}): {way}') from None
     wrong = [] if rows and any(rows[0]) else ['it is empty']
-    for k, row in enumerate(rows, 1):
+    for n, row in zip(at, rows, strict=False):                              # a cell may hold several lines
         if row and row[0].startswith(_CONFLICT):
-            wrong.append(f'row {k} is left over from a merge: {row[0]:.20}')
+            wrong.append(f'line {n} is left over from a merge: {row[0]:.20}')
         elif row and len(row) != len(rows[0]):
-            wrong.append(f'row {k} has {len(row)} cells, not {len(rows[0])}')
+            wrong.append(f'line {n}: {len(row)} cells, not {len(rows[0])}')
     if wrong: raise ValueError(f'{path} is damaged ({wrong[0]}): {way}')
     return Path(path)
 

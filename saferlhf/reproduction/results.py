@@ -132,9 +132,9 @@ def _evaluation_tables(runs): # the same, of evaluations
 def _drop_others(profile, seed, table, ids): # rows of the seed that other runs have left
     path = results_home() / profile / f'{table}.csv'
     with turn(path):
-        rows = pd.read_csv(whole_table(path), dtype=str, keep_default_na=False)
+        rows = read_csv(whole_table(path), dtype=str, keep_default_na=False)
         stay = (rows.seed != str(seed)) | rows.run_id.isin(ids)
-        if not stay.all(): atomic_write(path, rows[stay].to_csv(index=False, lineterminator='\n'))
+        if not stay.all(): atomic_write(path, csv_text(rows[stay]))
 
 def publish_all(
     profile:str, seed:int, # of the reproduction

@@ -310,8 +310,8 @@ def test_half_published_tables_are_not_drawn(home, noted, tables, monkeypatch, c
     assert verify()[0] == []
 
 
-TABLES = {b'': 'it is empty', b'seed,a,run_id\n<<<<<<< HEAD\n0,1,x\n': 'row 2 is left over from a merge',
-          b'seed,a,run_id\n0,1\n': 'row 2 has 2 cells', b'seed,a,run_id\n=======\n0,1,x\n': 'left over', b'\xff\xfe': 'is damaged'}
+TABLES = {b'': 'it is empty', b'seed,a,run_id\n<<<<<<< HEAD\n0,1,x\n': 'line 2 is left over from a merge',
+          b'seed,a,run_id\n0,1\n': 'line 2: 2 cells, not 3', b'seed,a,run_id\n=======\n0,1,x\n': 'left over', b'\xff\xfe': 'is damaged'}
 
 
 @pytest.mark.parametrize('content', TABLES)
