@@ -13,6 +13,7 @@ from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 from ..hardware.adapters import is_adapter, merged
 from ..hardware.weights import read_config
 from ..models import ScoreModel, load_lm, load_tokenizer, save_tokenizer
+from ..record.run import Record
 
 # %% ../../nbs/apps/03_export.ipynb #bce5c43a
 _MEANING = dict(
@@ -56,8 +57,10 @@ It reads the prompt in the chat form that it was trained with, the answer, and t
 def export(
     source, out, # folder of a run or of a model; a new folder
 )->str:          # what was written
-    "Write a score model as transformers' classifier of one label, a policy as it is; or ValueError."
+    "Write a score model as transformers' classifier of one label, a policy as it is. Errors as of `Record`."
     source, out = Path(source), Path(out)
+    for home in (source, source.parent) if source.name == 'model' else (source,):
+        if (home/'manifest.json').exists(): Record(home)                            # it is as it was finished
     folder = source/'model' if (source/'model').is_dir() else source
     if out.exists() and (not out.is_dir() or any(out.iterdir())): raise ValueError(f'{out} is there already')
     if not is_adapter(folder) and not (folder/'config.json').is_file():

@@ -230,12 +230,12 @@ def identity(lab, table):
 
 def moved_one(lab, table, how, seed):
     "A finished runs folder is copied or moved; its commands work there, and a stage that is lost is made again under the same id."
-    runs, home = copied(lab, 'place', 'evaluate')
+    runs, home = copied(lab, 'place')
     new = lab.fresh(f'{how}-place')/'runs'; new.parent.mkdir()
     (shutil.move if how == 'moved' else shutil.copytree)(str(runs), str(new))
     if how == 'copied': os.rename(runs, lab.fresh('away'))
-    steps = 'verify', 'status', 'run evaluate --profile smoke', 'reproduce --profile smoke', 'figures --profile smoke', 'verify'
-    ends = calls(lab, new, home, *steps)
+    ends = calls(lab, new, home, 'verify', 'status'); shutil.rmtree(folder(lab, new, 'evaluate'))
+    ends += calls(lab, new, home, *(f'{argv} --profile smoke' for argv in ('run evaluate', 'reproduce', 'figures')), 'verify')
     ran = [x for x in ends[3][1].splitlines() if x.startswith('[') and 'done before' not in x and not {*x.split()} & {*BY_NOTEBOOK}]
     same = tables(home) == published(lab) and (folder(lab, new, 'evaluate')/'DONE').exists() and not ran
     good = not any(code for code, _ in ends) and same
@@ -322,15 +322,16 @@ def late_drawing(lab, table, seed):
     shutil.copytree(lab.folder/'published-home/data', home/'data')
     made = calls(lab, runs, home, *(f'run {stage} --profile smoke' for stage in BY_NOTEBOOK)); assert not any(c for c, _ in made)
     if 'drawn' not in KEPT:
-        start = time.time(); code, said = call(lab, runs, home, 'figures', '--profile', 'smoke'); assert code == 0, said[-2000:]
-        KEPT['drawn'], KEPT['seconds'] = tables(home, True), time.time() - start
+        code, said = call(lab, runs, home, 'figures', '--profile', 'smoke'); assert code == 0, said[-2000:]
+        KEPT['drawn'] = tables(home, True)
         shutil.rmtree(home/'figures'); shutil.rmtree(runs/'notebooks')
-    p = command(lab, runs, home, 'figures', '--profile', 'smoke')
-    time.sleep(KEPT['seconds'] * random.Random(seed).uniform(.3, .9)); os.killpg(p.pid, signal.SIGKILL); p.communicate()
+    p = command(lab, runs, home, 'figures', '--profile', 'smoke'); g = random.Random(seed)
+    while p.poll() is None and len([*home.glob('figures/smoke/*.png')]) < 2 + seed * 5: time.sleep(.02)
+    time.sleep(g.random()); os.killpg(p.pid, signal.SIGKILL); p.communicate()
     n = len([*home.glob('figures/smoke/*.png')]); code, said = call(lab, runs, home, 'figures', '--profile', 'smoke')
     good = p.returncode == -signal.SIGKILL and code == 0 and tables(home, True) == KEPT['drawn']
     outcome = 'identical' if good else f'FAILED: killed {p.returncode}, exit status {code}: {line(said)[:200]}'
-    table.add('kill -9', 'drawing', 'torch', seed, 'anywhere', n, outcome, 0, run_id(folder(lab, runs, 'evaluate')))
+    table.add('kill -9', 'drawing', 'torch', seed, f'after {n} pictures', n, outcome, 0, run_id(folder(lab, runs, 'evaluate')))
 
 
 def late(lab, table):

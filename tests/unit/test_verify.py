@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 from saferlhf.apps import commands
+from saferlhf.apps.export import export
 from saferlhf.apps.stages import located
 from saferlhf.record.execute import execute, publish
 from saferlhf.record.files import lock, newest, read_json, save_checkpoint, whole_table
@@ -52,10 +53,12 @@ ALTER = {'model/model.safetensors': lambda p: p.write_bytes(p.read_bytes()[::-1]
 
 
 @pytest.mark.parametrize('name', ALTER)
-def test_an_altered_parent_is_refused_by_name(name, capsys):
+def test_an_altered_parent_is_refused_by_name(home, name, capsys):
     run = made(); ALTER[name](run.folder/name)
     command = run.manifest['command']
-    for read in (Record, lambda f: Run.start('reward', {}, {'sft': f}), located, lambda f: Run.start('sft', {})):
+    readers = (Record, located, lambda f: Run.start('reward', {}, {'sft': f}), lambda f: Run.start('sft', {}),
+               lambda f: export(f, home/'out'), lambda f: export(f/'model', home/'out'))
+    for read in readers:
         with pytest.raises(ValueError) as e: read(run.folder)
         assert name in str(e.value) and str(run.folder) in str(e.value) and command in str(e.value) and '\n' not in str(e.value)
     capsys.readouterr(); assert commands.main(['verify']) == 1
