@@ -119,7 +119,7 @@ def _preferences(source, chosen_is, look, name): # -> table
     if chosen_is not in _MEANINGS or look.kind == 'chosen' and not chosen_is:
         raise ValueError(f"{name}, chosen_is={chosen_is!r}: say what chosen means, 'better' (more helpful), "
                          "'safer', or 'overall' (one preference for everything)")
-    for column, seen in look.ids.items(): # a row whose other id fits by chance would be read the wrong way round
+    for column, seen in look.ids.items(): # a row whose other id fits by chance would be read wrong
         if '2' in seen and '0' not in seen:
             raise ValueError(f'{name}: {column} counts answers from 1: response_0 is 0 and response_1 is 1')
     return load_preferences(source, chosen_is=chosen_is or None)
@@ -183,7 +183,7 @@ _OF_HARM = [ # columns that `cost_pairs` reads
     'prompt', 'response_0', 'response_1', 'safer_response_id', 'is_response_0_safe', 'is_response_1_safe',
     'label_source_safer', 'label_source_is_safe', 'source', 'id']
 
-def _harm_rows(source, chosen_is, name): # -> rankings by harm, then single labels; how many; rows with neither
+def _harm_rows(source, chosen_is, name): # -> rankings by harm, single labels; how many; rows with neither
     if chosen_is == 'overall':
         raise ValueError(f'{name}: an overall preference mixes helpfulness and harm, so no cost can be told '
                          "from it: a cost model needs safety labels, or rankings by harm (chosen_is='safer')")
@@ -193,8 +193,8 @@ def _harm_rows(source, chosen_is, name): # -> rankings by harm, then single labe
     if (look := _look(source)).kind == 'label':
         return (labels := Spool(rows_of(load_labels(source)))), 0, len(labels), 0
     rows = _preferences(source, chosen_is, look, name)
-    both = Spool(chain(({k: r[k] for k in _OF_HARM} for r in rows_of(rows) if r['safer_response_id'] in (0, 1)),
-                       _labels(rows)))
+    ranked = ({k: r[k] for k in _OF_HARM} for r in rows_of(rows) if r['safer_response_id'] in (0, 1))
+    both = Spool(chain(ranked, _labels(rows)))
     n = sum(x in (0, 1) for x in rows['safer_response_id'][:])
     return both, n, len(both) - n, len(rows) - n - len({hash(r['id']) for r in both[n:]})
 

@@ -89,7 +89,7 @@ def _object(file): # the object that is all of a text; None for any other text, 
     try: value, end = json.JSONDecoder().raw_decode(line := line.lstrip())
     except RecursionError: return None
     except ValueError as e:
-        if getattr(e, 'pos', 0) < len(line): return None         # wrong before its end: no later line mends it
+        if getattr(e, 'pos', 0) < len(line): return None        # wrong before its end: no later line mends it
         try: return json.loads(line + file.read())
         except (ValueError, RecursionError): return None
     return None if line[end:].strip() or any(x.strip() for x in file) else value
@@ -99,14 +99,16 @@ _READ, _LARGEST = 1 << 20, 1 << 27 # characters that are read at a time; of one 
 _blank = re.compile(r'[ \t\n\r]*')
 
 def _elements(file): # of a list that is all of a text; ValueError for any other text
-    decode, text, at, after = json.JSONDecoder().raw_decode, file.read(_READ).lstrip(), 1, '['
+    decode, text, at, after = json.JSONDecoder().raw_decode, '', 0, ''
     while True:
+        if not after: text = text.lstrip()
         at = _blank.match(text, at).end()
         try:
             mark = text[at:at + 1]
             if mark == ']' and after != ',': break
+            if mark == '[' and not after: at, after = 1, '['; continue
             if mark == ',' and after == 'value': at, after = at + 1, ','; continue
-            if after == 'value': raise ValueError('no comma')
+            if after in ('', 'value'): raise ValueError('no comma')
             value, end = decode(text, at)
             if end == len(text): raise ValueError('a number may go on')
         except ValueError:
@@ -114,9 +116,9 @@ def _elements(file): # of a list that is all of a text; ValueError for any other
             text, at = text[at:] + more, 0; continue
         yield value
         at, after = end, 'value'
-    while rest := text[at + 1:].strip() or not text: raise ValueError(f'{rest!r:.20} after the list')
-    while text := file.read(_READ):
-        if text.strip(): raise ValueError('more after the list')
+    while rest := text[at + 1:] or file.read(_READ):
+        if rest.strip(): raise ValueError('more after the list')
+        text = ''
 
 def _json_rows(file): # an open text: one value, or one a line
     first = next(filter(str.strip, iter(lambda: file.read(1), '')), '')
@@ -157,7 +159,7 @@ def _text_rows(file):
     if not line: raise _Refused('it holds no prompt: a line is one')
 
 def _parquet_rows(file, packed):
-    if packed: shutil.copyfileobj(file, apart := tempfile.TemporaryFile()); file = apart  # it is read in pieces
+    if packed: shutil.copyfileobj(file, apart := tempfile.TemporaryFile()); file = apart # read in pieces
     table = pq.ParquetFile(file, buffer_size=_READ)
     _unique(table.schema_arrow.names)
     for piece in table.iter_batches(_PIECE): yield from piece.to_pylist()
@@ -324,7 +326,7 @@ def _named(source, split, data_dir, revision): # a path or a name -> rows
 def iter_rows(
     source, split:str='train', # as of `read_rows`
     data_dir:str|None=None, revision:str|None=None, # as of `read_rows`
-):                             # iterator over dicts; errors come when the first row is asked for, or on the way
+):                             # iterator over dicts; errors come with the first row, or on the way
     "Rows of any source, one at a time. Errors as of `read_rows`."
     if isinstance(source, pd.DataFrame):
         _unique(source.columns)

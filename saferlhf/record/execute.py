@@ -106,7 +106,8 @@ def _sockets(): # a folder for the sockets of a kernel of this process, locked; 
     for folder in start.parent.glob(f'{start.name}-*'):
         try:
             found = folder.lstat()
-            if found.st_uid != home.lstat().st_uid or time.time() - found.st_mtime < 60: continue # it is being made
+            young = time.time() - found.st_mtime < 60                               # it is being made
+            if young or found.st_uid != home.lstat().st_uid: continue
             with FileLock(folder/'lock', timeout=0): shutil.rmtree(folder, ignore_errors=True)
         except (OSError, Timeout): continue                                 # somebody else's, or it is in use
     return home, held
@@ -119,7 +120,7 @@ def warm_kernel():
     km = own_kernel(home)
     from jupyter_core.utils import run_sync
     client, clean, clients = km.client, km.cleanup_resources, []
-    def only_client(): # papermill does not close its own, and a kernel that starts again would answer the older one
+    def only_client(): # papermill does not close its own; a kernel that starts again answers the oldest
         for kc in clients: kc.stop_channels()
         clients[:] = [client()]
         return clients[0]
@@ -129,7 +130,8 @@ def warm_kernel():
     with exit_on_sigterm('run the same command again'):
         try:
             with stopping(lambda *signal: None) as asked:            # half a kernel could not be ended
-                run_sync(km.start_kernel)(env=os.environ | dict(IPYTHONDIR=str(home))) # no one's startup files
+                # no one's startup files
+                run_sync(km.start_kernel)(env=os.environ | dict(IPYTHONDIR=str(home)))
             if asked: raise Interrupted('stopped before the notebook began: run the same command again')
             yield km
         finally:
@@ -155,7 +157,8 @@ def _answer(km, code): # that is run in a new client -> the content of the reply
 def _freshen(km, env=None): # None: the one before
     "Make a kernel as good as new; one that died is started again, once."
     from jupyter_core.utils import run_sync
-    km.told = km.told if env is None else env | dict(SAFERLHF_SAVING=str(Path(km.connection_file).parent/'saving'))
+    saving = Path(km.connection_file).with_name('saving')
+    km.told = km.told if env is None else env | dict(SAFERLHF_SAVING=str(saving))
     code, error = _FRESH.format(env=km.told, cwd=os.getcwd()), None
     for _ in range(2):
         if not run_sync(km.is_alive)():
@@ -165,8 +168,8 @@ def _freshen(km, env=None): # None: the one before
         except RuntimeError as e: error = e; continue
         if reply['status'] != 'ok': raise RuntimeError(f'the kernel could not be reset: {reply["evalue"]}')
         return
-    raise RuntimeError(f'the kernel died, was started again and died once more ({error}): look whether something '
-                       f'ends processes here{advice("out of memory")}; then run the same command again')
+    raise RuntimeError(f'the kernel died, was started again and died once more ({error}): look whether '
+                       f'something ends processes here{advice("out of memory")}; then run the same command again')
 
 # %% ../../nbs/record/06_execute.ipynb #b4347cdb
 def _environment(template, out, parameters):
@@ -187,10 +190,10 @@ def _copy_notebook(out, note):
 def _pass_on(kernel, over): # set when the notebook has ended -> what `stopping` calls
     "A signal goes on to the kernel. One that is urgent interrupts what it does, and then kills it."
     def send(number):
-        with suppress(OSError, TypeError): os.kill(kernel.provisioner.pid, number)                # it may be gone
+        with suppress(OSError, TypeError): os.kill(kernel.provisioner.pid, number)        # it may be gone
     def act(number, urgent):
         if not urgent or number == signal.SIGTERM: send(signal.SIGINT)
-        times = (2., 1.) if number == signal.SIGTERM else (.6, 2.4)   # its own handler takes two at once for one
+        times = (1.5, 1.) if number == signal.SIGTERM else (.6, 2.) # two at once count as one there
         if urgent: insist(over, lambda: send(signal.SIGINT), lambda: send(_KILL), *times,
                           Path(kernel.told['SAFERLHF_SAVING']).exists)
     return act
@@ -198,7 +201,7 @@ def _pass_on(kernel, over): # set when the notebook has ended -> what `stopping`
 _KILL = getattr(signal, 'SIGKILL', signal.SIGTERM)
 
 def _pass_through(path, out, parameters, progress, kernel): # -> the signals that came meanwhile
-    "Run a notebook. What failed is told in one line, its trace in a note; a kernel that dies first starts again."
+    "Run a notebook; a kernel that dies first starts again. What failed is one line, its trace a note."
     import papermill
     begun = []
     def stop(cell, cell_index): # a kernel that is between two cells takes no notice of a signal
@@ -213,19 +216,20 @@ def _pass_through(path, out, parameters, progress, kernel): # -> the signals tha
             return asked
         except papermill.PapermillExecutionError as e:
             if asked and e.ename in ('Interrupted', 'KeyboardInterrupt'):
-                raise Interrupted(e.evalue or _AGAIN) from None
+                # as the kernel saw it
+                raise Interrupted((e.evalue or _AGAIN).replace('SIGINT', asked[0])) from None
             raise _told(e, path, out) from None
         except RuntimeError: # DeadKernelError is one
             from jupyter_core.utils import run_sync
             if run_sync(kernel.is_alive)(): raise
-            if asked: raise Interrupted(_AGAIN) from None
+            if asked: raise Interrupted(_AGAIN.replace('SIGINT', asked[0])) from None
             if begun or last:
                 raise RuntimeError(f'the kernel of {path.name} died{advice("out of memory")} '
                                    f'(the notebook up to there: {out})') from None
             _freshen(kernel)
         finally: over.set()
 
-_AGAIN = 'stopped: it goes on from the last save, run the same command again'
+_AGAIN = 'stopped by SIGINT: it goes on from the last save, run the same command again'
 
 def _told(e, path, out): # an error of papermill -> one in one line
     said = f'{e.ename}: {next(iter(e.evalue.strip().splitlines()), "")}'

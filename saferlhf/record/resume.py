@@ -101,7 +101,7 @@ def _said(number, urgent): # at once, whatever the main thread is doing
         if rank() == 0: os.write(2, ('\n' * os.isatty(2) + line).encode())       # there a bar may stand
 
 class _Presses:
-    "Signals that come to a process. A call says whether it is to end soon, None for one passed on by a launcher."
+    "Signals to a process. A call says whether it is to end soon; None: a launcher passes one on again."
     def __init__(self): self.seen = []
     def __call__(self, number):
         now = time.monotonic()
@@ -123,7 +123,7 @@ def insist(
     threading.Thread(target=act, daemon=True).start()
 
 @contextmanager
-def _heard(how:str): # 'again': a second signal interrupts; 'once': the first one does; '': somebody else sees to it
+def _heard(how:str): # what interrupts: 'again': a second signal, 'once': the first; '': others see to it
     "Hear signals on a thread of its own, since a call of C code keeps Python's handlers waiting."
     over, main = threading.Event(), threading.current_thread() is threading.main_thread()
     if os.name != 'posix' or not main or 'ipykernel' in sys.modules: yield over; return # see `execute`
@@ -155,18 +155,22 @@ def _deaf(): # a forked child: what comes to it is not for its parent
     with suppress(ValueError): signal.set_wakeup_fd(-1)
 if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=_deaf)
 
+def _from_save(again): return f'stopped by SIGTERM: it goes on from the last save; to go on, {again}'
+
 @contextmanager
 def stopping(
     act:Callable|None=None, # called with each new signal's number, and whether to stop soon
 ):                          # list, then with the first signal's name
-    "Note SIGTERM and SIGINT; a second one acts at once (KeyboardInterrupt) where nothing else does."
+    "Note SIGTERM and SIGINT; without `act` a second one raises: KeyboardInterrupt, or `Interrupted`."
     asked, new, here = [], _Presses(), not act and os.name == 'posix' and 'ipykernel' not in sys.modules
     def note(number, frame):
         if (urgent := new(number)) is None: return
         if not here: _said(number, urgent)
         if first := not asked: asked.append(signal.Signals(number).name)
         if act and len(new.seen) < 3: act(number, urgent)
-        elif not first and not _SAVING: over.set(); raise KeyboardInterrupt
+        elif not first and not _SAVING:
+            over.set()
+            raise Interrupted(_from_save(again())) if asked == ['SIGTERM'] else KeyboardInterrupt
     with _heard('' if act else 'again') as over, _handler(note, (signal.SIGTERM, signal.SIGINT)): yield asked
 
 @contextmanager
@@ -174,7 +178,7 @@ def exit_on_sigterm(again:str): # how to go on
     "SIGTERM raises `Interrupted`, which says how to go on; a handler that is set already stays."
     def leave(number, frame):
         over.set()
-        raise Interrupted(f'stopped by SIGTERM: it goes on from the last save; to go on, {again}')
+        raise Interrupted(_from_save(again))
     if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL: yield; return
     with _heard('once') as over, _handler(leave, [signal.SIGTERM]): yield
 
@@ -200,7 +204,7 @@ def _state(o):
 
 @contextmanager
 def _saving(): # whoever wants the process to end waits for it
-    mark = os.environ.get('SAFERLHF_SAVING')                                 # of a stage's kernel, see `execute`
+    mark = os.environ.get('SAFERLHF_SAVING')                         # of a stage's kernel, see `execute`
     _SAVING.append(mark)
     with suppress(OSError):
         if mark: Path(mark).touch()

@@ -107,7 +107,8 @@ def _workers(jobs): # a pool
 def _ending(): # of the workers, when this process is to stop
     try: yield
     except BaseException as e:
-        if gently := isinstance(e, KeyboardInterrupt): print('stopping after this step of each stage', flush=True)
+        gently = isinstance(e, KeyboardInterrupt)                # the workers had it, too, or have it now
+        if gently: print('SIGINT: stopping after this step of each stage', flush=True)
         for worker in multiprocessing.active_children():
             if gently: os.kill(worker.pid, signal.SIGINT)
             else: worker.terminate()

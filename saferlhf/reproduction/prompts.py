@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from ..data import cost_pairs, data_path, label_pairs, reward_pairs, shipped, sources
 from ..hardware.ranks import shown
-from ..hardware.table import picked
+from ..hardware.table import Spool, picked
 from ..record.fetch import model_hash
 from ..text import encode_prompt, encode_response, key_hash, prompt_id
 
@@ -71,8 +71,9 @@ def order_of(
     first = np.fromiter(((i * 2654435761 + sum(salt.encode())) % 1000003 for i in map(int, ids)), np.int64)
     return np.lexsort((ids, first))
 
-def shuffled(rows, salt:str=''): # dicts with a prompt, a list or a `Spool`; -> all of them, the same kind
+def shuffled(rows, salt:str=''): # dicts with a prompt, a `Spool` or what becomes a list; -> all of them
     "The rows as `order_of` says."
+    if not isinstance(rows, Spool): rows = [*rows]
     return picked(rows, order_of((prompt_id(r['prompt']) for r in rows), salt))
 
 def held_out(prompt)->bool: # a string or a dialogue

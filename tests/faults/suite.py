@@ -1,6 +1,6 @@
 """The fault suite: what goes wrong, when, and what was left of the run. Results go to data/results/reliability/*.csv.
 
-    python tests/faults/suite.py [kill disk damage numbers ranks kernel lock rows]
+    python tests/faults/suite.py [kill disk damage numbers ranks kernel lock rows large]
 
 Every run is a stage of nbs/templates at smoke size, in a process of its own. After the fault the same command is given again, and the
 end is compared with that of a run that was left alone: weights, tables and metrics (their seconds apart) must have the same bytes.
@@ -299,6 +299,8 @@ def kernel(lab, home):
     cases = [('policy-2', 'kernel', 'SIGKILL'), ('sft', 'kernel', 'SIGKILL'), ('evaluate', 'kernel', 'SIGKILL'),
              ('policy-2', 'process', 'SIGTERM'), ('policy-2', 'process', 'SIGINT'), ('collect-2', 'process', 'SIGTERM')]
     for seed, case in enumerate(cases): kernel_one(lab, table, *case, seed)
+    from faults import stops
+    stops.cases(lab, table)
 
 
 def lock_one(lab, table, stage, seed):
@@ -337,6 +339,14 @@ def rows(lab, home):
 
 
 GROUPS = dict(kill=kill, disk=disk, damage=damage, numbers=numbers, kernel=kernel, lock=lock, ranks=ranks, rows=rows)
+
+
+def large(lab, home):
+    from faults.large import cases
+    cases(lab, Table('large', home))
+
+
+GROUPS['large'] = large
 
 
 def main(names, home=ROOT/'data/results/reliability', base=None):

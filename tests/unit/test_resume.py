@@ -168,7 +168,7 @@ def test_long_steps_are_saved_one_by_one_where_a_save_is_cheap(monkeypatch, tmp_
         monkeypatch.setattr(save, 'save', lambda i: (saves.append(i), whole(i)))
         for i in range(9):
             now[0] += 3. if 3 <= i < 6 else 1.
-            if i == 4: monkeypatch.setattr(resume, 'save_checkpoint', lambda *a, **k: now.__setitem__(0, now[0] + 1.))   # from here on it costs
+            if i == 4: monkeypatch.setattr(resume, 'save_checkpoint', lambda *a, **k: now.__setitem__(0, now[0] + 1.))     # it costs
             save(i, False)
     assert saves == [3, 4]
 
@@ -310,8 +310,13 @@ def test_a_long_piece_ends_soon(tmp_path, where, what, signals):
 
 def test_a_forked_child_stops_alone():
     "What a pool sends to its workers is not taken for a signal to this process."
-    code = 'import os, signal, time; from saferlhf.record.resume import stopping\nwith stopping() as asked:\n    child = os.fork()\n' \
-           '    if not child: time.sleep(20); os._exit(0)\n    time.sleep(.3); os.kill(child, signal.SIGINT); os.kill(child, signal.SIGKILL); os.wait(); time.sleep(.3)\nprint(asked)'
+    code = '''import os, signal, time
+from saferlhf.record.resume import stopping
+with stopping() as asked:
+    child = os.fork()
+    if not child: time.sleep(20); os._exit(0)
+    time.sleep(.3); os.kill(child, signal.SIGTERM); time.sleep(.3); os.kill(child, signal.SIGKILL); os.wait()
+print(asked)'''
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (0, '[]\n') and 'stopping within' not in done.stderr
 

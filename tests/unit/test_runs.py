@@ -362,7 +362,7 @@ def test_a_kernel_that_died_is_started_again_once(tmp_path, monkeypatch, capsys)
         with pytest.raises(RuntimeError, match=r'^the kernel of t.ipynb died.*\)$'): go()
         monkeypatch.setattr(module, '_freshen', fresh)
         monkeypatch.setattr(module, '_answer', lambda km, code: (die(), answer(km, code)))
-        with pytest.raises(RuntimeError, match='^the kernel died, was started again and died once more .* run the same command again$'): go()
+        with pytest.raises(RuntimeError, match='^the kernel died, was started again and died once more .* the same command again$'): go()
 
 
 def test_sockets_of_processes_that_are_gone_are_deleted(tmp_path, monkeypatch):
@@ -376,7 +376,7 @@ def test_sockets_of_processes_that_are_gone_are_deleted(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, 'lstat', lambda p: os.stat_result([*stat(p)[:4], 4242, *stat(p)[5:]]) if p == other else stat(p))
     second, more = module._sockets()
     assert {*tmp_path.iterdir()} == {first, second, young, other} and first != second     # the first is in use
-    for lock in (held, more): lock.release()
+    for taken in (held, more): taken.release()
 
 
 def test_the_kernel_is_this_interpreter_wherever_it_lies(tmp_path, monkeypatch):
@@ -451,7 +451,8 @@ def test_no_kernel_stays_behind(tmp_path, moment):
         except psutil.NoSuchProcess: return []                                  # a child that has ended between the two questions
     status, said = killed(tmp_path, code, kernels if moment == 'at its start' else written(tmp_path))
     at_once, *said = said.splitlines()
-    assert status == 1 and at_once == 'SIGTERM: stopping within five seconds' and len(said) == 1 and 'run the same command again' in said[0], said
+    assert status == 1 and at_once == 'SIGTERM: stopping within five seconds', at_once
+    assert len(said) == 1 and 'run the same command again' in said[0], said
     assert not [*(tmp_path/'tmp').glob('tmp*'), *(tmp_path/'tmp').glob('saferlhf-*')]
 
 
