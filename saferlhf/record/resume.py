@@ -142,7 +142,7 @@ def _heard(how:str): # what interrupts: 'again': a second signal, 'once': the fi
                               functools.partial(send, signal.SIGKILL), soon, 1. if ranks() > 1 else last)
         os.close(heard)
     before = signal.set_wakeup_fd(told if how else -1, warn_on_full_buffer=False)
-    threading.Thread(target=listen, daemon=True).start()
+    listener = threading.Thread(target=listen, daemon=True); listener.start()
     try: yield over
     finally:
         over.set()
@@ -150,6 +150,7 @@ def _heard(how:str): # what interrupts: 'again': a second signal, 'once': the fi
             now = signal.set_wakeup_fd(-1)
             signal.set_wakeup_fd(before if now in (told, -1) else now)
             os.close(told)
+        listener.join(1)                                          # what it has to say is said before the end
 
 def _deaf(): # a forked child: what comes to it is not for its parent
     with suppress(ValueError): signal.set_wakeup_fd(-1)
