@@ -137,9 +137,11 @@ def warm_kernel():
             if asked: raise Interrupted('stopped before the notebook began: run the same command again')
             yield km
         finally:
-            for kc in clients: kc.stop_channels()
             km.cleanup_resources = clean
             if km.has_kernel: run_sync(km.shutdown_kernel)(now=True)
+            # a signal that came while a client opened may have left a socket that closing waits for
+            closing = threading.Thread(target=lambda: [kc.stop_channels() for kc in clients], daemon=True)
+            closing.start(); closing.join(2)
             held.release(); shutil.rmtree(home, ignore_errors=True)
 
 def _answer(km, code): # that is run in a new client -> the content of the reply

@@ -456,6 +456,18 @@ def test_no_kernel_stays_behind(tmp_path, moment):
     assert not [*(tmp_path/'tmp').glob('tmp*'), *(tmp_path/'tmp').glob('saferlhf-*')]
 
 
+def test_a_client_that_does_not_close_keeps_nobody(tmp_path):
+    "A signal that comes while a client opens may leave a socket that its context waits for. The first client makes room for a second."
+    notebook(tmp_path/'t.ipynb', 'seed = 0')
+    code = """import time, jupyter_client.client as c
+calls = []
+c.KernelClient.stop_channels = lambda self: calls.append(1) or len(calls) > 1 and time.sleep(100)
+from saferlhf.record.execute import execute; execute('t.ipynb', 'o.ipynb', {}, progress=False); print(len(calls))"""
+    env = os.environ | dict(PYTHONPATH=str(Path(__file__).parents[2]))
+    done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=90)
+    assert done.stdout.split()[-1:] == ['2'], done.stderr
+
+
 @pytest.mark.parametrize('name', ['SIGTERM', 'SIGKILL'])
 def test_workers_end_with_the_command(tmp_path, name):
     "The process that waits for them gets the signal alone."
