@@ -25,10 +25,10 @@ own = lambda: int(next(x for x in open('/proc/self/status') if x.startswith('Rss
 seen, call = [], dict(load=load_preferences, reward=lambda p: reward_rows(p, 0, .1), cost=lambda p: cost_rows(p, 0, .1))[sys.argv[1]]
 def watch():
     while True: seen.append(own()); time.sleep(.01)
-for path in sys.argv[2:]:
-    if path == sys.argv[3]: first = max(seen); seen.clear()
-    if path == sys.argv[2]: threading.Thread(target=watch, daemon=True).start()
-    kept = call(path)
+threading.Thread(target=watch, daemon=True).start()
+for _ in range(4): kept = call(sys.argv[2])  # a short call may hide its peak from the watch
+first = max(seen); seen.clear()
+kept = call(sys.argv[3])
 print(1024 * (max(seen) - first))'''
 
 
