@@ -93,11 +93,16 @@ def _handler(function, signals):
 
 _SOON = 2.   # seconds that a step has after SIGTERM
 _SAVING = [] # saves that have begun
+_KERNEL = 'ipykernel.kernelapp' # what a kernel has imported; whoever starts one has `ipykernel` alone
+_SAYS, _SAID = threading.RLock(), {}
 
-def _said(number, urgent): # at once, whatever the main thread is doing
+def _said(number, urgent): # at once, whatever the main thread is doing; once, though two may hear it
     how = 'stopping within five seconds' if urgent else 'stopping after this step, Ctrl-C again stops at once'
+    with _SAYS:
+        line, now = f'{signal.Signals(number).name}: {how}\n', time.monotonic()
+        if now - _SAID.get(line, -1.) < .5: return
+        _SAID[line] = now
     with suppress(OSError):                                                        # nobody listens
-        line = f'{signal.Signals(number).name}: {how}\n'
         if rank() == 0: os.write(2, ('\n' * os.isatty(2) + line).encode())       # there a bar may stand
 
 class _Presses:
@@ -126,7 +131,7 @@ def insist(
 def _heard(how:str): # what interrupts: 'again': a second signal, 'once': the first; '': others see to it
     "Hear signals on a thread of its own, since a call of C code keeps Python's handlers waiting."
     over, main = threading.Event(), threading.current_thread() is threading.main_thread()
-    if os.name != 'posix' or not main or 'ipykernel' in sys.modules: yield over; return # see `execute`
+    if os.name != 'posix' or not main or _KERNEL in sys.modules: yield over; return # see `execute`
     (heard, told), new, send = os.pipe(), _Presses(), functools.partial(os.kill, os.getpid())
     os.set_blocking(told, False)
     def listen():
@@ -147,8 +152,8 @@ def _heard(how:str): # what interrupts: 'again': a second signal, 'once': the fi
     finally:
         over.set()
         with suppress(ValueError, OSError):                                  # closed by another thread
-            now = signal.set_wakeup_fd(-1)
-            signal.set_wakeup_fd(before if now in (told, -1) else now)
+            now = signal.set_wakeup_fd(before)
+            if now not in (told, -1): signal.set_wakeup_fd(now)              # another's, which came since
             os.close(told)
         listener.join(1)                                          # what it has to say is said before the end
 
@@ -163,7 +168,7 @@ def stopping(
     act:Callable|None=None, # called with each new signal's number, and whether to stop soon
 ):                          # list, then with the first signal's name
     "Note SIGTERM and SIGINT; without `act` a second one raises: KeyboardInterrupt, or `Interrupted`."
-    asked, new, here = [], _Presses(), not act and os.name == 'posix' and 'ipykernel' not in sys.modules
+    asked, new, here = [], _Presses(), not act and os.name == 'posix' and _KERNEL not in sys.modules
     def note(number, frame):
         if (urgent := new(number)) is None: return
         if not here: _said(number, urgent)
@@ -178,6 +183,7 @@ def stopping(
 def exit_on_sigterm(again:str): # how to go on
     "SIGTERM raises `Interrupted`, which says how to go on; a handler that is set already stays."
     def leave(number, frame):
+        if _KERNEL not in sys.modules: _said(number, True)           # the listeners may just be changing
         over.set()
         raise Interrupted(_from_save(again))
     if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL: yield; return

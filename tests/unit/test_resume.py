@@ -322,6 +322,29 @@ print(asked)'''
     assert (done.returncode, done.stdout) == (0, '[]\n') and 'stopping within' not in done.stderr
 
 
+@pytest.mark.parametrize('imports', ['', 'import ipykernel, papermill'])
+def test_a_signal_is_heard_while_listeners_change(imports):
+    "Whoever starts kernels has imported ipykernel. Whatever the moment, it is said at once that a signal came."
+    code = f'''{imports}
+import os, signal, time
+from saferlhf.record.resume import Interrupted, exit_on_sigterm, stopping
+real = signal.set_wakeup_fd
+def change(fd, **options):
+    before = real(fd, **options)
+    left[0] -= 1
+    if left[0] == 0 and signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        os.write(2, b'sent '); os.kill(os.getpid(), signal.SIGTERM)
+    return before
+signal.set_wakeup_fd = change
+for k in range(1, 6):
+    left = [k]; time.sleep(.6)                                                 # or it is taken for the same one
+    try:
+        with exit_on_sigterm('go on'), stopping(lambda *signal: None): pass
+    except Interrupted: pass'''
+    said = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=60).stderr
+    assert said.count('sent ') >= 2 and said == said.count('sent ') * 'sent SIGTERM: stopping within five seconds\n', said
+
+
 def test_sigterm_between_loops_says_how_to_go_on(tmp_path):
     "The run is closed before Python takes its modules apart: no handler is put back too late."
     code = '''from saferlhf.record.run import Run; import time

@@ -442,10 +442,13 @@ def written(folder):
     return lambda pid: [int(x) for x in s.split()[:-1]] if ';' in (s := there()) else []
 
 
-@pytest.mark.parametrize('moment', ['at its start', 'in a cell'])
+@pytest.mark.parametrize('moment', ['at its start', 'before a cell', 'in a cell'])
 def test_no_kernel_stays_behind(tmp_path, moment):
     notebook(tmp_path/'t.ipynb', 'seed = 0', SLOW)
-    code = "from saferlhf.record.execute import execute; execute('t.ipynb', 'o.ipynb', {}, progress=False)"
+    code = "from saferlhf.record import execute; execute.execute('t.ipynb', 'o.ipynb', {}, progress=False)"
+    if moment == 'before a cell': # which nobody but this process sees
+        slow = f"def slow(km, *a): os.getppid = lambda: km.provisioner.pid; exec({SLOW!r})"
+        code = code.replace('execute;', f'execute; import os\n{slow}\nexecute._freshen = slow;')
     def kernels(pid):
         try: return [c.pid for c in psutil.Process(pid).children() if 'ipykernel_launcher' in c.cmdline()]
         except psutil.NoSuchProcess: return []                                  # a child that has ended between the two questions
