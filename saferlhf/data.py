@@ -77,7 +77,7 @@ def _problem(row, kind): # -> (fault, detail), or None for a good row
         if fault := _text_fault(row.get(name)): return fault, f'{name}: {row.get(name)!r:.30}'
     try: turns = [m['content'] for m in as_messages(row['prompt'])]
     except ValueError as e: return 'broken dialogue', str(e)
-    for text in turns:                                           # JSON hides what is wrong with a turn
+    for text in turns if turns != [row['prompt']] else (): # JSON hides what is wrong with a turn
         if fault := _text_fault(text): return fault, f'prompt: {text!r:.30}'
     for fault, found in _LABEL_FAULTS.get(kind, {}).items():
         if found(row): return fault, str({k: v for k, v in row.items() if k.endswith(('_id', '_safe'))})
@@ -177,10 +177,10 @@ _FLAGS = _NONE | {'true': True, '1': True, '1.0': True, 'false': False, '0': Fal
 _IDS = _NONE | {'0': 0, '0.0': 0, '1': 1, '1.0': 1, '-1': -1, '-1.0': -1}
 
 def _cast(column, value, feature, system=None): # -> its column's type; other texts and labels stay
+    if feature is _B and type(value) is bool or feature is _I and type(value) is int: return value
     if column == 'prompt': return stored_prompt(value, system)
     if column.startswith('response') and feature is _S:
         return value if isinstance(value, str) or (parts := split_answer(value))[0] else parts[1]
-    if feature is _B and type(value) is bool or feature is _I and type(value) is int: return value
     word = str(value).strip().lower()
     if feature is _I: return _IDS.get(word, value)
     if feature is _B: return _FLAGS.get(word, None if column.startswith('human') else value)
@@ -211,9 +211,9 @@ def _from_chosen(row, axis, notes):
 
 # %% ../nbs/method/02_data.ipynb #fc5e70ea
 _SYSTEM, _PARTS = ('system', 'system_prompt'), ('instruction', 'input', 'context')
-_of_a_prompt = lru_cache(re.compile( # whether a column says something to the model
-    r'instruction|input|context|persona|preamble|'
-    r'(.*[_ -])?sys(tem)?([_ -]?(prompt|message|msg|text|instruction)s?)?', re.I).fullmatch)
+_says = re.compile(r'instruction|input|context|persona|preamble|'
+                   r'(.*[_ -])?sys(tem)?([_ -]?(prompt|message|msg|text|instruction)s?)?', re.I).fullmatch
+_of_a_prompt = lru_cache(lambda columns: [*filter(_says, columns)]) # -> those that say something to the model
 
 def _system(row): # the system text in a column of its own, or None
     texts = [row[c] for c in _SYSTEM if row.get(c) is not None]
@@ -239,8 +239,8 @@ def _from_turns(row, kind, notes): # Alpaca's columns, prompt and completion, me
         if not pairs or not isinstance(asked := (row | new).get('prompt'), str):
             raise ValueError('unreadable history', str(past)[:40])
         new['prompt'] = [*sum(past, []), asked]
-    for column in row:
-        if _of_a_prompt(column) and column not in (*_SYSTEM, *parts) and row[column]:
+    for column in _of_a_prompt(tuple(row)):
+        if column not in (*_SYSTEM, *parts) and row[column]:
             notes[f'column {column!r} is not used, though it reads like part of a prompt'] += 1
     return new
 
@@ -287,8 +287,8 @@ def _meant(asks, chosen_is, name): # the column that asks; it is said how it is 
     _LOG.warning('%s: %s is taken to mean %r (%s)', name, asks, chosen_is, _CHOSEN[chosen_is])
     return asks
 
-def _filled(row, kind, missing): # -> every column
-    row = {c: missing.get(c) if row.get(c) is None else row[c] for c in SCHEMA[kind]}
+def _filled(row, kind, missing): # native columns; all columns, what stands where nothing does -> every column
+    row = missing | {c: x for c, x in row.items() if x is not None}
     row['id'] = row['id'] or hashlib.sha256('\0'.join(map(row.get, _TEXTS[kind])).encode()).hexdigest()[:16]
     return row
 
@@ -297,7 +297,7 @@ def _table(source, kind, policy, split, chosen_is=None):
     name, seen = source if isinstance(source, (str, os.PathLike)) else 'rows', _Seen()
     native = _adapted(iter_rows(source, split), kind, chosen_is, name, seen)
     good = Checked(native, lambda row: _problem(row, kind))
-    missing = dict(better_response_id=-1, safer_response_id=-1, source=Path(name).name)
+    missing = {c: -1 if '_response_id' in c else None for c in SCHEMA[kind]} | dict(source=Path(name).name)
     table = as_table((_filled(row, kind, missing) for row in good), Features(SCHEMA[kind]))
     if chosen_is and not seen.asks and chosen_is not in _CHOSEN: _meant(None, chosen_is, name)
     report = good.report(policy)

@@ -43,7 +43,7 @@ def _content(message): # of chat messages: text, or parts that are texts
     return _valid(text)
 
 def _valid(text): # ValueError for half a surrogate pair, which no tokenizer takes
-    if re.search('[\ud800-\udfff]', text): raise ValueError(f'this is no valid Unicode: {text[:40]!r}')
+    if not text.isascii() and re.search('[\ud800-\udfff]', text): raise ValueError(f'this is no valid Unicode: {text[:40]!r}')
     return text
 
 # %% ../nbs/method/01_text.ipynb #9a45d021

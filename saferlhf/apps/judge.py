@@ -49,7 +49,8 @@ class AnswerSettings:
 
 def _asked(prompts, config, known): # file or list; as of `trained_on` -> prompts in the order of their hashes
     if config.rows < 0: raise ValueError(f'rows={config.rows}: it is a number of prompts, or 0 for all')
-    found = [*prompts] if isinstance(prompts, (list, tuple)) else load_prompts(prompts)['prompt'][:]
+    found = prompts if isinstance(prompts, (list, tuple)) else load_prompts(prompts)['prompt'][:]
+    found = [p['prompt'] if isinstance(p, dict) else p for p in found]        # rows, as `align` takes them
     found = sorted({prompt_id(p): p for p in found}.values(), key=lambda p: (key_hash(p), prompt_id(p)))
     if not found: raise ValueError(f'{prompts} holds no prompt')
     new = found if config.force else [p for p in found if key_hash(p) not in known]

@@ -237,6 +237,7 @@ def save_adapter(
     tensors = _tensors(role, state_dict) | {_HEAD + k: v.detach() for k, v in (head or {}).items()}
     config.task_type, config.modules_to_save = ('SEQ_CLS', ['score']) if head else ('CAUSAL_LM', None)
     config.inference_mode = True
+    config.target_modules = sorted(config.target_modules)              # a set has another order in each process
     config.save_pretrained(folder)
     save_file({k: v.cpu().clone() for k, v in tensors.items()}, folder/'adapter_model.safetensors',
               metadata={'format': 'pt'})

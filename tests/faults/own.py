@@ -1,9 +1,10 @@
 """Commands of one's own, publishing and drawing, killed at a file that is about to be, or has just been, put in its place.
 
-    python own.py make|align|rounds|publish|draw [NUMBER OF THE FILE, before|after]
+    python own.py make|align|adapters|rounds|judging|publish|draw [NUMBER OF THE FILE, before|after]
 
-`make` leaves the tiny models that `align` and `rounds` start from.
+`make` leaves the tiny models that the others start from. What an endpoint replies counts as a file, too.
 """
+import itertools
 import json
 import os
 import signal
@@ -39,6 +40,7 @@ def make():
     from tiny import finished, scorer, tokenizer
     good = dict(beats_rule=dict(rank=True, sign=True), zero='labels')
     models = dict(policy=finished('sft', speaker(), rows=[dict(prompt='how', response='sure please')] * 2))
+    models |= dict(other=finished('sft', speaker(), dict(second=True), name='other'))
     models |= {k: finished(k, scorer(vocab=len(tokenizer()), seed=i, kind=k), good) for i, k in enumerate(('reward', 'cost'), 5)}
     MODELS.write_text(json.dumps({k: str(p.relative_to(RUNS.resolve())) for k, p in models.items()}))
 
@@ -51,9 +53,23 @@ def prompts():
 def models(): return {k: RUNS/p for k, p in json.loads(MODELS.read_text()).items()}
 
 
+def three(): return [models()[k] for k in ('policy', 'reward', 'cost')]
+
+
 def align():
     from saferlhf.apps.align import align
-    align(*models().values(), prompts(), 0., SIZES | dict(look=2))
+    align(*three(), prompts(), 0., SIZES | dict(look=2))
+
+
+def adapters():
+    from saferlhf.apps.align import align
+    align(*three(), prompts(), 0., SIZES | dict(look=2, lora_rank=2))
+
+
+def judging(): # an endpoint, whose replies are kept, and a cost model compare two policies
+    from saferlhf.apps.judge import judge as compare
+    a, b, cost = (models()[k] for k in ('policy', 'other', 'cost'))
+    compare(a, b, prompts(), [f'safer={os.environ["ENDPOINT"]}', f'cost={cost}'], dict(rows=24, max_new_tokens=6, batch_size=2), dict(yes=True))
 
 
 def rounds():
@@ -73,15 +89,18 @@ def draw():
 
 def count_files(n, when):
     "Kill this process before, or after, the n-th file or folder is put in its place; -> how many there were."
-    count = [0]
+    numbers, count = itertools.count(1), [0]
     def counted(inner):
-        def place(a, b):
-            count[0] += 1
-            if count[0] == n and when == 'before': os.kill(os.getpid(), signal.SIGKILL)
-            inner(a, b)
-            if count[0] == n: os.kill(os.getpid(), signal.SIGKILL)
+        def place(*a):
+            count[0] = k = next(numbers)                                            # several threads ask an endpoint
+            if k == n and when == 'before': os.kill(os.getpid(), signal.SIGKILL)
+            made = inner(*a)
+            if k == n: os.kill(os.getpid(), signal.SIGKILL)
+            return made
         return place
     os.replace, os.rename = counted(os.replace), counted(os.rename)
+    from saferlhf.apps.endpoint import Endpoint
+    Endpoint._reply = counted(Endpoint._reply)
     return count
 
 

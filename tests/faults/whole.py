@@ -6,7 +6,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+import zlib
+from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -282,24 +286,45 @@ def everything(runs):
 KEPT = {} # of calls that were left alone
 
 
-def late_own(lab, table, what, seed):
-    "`align`, or two rounds that collect and annotate, killed at a file; the same call goes on."
+@contextmanager
+def endpoint(): # a server whose verdict depends on the question alone; yields what it was asked
+    asked = []
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *a): pass
+        def do_POST(self):
+            asked.append(self.rfile.read(int(self.headers['Content-Length'])))
+            said = ('A', 'B', 'tie')[zlib.crc32(asked[-1]) % 3]
+            with suppress(OSError):                                                # who asked may be dead
+                self.send_response(200); self.end_headers()
+                self.wfile.write(json.dumps({'choices': [{'message': {'content': said}}]}).encode())
+    with ThreadingHTTPServer(('127.0.0.1', 0), Handler) as http:
+        threading.Thread(target=http.serve_forever, daemon=True).start()
+        os.environ['ENDPOINT'] = f'http://127.0.0.1:{http.server_port}/v1#judge'
+        try: yield asked
+        finally: http.shutdown()
+
+
+def late_own(lab, table, what, seed, asked=()): # what an endpoint was asked
+    "A command of one's own (see own.py), killed at a file; the same call goes on. Of questions at most those under way are asked again."
     made = lab.folder/'own-models'
     if not made.exists(): code, said = own(lab, made, lab.folder, 'make'); assert code == 0, said[-2000:]
-    def fresh(name): shutil.copytree(made, runs := lab.fresh(name)); return runs
+    def fresh(): shutil.copytree(made, runs := lab.fresh('own')); return runs    # always there: an adapter names its base's folder
     if what not in KEPT:
-        code, said = own(lab, runs := fresh(f'own-{what}'), lab.folder, what); assert code == 0, said[-2000:]
+        code, said = own(lab, runs := fresh(), lab.folder, what); assert code == 0, said[-2000:]
         KEPT[what] = everything(runs), int(line(said).split()[-1])
     wanted, files = KEPT[what]
-    g, runs = random.Random(seed), fresh('own-killed')
+    g, runs = random.Random(seed), fresh()
     n, when = g.randint(3, files - 1), g.choice(('before', 'after'))
+    if asked: asked.clear()
     killed, _ = own(lab, runs, lab.folder, what, n, when)
     before = len(everything(runs)); code, said = own(lab, runs, lab.folder, what)
     found = everything(runs); differ = [k for k in wanted | found if wanted.get(k) != found.get(k)]
-    good = killed == -signal.SIGKILL and code == 0 and not differ
-    outcome = 'identical' if good else f'FAILED: killed {killed}, exit status {code}: {line(said)[:200]}, differs in {differ}'
+    again = len(asked) - len({*asked})
+    good = killed == -signal.SIGKILL and code == 0 and not differ and again <= 4
+    outcome = 'identical' if good else (
+        f'FAILED: killed {killed}, exit status {code}: {line(said)[:200]}, differs in {differ}, {again} questions asked again')
     last = max((p.parent for p in runs.glob('*/*/DONE')), key=lambda p: (p/'DONE').stat().st_mtime)
-    table.add('kill -9', what, 'torch', seed, f'{when} file {n} of {files}', before, outcome, 0, run_id(last))
+    table.add('kill -9', what, 'torch', seed, f'{when} file {n} of {files}', before, outcome, again, run_id(last))
 
 
 def late_publishing(lab, table, seed):
@@ -336,6 +361,9 @@ def late_drawing(lab, table, seed):
 
 def late(lab, table):
     for seed in range(6): late_own(lab, table, 'align', seed)
+    for seed in range(4): late_own(lab, table, 'adapters', seed)
+    with endpoint() as asked:
+        for seed in range(6): late_own(lab, table, 'judging', seed, asked)
     for seed in range(8): late_own(lab, table, 'rounds', seed)
     for seed in range(5): late_publishing(lab, table, seed)
     for seed in range(2): late_drawing(lab, table, seed)

@@ -151,6 +151,7 @@ def test_the_five_commands_with_adapters(stages, tmp_path, capsys):
     base, models = stages
     for record in models.values():
         told = json.loads(record.path('model/adapter_config.json').read_text(encoding='utf-8'))
+        assert told['target_modules'] == sorted(told['target_modules'])          # the same content in each process
         assert told['r'] == 2 and record.config['lora_rank'] == 2
         told = json.loads(record.path('model/saferlhf.json').read_text(encoding='utf-8'))
         assert told['base_sha256'] == model_hash(base/'model')

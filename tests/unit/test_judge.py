@@ -160,8 +160,9 @@ def test_foreign_models_lists_and_limits(policies, tmp_path):
     tiny_model(vocab_size=300, seed=2).save_pretrained(tmp_path/'m'); save_tokenizer(tiny.tokenizer(), tmp_path/'m')
     (tmp_path/'p.txt').write_text('\n'.join(PROMPTS) + '\n\n')
     limits = dict(rows=5, max_prompt_tokens=100, max_new_tokens=8, temperature=0.)
-    one, two = (judge(tmp_path/'m', policies[0], p, length, limits) for p in (tmp_path/'p.txt', PROMPTS[::-1]))
-    assert one.folder == two.folder and one.summary['n'] == 5           # the same prompts, whatever their order
+    rows = [dict(prompt=p) for p in PROMPTS]
+    one, two, three = (judge(tmp_path/'m', policies[0], p, length, limits) for p in (tmp_path/'p.txt', PROMPTS[::-1], rows))
+    assert one.folder == two.folder == three.folder and one.summary['n'] == 5           # the same prompts, whatever their order
     rows = read_lines(judge(tmp_path/'m', tmp_path/'m', PROMPTS, length, limits).path('judged.jsonl'))
     assert all(r['a'] == r['b'] and r['verdicts']['length']['wins'] == 0 for r in rows)
 
