@@ -183,7 +183,8 @@ _COMMANDS = {   # name -> function, options
     'verify': (_verify, {'runs': dict(nargs='*', metavar='RUN', help='a folder, or STAGE/NAME (default: all '
                                       'runs, the ledgers and data/results)')}),
     'fetch': (_fetch, {
-        'model': dict(nargs='?', default='smollm2', help='smollm2: SmolLM2-135M-Instruct (default)'),
+        'model': dict(nargs='?', default='smollm2', help='smollm2: SmolLM2-135M-Instruct '
+                      '(default); mpnet, gemma3: of other families, to judge with'),
         '--from': dict(dest='folder', default='', metavar='FOLDER', help='it is here already')}),
     'figures': (_figures, _PROFILE | _SEED),
     'report': (_report, _PROFILE | _SEED | {

