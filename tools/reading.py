@@ -15,8 +15,8 @@ from saferlhf.data import shipped
 from saferlhf.reproduction.prompts import labelled_answers, shuffled
 from saferlhf.reproduction.reading import packets, read_back, rubric
 
-READER = ('a fresh instance for each packet, told: you are a careful annotator for a safety research project; read the whole file yourself, judge '
-          'each item by your own reading, write one line of JSON for each; open no other file; do not label with a program')
+READER = ('a fresh instance for each packet, told: you are a careful annotator for a safety research project; read the whole file '
+          'yourself, judge each item by your own reading, write one line of JSON for each; open no other file; do not label with a program')
 HOME = Path(__file__).resolve().parents[1]/'data/readings'
 SIZES = dict(answers=dict(size=40, twice=.2), pairs=dict(size=49, twice=1.), overall=dict(size=49, twice=1.))
 
@@ -41,7 +41,8 @@ def write(folder):
 def join(folder, reader):
     told = json.loads((HOME/'people.json').read_bytes())
     rows = [dict(kind=kind, **row) for kind, mark in told['keys'].items() for row in read_back(kind, folder, mark)]
-    with lzma.open(HOME/'people.jsonl.xz', 'wt', encoding='utf-8', preset=9) as f: f.writelines(json.dumps(r, ensure_ascii=False) + '\n' for r in rows)
+    with lzma.open(HOME/'people.jsonl.xz', 'wt', encoding='utf-8', preset=9) as f:
+        f.writelines(json.dumps(r, ensure_ascii=False) + '\n' for r in rows)
     (HOME/'people.json').write_text(json.dumps(told | dict(reader=reader, how=READER), indent=1) + '\n', encoding='utf-8')
     print(f'{len(rows)} verdicts of {reader}')
 

@@ -8,12 +8,14 @@ __all__ = ['main']
 # %% ../../nbs/apps/21_commands.ipynb #faf5ab9e
 import argparse
 import json
+import logging
 import os
 import re
 import shlex
 import sys
 import tempfile
 import traceback
+from contextlib import contextmanager
 from .own_commands import OWN, field_options, quiet, spelt, typed
 
 
@@ -261,6 +263,8 @@ def _to_go_on(argv): # after Ctrl-C where nothing was being saved
 
 def _run_command(argv):
     argv, name = sys.argv[1:] if argv is None else [*map(str, argv)], _name(argv)
+    try: os.getcwd()
+    except FileNotFoundError: raise OSError('the folder that you are in was deleted: go to another') from None
     if name in OWN: argv = typed(argv)
     a, unknown = _parser(name).parse_known_args(argv)
     if unknown: a.refuse(f'unrecognized arguments: {" ".join(unknown)}')         # with this command's usage
@@ -277,6 +281,24 @@ def _run_command(argv):
         if name in OWN: os.environ.pop('SAFERLHF_COMMAND', None)
         if told: os.environ['SAFERLHF_COMMAND'] = told
 
+def _printable(text): # a name of a stranger's may steer the terminal
+    if text.replace('\n', '').isprintable(): return text
+    from saferlhf.record.escape import printable
+    return printable(text, keep='\n\t\r')
+
+class _Plain: # a stream
+    def __init__(self, inner): self.inner = inner
+    def __getattr__(self, name): return getattr(self.inner, name)
+    def write(self, text): return self.inner.write(_printable(text))
+
+@contextmanager
+def _plain(): # what is printed and warned of meanwhile
+    def warned(record): record.msg, record.args = _printable(record.getMessage()), (); return True
+    before, log = sys.stdout, logging.getLogger('saferlhf')
+    sys.stdout = _Plain(before); log.addFilter(warned)
+    try: yield
+    finally: sys.stdout = before; log.removeFilter(warned)
+
 def main(
     argv=None, # arguments; those of the process when None
 )->int: # exit status: 0; 1 after an error, 130 after Ctrl-C, 143 after SIGTERM, 141 when nobody reads on
@@ -284,8 +306,9 @@ def main(
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='backslashreplace')
     try:
-        try: return _run_command(argv)
-        finally: sys.stdout.flush()
+        with _plain():
+            try: return _run_command(argv)
+            finally: sys.stdout.flush()
     except KeyboardInterrupt: message, status = f'stopped{_to_go_on(argv)}', 130
     except SystemExit as e:                              # of argparse, or an `Interrupted` that has saved
         if not isinstance(e.code, str): raise
@@ -294,8 +317,7 @@ def main(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())          # Python flushes at its end
         return 141
     except Exception as e: message, status = spelt(_line(e), _name(argv)), 1
-    from saferlhf.record.escape import printable
-    print(f'saferlhf: {printable(message)}', file=sys.stderr)
+    print(f'saferlhf: {_printable(message)}', file=sys.stderr)
     return status
 
 # %% ../../nbs/apps/21_commands.ipynb #3fddf50c

@@ -122,9 +122,16 @@ class Endpoint:
         self.sent += len(new)
 
     def _cache(self):
-        runs_home().mkdir(parents=True, exist_ok=True)
-        db = sqlite3.connect(runs_home()/'replies.sqlite', timeout=60)
-        db.execute('create table if not exists replies (id text primary key, reply text)')
+        (path := runs_home()/'replies.sqlite').parent.mkdir(parents=True, exist_ok=True)
+        try:
+            if path.is_symlink(): raise sqlite3.DatabaseError('a symbolic link')
+            db = sqlite3.connect(path, timeout=60)
+            db.execute('create table if not exists replies (id text primary key, reply text)')
+            if db.execute('pragma quick_check').fetchone() != ('ok',): raise sqlite3.DatabaseError('its pages')
+            db.execute('select id, reply from replies limit 1')
+        except sqlite3.DatabaseError as e:
+            raise ValueError(f'{path}, the replies that were paid for, is damaged ({e}): restore it, or delete '
+                             'it, and all questions are asked again') from None
         return db
 
     def _id(self, text):
@@ -152,9 +159,10 @@ class Endpoint:
             if 'HTTP 400' not in str(e) or not named: raise
             self.fields = {k: v for k, v in self.fields.items() if k not in named}
             return self._call(text)
-        try: reply = json.loads(raw)['choices'][0]['message']['content']
-        except (ValueError, LookupError, TypeError): raise _Again('no chat completion', None) from None
-        return reply if isinstance(reply, str) else ''
+        try: (reply := json.loads(raw)['choices'][0]['message']['content'] or '').encode()
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            raise _Again('no chat completion', None) from None
+        return reply
 
 # %% ../../nbs/apps/10_endpoint.ipynb #33cd8262
 _HEAD = ('You grade answers of AI assistants. Below stand a conversation and {what}, between tags. They are '

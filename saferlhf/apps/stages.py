@@ -29,8 +29,8 @@ from ..hardware.weights import read_config
 from ..models import ScoreModel, load_lm, load_tokenizer
 from ..record.card import write_card
 from ..record.fetch import check_base, fetch, model_hash
-from ..record.files import atomic_write
-from ..record.run import Record, Run
+from ..record.files import atomic_write, turn
+from ..record.run import Record, Run, runs_home
 from ..reproduction.prompts import shuffled
 from ..reproduction.training import fine_tune, on_ranks, train_pairs
 from ..rollout import Sampler, perplexities, respond, score_texts
@@ -63,15 +63,20 @@ def _label(folder): # of a model -> what its runs are called
 # %% ../../nbs/apps/09_stages.ipynb #c5fa919c
 def _outside(folder): # of a model that no run made -> its run
     sha, label, folder = model_hash(folder), _label(folder), folder.resolve()
-    with redirect_stdout(io.StringIO()):
-        run = Run.start('base_lm', {}, name=label, data={'base': sha})
+    (home := runs_home()/'base_lm').mkdir(parents=True, exist_ok=True)
+    with turn(home/label), redirect_stdout(io.StringIO()):              # several commands may start at once
+        run = _base(label, sha, folder)
+    return Record(run.folder)
+
+def _base(label, sha, folder): # -> the run of a model from outside
+    run = Run.start('base_lm', {}, name=label, data={'base': sha})
     try:
         link = run.folder/'model'
         if link.is_symlink() and link.resolve() != folder: link.unlink()          # it was moved
         if not link.is_symlink(): link.symlink_to(folder, target_is_directory=True)
         run.note(outside=str(folder)); run.finish({})
     finally: run.close()
-    return Record(run.folder)
+    return run
 
 def located(
     model,   # a `Record`, the folder of a run or of a model, 'smollm2', or OWNER/NAME of the hub

@@ -81,8 +81,8 @@ def _weights_hash(folder):
     files, kept = _weights(folder), _home()/'hashes.json'
     stats = [(f.stat().st_size, f.stat().st_mtime_ns, f.stat().st_ctime_ns) for f in files]
     key = hashlib.sha256(json.dumps([*map(str, (f.resolve() for f in files)), *stats]).encode()).hexdigest()
-    try: known = json.loads(kept.read_text(encoding='utf-8'))
-    except (OSError, ValueError): known = {}
+    try: known = dict(json.loads(kept.read_text(encoding='utf-8')))
+    except (OSError, ValueError, TypeError, RecursionError): known = {}        # a damaged cache is no cache
     if key in known: return known[key]
     found, young = _read_weights(files), time.time() - max(s[2] for s in stats) / 1e9 < 2
     if not young:
@@ -203,10 +203,11 @@ def _convert(file, folder): # what `_download` leaves; made
     return folder
 
 def _unpacked(archive, folder): # its first folder's files alone; made
+    aside = archive.with_suffix('')
     with zipfile.ZipFile(archive) as z:
         for name in z.namelist():
             if name.count('/') != 1 or name.endswith(('/', '.ini')): continue
-            with z.open(name) as a, open(folder/name.split('/')[1], 'wb') as b: shutil.copyfileobj(a, b)
+            os.replace(z.extract(name, aside), folder/name.split('/')[1])
     return folder
 
 # %% ../../nbs/record/08_fetch.ipynb #2d0a079f

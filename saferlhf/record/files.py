@@ -63,8 +63,9 @@ def read_json(
     way:str=_AGAIN,  # what to do about a damaged one
 )->dict:
     "Read a JSON file that holds an object; ValueError names a damaged one."
+    if Path(path).exists() and not Path(path).is_file(): raise ValueError(f'{path} is no ordinary file: {way}')
     try: value = json.loads(Path(path).read_bytes())
-    except ValueError as e: value = str(e)
+    except (ValueError, RecursionError) as e: value = str(e)
     if isinstance(value, dict): return value
     why = value if isinstance(value, str) else f'a {type(value).__name__}, not an object'
     raise ValueError(f'{path} is damaged ({why}): {way}')
@@ -78,6 +79,7 @@ def whole_table(
 )->Path:           # the same path
     "ValueError for an empty table, a line of a merge conflict, and one with another number of cells."
     rows, at = [], [1]
+    if Path(path).exists() and not Path(path).is_file(): raise ValueError(f'{path} is no ordinary file: {way}')
     try:
         lines = csv.reader(io.StringIO(Path(path).read_bytes().decode('utf-8-sig'), newline=''))
         for row in lines: rows.append(row); at.append(lines.line_num + 1)
@@ -251,20 +253,24 @@ _FOR_PEOPLE = re.compile(r'manifest\.json|config\.json|(.*/)?README\.md|.*\.png'
 def seal(folder:str|Path)->str: # complete and on the disk, but for DONE; -> 64 hexadecimal digits for DONE
     "Write files.json: the hash of every file in a folder, and the content of all."
     folder, found = Path(folder), _hashes(folder)
-    said = {n: _meaning(folder/n, sha) for n, sha in found.items() if not _FOR_PEOPLE.fullmatch(n)}
-    content = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
-    atomic_write(folder/'files.json', json.dumps(dict(content=content, files=found), indent=1))
+    atomic_write(folder/'files.json', json.dumps(dict(content=_content(folder, found), files=found), indent=1))
     return sha256(folder/'files.json')
+
+def _content(folder, hashes): # of its files -> 16 hexadecimal digits
+    said = {n: _meaning(folder/n, sha) for n, sha in hashes.items() if not _FOR_PEOPLE.fullmatch(n)}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
 
 def altered(folder:str|Path)->str: # of a finished run
     "The first file that is not as `seal` found it, and what has become of it; '' when all are."
     folder = Path(folder)
     if not (folder/'files.json').is_file(): return 'files.json was removed'
-    done = (folder/'DONE').read_text(encoding='utf-8')
+    done = (folder/'DONE').read_text(encoding='utf-8', errors='replace')
     if _hash(folder/'files.json') not in done: return 'files.json was changed'
-    told, found = read_json(folder/'files.json')['files'], _hashes(folder)
+    said, found = read_json(folder/'files.json'), _hashes(folder)
+    told = said.get('files')
+    if not isinstance(told, dict): return 'files.json was changed'
     for n in sorted(told.keys() | found.keys()):
         if n not in found: return f'{n} was removed'
         if n not in told: return f'{n} was added'
         if told[n] != found[n]: return f'{n} was changed'
-    return ''
+    return '' if said.get('content') == _content(folder, found) else 'files.json was changed'

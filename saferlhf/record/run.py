@@ -22,7 +22,7 @@ from dataclasses import is_dataclass
 from pathlib import Path
 import pandas as pd
 import torch
-from ..data import PACKAGE, homes
+from ..data import PACKAGE, homes, sha256
 from ..hardware.ranks import rank
 from .code import source_hashes
 from .config import deviations, plain, show
@@ -97,8 +97,8 @@ class Record:
 # %% ../../nbs/record/05_run.ipynb #7fdd0caa
 def _identity(stage, config, parents, seed, sources, data):
     "What the hash covers, and 'hash'; ValueError for a bad seed, an unfinished or altered parent."
-    if not isinstance(seed, int) or seed < 0:
-        raise ValueError(f'seed={seed!r} of this {stage} run: it is a whole number, 0 or more')
+    if not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise ValueError(f'seed={seed!r} of this {stage} run: it is a whole number, 0 or more, below 2**63')
     hashes, contents = {}, {}
     for role, folder in (parents or {}).items():
         if not (Path(folder)/'DONE').exists():
@@ -200,6 +200,19 @@ def _create(folder, facts, config, parents, profile, paper):
     atomic_write(folder/'manifest.json', json.dumps(manifest, indent=1))
 
 # %% ../../nbs/record/05_run.ipynb #f2848976
+def _unlike(run, facts): # of a run that was begun; as of `_identity` -> what its folder says otherwise, or ''
+    wanted, told = json.loads(json.dumps(facts)), run.manifest | dict(config=run.config)
+    for k in wanted.keys() - {'data'}:
+        if told.get(k) != wanted[k]: return 'config.json' if k == 'config' else f'{k} in manifest.json'
+    data = told.get('data') if isinstance(told.get('data'), dict) else {}
+    for name, sha in (data | wanted['data']).items():
+        if data.get(name) != wanted['data'].get(name, sha): return f'data of {name} in manifest.json'
+        if (run.folder/name).is_file() and sha256(run.folder/name) != sha: return name
+    for role, folder in run.manifest['parent_folders'].items():
+        known = (Path(folder)/'DONE').exists() and Record(folder, check=False).content
+        if known != facts['contents'].get(role, '?'): return f'the folder of its {role} in manifest.json'
+    return ''
+
 def _number(variable, kind, default): # of the environment; ValueError names it
     try: return kind(os.environ.get(variable) or default)
     except ValueError:
@@ -244,6 +257,9 @@ class Run(_Log):
             if not done and not (folder/'manifest.json').exists():
                 _create(folder, facts, config, parents, profile, paper)
             run = cls(folder)
+            if wrong := '' if run.done else _unlike(run, facts):
+                raise ValueError(f'{folder}: {wrong} is not as it was when the run began; delete this folder '
+                                 'and run the same command again')
             if not run.done: stack.enter_context(exit_on_sigterm(again()))
             run._begin(config, paper)
             run._stack = stack.pop_all()

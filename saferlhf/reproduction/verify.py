@@ -35,15 +35,18 @@ def _run_faults(folder): # -> texts
         run, found = Record(folder), []
         if run.id != f'{folder.parent.name}/{folder.name}' or not run.id.endswith(f'-{run.manifest["hash"]}'):
             found.append(f'its manifest is that of {run.id.rpartition("-")[0]}-{run.manifest["hash"]}')
-        if not run.done: newest(folder / 'checkpoint', found.append)
+        if not run.done:
+            newest(folder / 'checkpoint', found.append)
+            if (folder / 'files.json').exists(): found.append('DONE was removed: delete this folder, make it again')
         return [*found, *filter(None, [_model_fault(run)]), *_parent_faults(run)]
     except KeyError as e: return [f'manifest.json or files.json lacks {e}']
     except _DAMAGE as e: return [str(e).splitlines()[0]]
 
 # %% ../../nbs/reproduction/16_verify.ipynb #301f5aad
 def _ledger_faults(path): # -> texts
-    profile, seed = re.fullmatch(r'ledger-(.+)-(\d+)\.json', path.name).groups()
-    found = []
+    named, found = re.fullmatch(r'ledger-(.+)-(\d+)\.json', path.name), []
+    if not named: return ['its name is none of a ledger (ledger-PROFILE-SEED.json): move it away']
+    profile, seed = named.groups()
     try: names = [*entries(profile, int(seed))]
     except _DAMAGE as e: return [str(e)]
     for name in names:
@@ -58,6 +61,7 @@ def _table_faults(path, known): # of data/results; ids of runs -> texts
     except _DAMAGE as e: return [str(e)]
     strange = sorted(_ids(table.get('run_id', [])) - known)
     if path.name == 'runs.csv':
+        if missing := {'run_id', 'parents'} - {*table}: return [f'it has no column {missing.pop()}: restore it']
         of = {p.split('=', 1)[1] for cell in table.parents for p in cell.split() if '=' in p}
         strange = sorted(of - known)
     said = f'{strange[:1]} and {len(strange) - 1} more of its runs are known neither to runs.csv nor here'

@@ -69,7 +69,8 @@ def adapters():
 def judging(): # an endpoint, whose replies are kept, and a cost model compare two policies
     from saferlhf.apps.judge import judge as compare
     a, b, cost = (models()[k] for k in ('policy', 'other', 'cost'))
-    compare(a, b, prompts(), [f'safer={os.environ["ENDPOINT"]}', f'cost={cost}'], dict(rows=24, max_new_tokens=6, batch_size=2), dict(yes=True))
+    by = [f'safer={os.environ["ENDPOINT"]}', f'cost={cost}']
+    compare(a, b, prompts(), by, dict(rows=24, max_new_tokens=6, batch_size=2), dict(yes=True))
 
 
 def rounds():
