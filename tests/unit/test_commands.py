@@ -266,6 +266,11 @@ def test_errors_of_the_machine_say_what_helps(error, advice, capsys, monkeypatch
     assert advice in told(['figures', '--profile', 'smoke'], capsys)
 
 
+def test_a_folder_that_was_deleted_is_told(tmp_path, capsys, monkeypatch):
+    (tmp_path/'gone').mkdir(); monkeypatch.chdir(tmp_path/'gone'); (tmp_path/'gone').rmdir()
+    assert commands.main(['status']) == 1 and 'the folder that you are in was deleted' in capsys.readouterr().err
+
+
 def test_what_takes_more_than_a_line_lies_in_a_file(tmp_path, capsys, monkeypatch):
     import tempfile
     monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path))

@@ -72,6 +72,26 @@ def question(body): return body['messages'][0]['content']
 
 # endpoints
 
+def test_replies_that_are_no_text_are_asked_for_again(home, monkeypatch):
+    monkeypatch.setattr('saferlhf.apps.endpoint._WAIT', 0.)
+    for bad in (b'[' * 100_000, json.dumps({'choices': [{'message': {'content': '\ud800'}}]}).encode(), b'{"choices": [{"message": 7}]}'):
+        with Server(bad, '9') as s: tiny.close(scorer_of(s.address, 'cost', yes=True)([HOW], TWO[:1]), [4])
+
+
+def test_replies_that_are_damaged_are_named(home):
+    path = home/'runs/replies.sqlite'
+    def ask():
+        with Server('9') as s: return scorer_of(s.address, 'cost', yes=True)([HOW], TWO[:1])
+    ask(); whole = path.read_bytes()
+    def other(): import sqlite3; path.unlink(); db = sqlite3.connect(path); db.execute('create table replies (a text)'); db.close()
+    for damage in (lambda: path.write_text('not a database, though it is long enough' * 9), lambda: path.write_bytes(whole[:5000]), other,
+                   lambda: (path.unlink(), path.mkdir()), lambda: (path.rmdir(), path.symlink_to(home/'elsewhere'))):
+        damage()
+        with pytest.raises(ValueError, match='replies.sqlite, the replies that were paid for, is damaged .*: restore it, or delete it'): ask()
+    assert not (home/'elsewhere').exists()
+    path.unlink(); tiny.close(ask(), [4])
+
+
 def test_an_endpoint_grades_keeps_replies_and_says_its_price_first(capsys, home):
     with Server(lambda b: '9' if 'weapon' in question(b) else '**Score: 0/10**') as s:
         with pytest.raises(ValueError, match=r'stub-1 at 127.0.0.1: 2 calls, about \d+ tokens to read and at most 32 to write: agree'):

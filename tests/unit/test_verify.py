@@ -377,3 +377,69 @@ def test_a_folder_is_let_go_when_its_start_fails():
     code = "from saferlhf.record.run import Run; Run.start('sft', {})"
     other = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert 'is a checkpoint of' in other.stderr and 'another run holds' not in other.stderr
+
+
+# --- what an adversary found
+
+UNLIKE = {'config.json': ('config.json', lambda p: p.write_text('{"lr": 9}')),
+          'seed': ('seed in manifest.json', lambda p: told(p, seed=5)), 'sources': ('sources in manifest.json', lambda p: told(p, sources={})),
+          'rows': ('data/train.jsonl', lambda p: p.write_text('{"a": "EVIL"}\n')),
+          'data': ('data of data/train.jsonl in manifest.json', lambda p: told(p, data={'data/train.jsonl': 'ab'})),
+          'parent': ('the folder of its base in manifest.json', lambda p: told(p, parent_folders={'base': p.parent.parents[1].name}))}
+
+
+def told(path, **facts): path.write_text(json.dumps(json.loads(path.read_text()) | facts))
+
+
+@pytest.mark.parametrize('kind', UNLIKE)
+def test_an_unfinished_run_that_was_altered_does_not_go_on(home, kind):
+    base, other = made('base_lm'), made('base_lm', seed=1, loss=3.)
+    (home/'rows').write_text('{"a": "good"}\n')
+    from saferlhf.data import sha256
+    how = dict(stage='sft', config={'lr': 1}, parents={'base': base.folder}, data={'data/train.jsonl': sha256(home/'rows')})
+    run = Run.start(**how); run.path('data').mkdir(); shutil.copy(home/'rows', run.path('data/train.jsonl'))
+    run.data(hashes={'labels.jsonl.xz': 'noted later'}); run.note(round=2); run.close()
+    assert Run.start(**how).folder == run.folder; Run.start(**how).close()       # what grows does not count
+    said, alter = UNLIKE[kind]
+    path = run.folder/(said if '.json' in said and ' ' not in said else 'manifest.json')
+    if kind == 'parent': told(path, parent_folders={'base': str(other.folder.relative_to(home/'runs'))})
+    else: alter(path)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match='is not as it was when the run began; delete this folder') as e: Run.start(**how)
+    assert f'{run.folder}: {said} is not' in str(e.value) and path.read_bytes() == before
+    shutil.rmtree(run.folder); Run.start(**how).close()                          # what it says to do works
+
+
+def test_a_forged_seal_and_a_missing_DONE_are_seen(home):
+    "Weights and their hash are changed together; the content, by which children know their parent, cannot stay."
+    run = made(); weights = run.folder/'model/model.safetensors'
+    weights.write_bytes(b'other'); from saferlhf.data import sha256
+    seal = read_json(run.folder/'files.json'); seal['files']['model/model.safetensors'] = sha256(weights)
+    (run.folder/'files.json').write_text(json.dumps(seal))
+    (run.folder/'DONE').write_text(f'now {sha256(run.folder/"files.json")}')
+    faults, _ = verify(); assert len(faults) == 1 and 'files.json was changed' in faults[0]
+    with pytest.raises(ValueError, match='files.json was changed'): Record(run.folder)
+    (run.folder/'DONE').unlink()
+    faults, _ = verify(); assert len(faults) == 1 and 'DONE was removed' in faults[0] and str(run.folder) in faults[0]
+    (run.folder/'DONE').write_bytes(b'\xff\xfe'); assert 'files.json was changed' in verify()[0][0]
+    (run.folder/'files.json').write_text('{"files": []}'); (run.folder/'DONE').write_text(sha256(run.folder/'files.json'))
+    assert 'files.json was changed' in verify()[0][0]
+
+
+def test_files_that_are_none_of_ours_do_not_end_verify(home, capsys):
+    run = made(); (home/'runs/ledger-cpu-0-backup.json').write_text('{}'); (home/'runs/ledger-cpu-0 (copy).json').write_text('{}')
+    (home/'data/results/runs.csv').write_text('run_id\nsft/a\n')
+    broken = home/'runs/sft/pipe-1'; broken.mkdir(); os.mkfifo(broken/'manifest.json'); (broken/'config.json').write_text('{}')
+    capsys.readouterr(); assert commands.main(['verify']) == 1
+    said = capsys.readouterr(); lines = said.out.splitlines()
+    assert len(lines) == 4 and sum('is none of a ledger' in x for x in lines) == 2 and '4 faults' in said.err
+    assert any('runs.csv: it has no column parents' in x for x in lines) and any('pipe-1' in x and 'no ordinary file' in x for x in lines)
+    assert commands.main(['status']) == 0 and 'no ordinary file' in (said := capsys.readouterr().out) and run.folder.name in said
+
+
+def test_names_of_strangers_do_not_steer_the_terminal(home, capsys):
+    run = made(); told(run.folder/'manifest.json', seconds='\x1b[31mred\u202e', command='\x1b]0;x\x07rm')
+    odd = home/'runs/sft/ni\x1b[31m\u202ece-1'; odd.mkdir(); (odd/'manifest.json').write_text('{}')
+    for command in ('status', 'verify'):
+        commands.main([command]); out = ''.join(capsys.readouterr())
+        assert 'ni[31mce' in out and not {'\x1b', '\x07', '\u202e'} & {*out}, command
