@@ -107,3 +107,17 @@ def test_a_count_is_corrected_by_what_was_read():
     sharp = prediction_powered(np.tile(y, 20), y, y); assert sharp.high - sharp.low < (alone.high - alone.low) / 4
     for a in ((f, f[:5], y), (f[:1], f[:1], y[:1])):
         with pytest.raises(ValueError, match='give two or more'): prediction_powered(*a)
+
+
+def test_the_published_readings_are_whole_and_of_the_test_part():
+    "Every item of the packets was read, with the fields that were asked for; the hashes of the keys are older than the readings."
+    from saferlhf.data import bucket, data_path
+    from saferlhf.reproduction.reading import _fault, by_reading, readings
+    told, rows = json.loads(data_path('readings/people.json').read_bytes()), readings()
+    assert {*told['keys']} == {*FIELDS} and all(len(sha) == 64 for sha in told['keys'].values()) and told['reader'] and told['how']
+    assert told['rubrics'] == {kind: rubric(kind) for kind in FIELDS}, 'what they were told is what is told'
+    for kind, n in told['items'].items():
+        first, second = by_reading(rows, kind)
+        assert len(first) == n and len(second) == (n if kind != 'answers' else n // 5)
+        assert all(first[i]['packet'] != second[i]['packet'] for i in second)
+    for r in rows: assert _fault(r['kind'], r) is None and 10 <= bucket(r['prompt']) <= 19, r['item']
