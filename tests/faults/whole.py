@@ -141,6 +141,17 @@ def number(path): path.write_text(path.read_text().replace('0.', '1.', 1))
 def flip(path): path.write_bytes((data := path.read_bytes())[:-5] + bytes([data[-5] ^ 1]) + data[-4:])
 
 
+def forge(path):
+    "The model and its hash are changed together, and the seal over them."
+    from saferlhf.data import sha256
+    negate(weights := path.parent/'model/model.safetensors'); seal = json.loads(path.read_text())
+    seal['files']['model/model.safetensors'] = sha256(weights); path.write_text(json.dumps(seal))
+    (path.parent/'DONE').write_text(f'then {sha256(path)}')
+
+
+def told(path, **facts): path.write_text(json.dumps(json.loads(path.read_text()) | facts))
+
+
 ALTERED = [('reward-1', 'model/model.safetensors', 'head times -1', negate, 'policy-1'),
            ('cost-1', 'model/model.safetensors', 'a bit', flip, 'policy-1'),
            ('collect-1', 'preferences.jsonl', 'emptied', lambda p: p.write_text(''), 'reward-1'),
@@ -148,7 +159,12 @@ ALTERED = [('reward-1', 'model/model.safetensors', 'head times -1', negate, 'pol
            ('policy-1', 'metrics.jsonl', 'last line cut', cut, 'policy-2'), ('cost-1', 'summary.json', 'a number', number, 'policy-1'),
            ('sft', 'model/tokenizer.json', 'removed', Path.unlink, 'collect-1'), ('gold', 'manifest.json', 'a number', number, 'collect-1'),
            ('judge', 'model/config.json', 'a digit', lambda p: p.write_text(p.read_text().replace('2', '3', 1)), 'evaluate'),
-           ('collect-3', 'more.jsonl', 'added', lambda p: p.write_text('{}\n'), 'reward-3')]
+           ('collect-3', 'more.jsonl', 'added', lambda p: p.write_text('{}\n'), 'reward-3'),
+           ('cost-2', 'files.json', 'head times -1, hashes forged', forge, 'policy-2')]
+UNFINISHED = [('sft', 'seed in manifest.json', lambda run: told(run/'manifest.json', seed=5)),
+              ('policy-2', 'config.json', lambda run: told(run/'config.json', actor_lr=.1)),
+              ('reward-1', 'the folder of its', lambda run: told(run/'manifest.json', parent_folders={'sft': 'elsewhere'})),
+              ('collect-2', 'sources in manifest.json', lambda run: told(run/'manifest.json', sources={}))]
 
 
 def altered_one(lab, table, stage, name, how, alter, child, seed):
@@ -182,8 +198,21 @@ def ledger_one(lab, table, stage, other, child, seed):
     table.add('ledger points to another stage', stage, 'torch', seed, other, '', outcome, 0, run_id(folder(lab, runs, stage)))
 
 
+def unfinished_one(lab, table, stage, what, alter, seed):
+    "A run that was stopped is altered: the command refuses to go on, and without it makes the same again."
+    from faults.suite import progress, run_folder
+    lab.run(stage, runs := lab.fresh('altered-part'), dict(fault='signal', name='SIGTERM', at=3))
+    n, path = progress(stage, runs), run_folder(runs); alter(path)
+    code, said = lab.run(stage, runs)
+    refused = code != 0 and f'{path}: {what}' in line(said) and 'is not as it was when the run began' in line(said)
+    shutil.rmtree(path); outcome, _ = lab.finish(stage, 'torch', runs)
+    outcome = 'refused by name; made again, identical' if refused and outcome == 'identical' else f'FAILED: {line(said)[:200]}, {outcome}'
+    table.add('unfinished run altered', stage, 'torch', seed, what, n, outcome, '', run_id(path))
+
+
 def altered(lab, table):
     for seed, case in enumerate(ALTERED): altered_one(lab, table, *case, seed)
+    for seed, case in enumerate(UNFINISHED): unfinished_one(lab, table, *case, seed)
     pointed = ('policy-1', 'reward-only', 'policy-2'), ('cost-1', 'reward-1', 'policy-1'), ('policy-2', 'policy-1', 'policy-3')
     for seed, case in enumerate(pointed): ledger_one(lab, table, *case, seed)
     runs, home = copied(lab, 'altered')

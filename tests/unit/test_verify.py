@@ -382,7 +382,8 @@ def test_a_folder_is_let_go_when_its_start_fails():
 # --- what an adversary found
 
 UNLIKE = {'config.json': ('config.json', lambda p: p.write_text('{"lr": 9}')),
-          'seed': ('seed in manifest.json', lambda p: told(p, seed=5)), 'sources': ('sources in manifest.json', lambda p: told(p, sources={})),
+          'seed': ('seed in manifest.json', lambda p: told(p, seed=5)),
+          'sources': ('sources in manifest.json', lambda p: told(p, sources={})),
           'rows': ('data/train.jsonl', lambda p: p.write_text('{"a": "EVIL"}\n')),
           'data': ('data of data/train.jsonl in manifest.json', lambda p: told(p, data={'data/train.jsonl': 'ab'})),
           'parent': ('the folder of its base in manifest.json', lambda p: told(p, parent_folders={'base': p.parent.parents[1].name}))}
