@@ -36,7 +36,8 @@ def _shipped(folder): # a line of data/sources.json, {} for a folder that does n
 def _origin(folder): # of a model -> name, sha256, license and perhaps note of what it was first made from
     folder, card = folder.resolve(), _card_of(folder)
     if isinstance(root := card.get('saferlhf_base'), dict) and {'name', 'license'} <= set(root):
-        return {'sha256': model_hash(folder)} | {k: one_line_of(v) for k, v in root.items()}
+        told = {k: one_line_of(root[k]) for k in ('name', 'sha256', 'license', 'note') if k in root}
+        return {'sha256': model_hash(folder)} | told
     ship, hub = _shipped(folder), re.search(r'models--([^/]+)--([^/]+)/snapshots', folder.as_posix())
     name = '/'.join(hub.groups()) if hub else ship.get('dataset') or folder.name
     license = card.get('license', ship.get('licence', 'unknown'))

@@ -47,7 +47,7 @@ def code_block(text)->list: # of any length -> lines
 
 # %% ../../nbs/record/00_escape.ipynb #94daded5
 _FORMULA = re.compile(r'[\s"\'\ufeff\u200b]*[=+\-@＝＋－＠\t\r\n]')
-NUMBER = re.compile(r'[+-]?(?:(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?|inf|nan)')
+NUMBER = re.compile(r'[+-]?(?:(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?|inf|nan)', re.ASCII)
 
 def is_formula(cell:str)->bool: # of a table
     "Whether a spreadsheet may take a cell for a formula; numbers are none."

@@ -207,8 +207,10 @@ def read_lines(
     *lines, last = Path(path).read_bytes().split(b'\n')
     rows = []
     for k, line in enumerate([*lines, last], 1):
-        try: rows.append(json.loads(line))
-        except ValueError as e:
+        try:
+            if not isinstance(row := json.loads(line), dict): raise ValueError('no object')
+            rows.append(row)
+        except (ValueError, RecursionError) as e:
             if k <= len(lines) or whole and line:
                 raise ValueError(f'line {k} of {path} is damaged ({e}): delete it') from None
     return rows                                                 # the last: nothing, or half a row

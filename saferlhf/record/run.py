@@ -172,6 +172,9 @@ class _Log(Record):
         "Cut the logs to a checkpoint's step; the clock goes on from there."
         for name in ('metrics.jsonl', 'samples.jsonl'): cut_lines(self.folder/name, step)
         rows = self.metrics()
+        if len(rows) and 'seconds' not in rows:
+            raise ValueError(f'{self.folder}/metrics.jsonl has no seconds: delete {self.folder} and run the '
+                             'same command again')
         self._before, self._began = float(rows.seconds.iloc[-1]) if len(rows) else 0., time.time()
 
     def _resume(self, step): # as `Saver` calls it

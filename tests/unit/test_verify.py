@@ -438,6 +438,14 @@ def test_files_that_are_none_of_ours_do_not_end_verify(home, capsys):
     assert commands.main(['status']) == 0 and 'no ordinary file' in (said := capsys.readouterr().out) and run.folder.name in said
 
 
+@pytest.mark.parametrize('text, said', [('[1]\n', 'line 1 of .*metrics.jsonl is damaged .no object'),
+                                        ('5\n{"step": 0}\n', 'line 1 of .*metrics.jsonl'), ('[' * 100_000 + '\n', 'line 1 of .*metrics.jsonl')])
+def test_strange_metrics_are_named(text, said):
+    run = Run.start('sft', {}); run.close(); run.path('metrics.jsonl').write_text(text)
+    with pytest.raises(ValueError, match=said) as e: Run.start('sft', {})
+    assert len(str(e.value).splitlines()) == 1
+
+
 def test_names_of_strangers_do_not_steer_the_terminal(home, capsys):
     run = made(); told(run.folder/'manifest.json', seconds='\x1b[31mred\u202e', command='\x1b]0;x\x07rm')
     odd = home/'runs/sft/ni\x1b[31m\u202ece-1'; odd.mkdir(); (odd/'manifest.json').write_text('{}')
