@@ -5,22 +5,22 @@
 # %% auto #0
 __all__ = ['InstrumentConfig', 'lessons', 'Encoder', 'load_encoder', 'encoder_batch', 'drawn', 'step_texts', 'lesson_loss']
 
-# %% ../../nbs/reproduction/20_instruments.ipynb #a2fa6b49
+# %% ../../nbs/reproduction/20_instruments.ipynb #1d02fcaf
 from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel
 from ..data import harm_sign, shipped
-from ..hardware.adapters import Body, Lora, Role, read_head, role_of, save_adapter
+from ..hardware.adapters import Body, Lora, read_head, role_of, save_adapter
 from ..hardware.folders import one_line, vetted
 from .gates import DISCLAIMERS
 from .prompts import hand_pairs, labelled_answers
 from ..text import as_turns
 from ..train import setting
 
-# %% ../../nbs/reproduction/20_instruments.ipynb #26a4edda
+# %% ../../nbs/reproduction/20_instruments.ipynb #d5b02414
 @dataclass(frozen=True)
 class InstrumentConfig:
     "How an instrument is taught."
@@ -57,7 +57,7 @@ def _readable(row):
     try: return bool(as_turns(row['prompt']))
     except ValueError: return False
 
-# %% ../../nbs/reproduction/20_instruments.ipynb #a91a519b
+# %% ../../nbs/reproduction/20_instruments.ipynb #bbfe9716
 class Encoder(nn.Module):
     "An encoder of transformers with a linear head on the mean of its states."
     def __init__(self, body, columns:int=1): # a `Role` or a model of transformers; numbers that it gives
@@ -99,7 +99,7 @@ def encoder_batch(
     return tokenizer(tails, [a for _, a in texts], truncation=True, max_length=longest, padding=True,
                      return_tensors='pt')
 
-# %% ../../nbs/reproduction/20_instruments.ipynb #34c69355
+# %% ../../nbs/reproduction/20_instruments.ipynb #e7a6ba20
 def drawn(
     known:dict, config:InstrumentConfig, # as of `lessons`
     seed:int, step:int,

@@ -439,7 +439,8 @@ def test_files_that_are_none_of_ours_do_not_end_verify(home, capsys):
 
 
 @pytest.mark.parametrize('text, said', [('[1]\n', 'line 1 of .*metrics.jsonl is damaged .no object'),
-                                        ('5\n{"step": 0}\n', 'line 1 of .*metrics.jsonl'), ('[' * 100_000 + '\n', 'line 1 of .*metrics.jsonl')])
+                                        ('5\n{"step": 0}\n', 'line 1 of .*metrics.jsonl'),
+                                        ('[' * 100_000 + '\n', 'line 1 of .*metrics.jsonl')])
 def test_strange_metrics_are_named(text, said):
     run = Run.start('sft', {}); run.close(); run.path('metrics.jsonl').write_text(text)
     with pytest.raises(ValueError, match=said) as e: Run.start('sft', {})
