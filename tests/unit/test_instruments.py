@@ -1,0 +1,79 @@
+"Instruments: what they learn from, a step of it, an encoder that is read back as it was written."
+import numpy as np
+import pytest
+import torch
+from tiny import close
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import MPNetConfig, MPNetModel, PreTrainedTokenizerFast
+
+from saferlhf.data import bucket
+from saferlhf.engine import Optim, load
+from saferlhf.hardware.adapters import Lora
+from saferlhf.reproduction.gates import DISCLAIMERS
+from saferlhf.reproduction.instruments import InstrumentConfig, drawn, encoder_batch, lesson_loss, lessons, load_encoder, step_texts
+
+
+def test_lessons_are_of_their_part_and_of_three_kinds():
+    known, harm = lessons('judge'), lessons('judge', harm_only=True)
+    assert {*known} == {'scored', 'labels', 'pairs'} and all(len(rows) > 500 for rows in known.values())
+    assert {bucket(r['prompt']) for rows in known.values() for r in rows} == {*range(40, 55)}
+    assert {r['sign'] for r in known['labels']} == {-1, 1} and {p['axis'] for p in known['pairs']} == {'help', 'harm'}
+    assert harm['pairs'] == [p for p in known['pairs'] if p['axis'] == 'harm'] and harm['labels'] == known['labels']
+    assert all(np.isfinite([r['reward'], r['cost']]).all() for r in known['scored'])
+
+
+def row(k): return dict(prompt=f'Question {k}?', response='bad word' if k % 2 else 'good word', sign=1 if k % 2 else -1,
+                        reward=float(k % 3), cost=20. if k % 2 else -20., high='bad word', low='good word', axis='harm')
+
+
+KNOWN = dict.fromkeys(('scored', 'labels', 'pairs'), [row(k) for k in range(40)])
+
+
+def test_a_step_is_the_same_when_it_is_made_again():
+    config = InstrumentConfig(scored=5, labels=40, pairs=6, prefixed=.5)
+    some = drawn(KNOWN, config, 0, 7)
+    assert some == drawn(KNOWN, config, 0, 7) != drawn(KNOWN, config, 0, 8) != drawn(KNOWN, config, 1, 8)
+    assert [len(some[k]) for k in KNOWN] == [5, 40, 6] and len(step_texts(some)) == 5 + 40 + 2 * 6
+    prefixed = [r for r in some['labels'] if r['response'].startswith(DISCLAIMERS)]
+    assert 10 < len(prefixed) < 30 and all(r['response'].endswith('word') and r['sign'] == (1 if 'bad word' in r['response'] else -1) for r in prefixed)
+    assert not any(r['response'].startswith(DISCLAIMERS) for r in drawn(KNOWN, InstrumentConfig(prefixed=0.), 0, 7)['labels'])
+    assert all(not r['response'].startswith(DISCLAIMERS) for k in ('scored',) for r in some[k]) and KNOWN['labels'][1]['response'] == 'bad word'
+
+
+def test_the_loss_by_hand():
+    some = {k: [row(1)] for k in KNOWN}; z = torch.tensor([[.5, 2.], [0., 1.], [3., 1.5], [0., -.5]])
+    soft = lambda x: np.log1p(np.exp(-x))
+    close(lesson_loss(z, some, dict(reward=2., cost=10.)).item(), (.5 - .5)**2 + (2 - 2)**2 + soft(2 * 1.) + soft(2 * 2.))
+    some['pairs'] = [row(1) | dict(axis='help')]
+    close(lesson_loss(z, some, dict(reward=2., cost=10.)).item(), soft(2 * 1.) + soft(2 * 3.))
+
+
+@pytest.fixture(scope='module')
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('encoder'); torch.manual_seed(0)
+    words = '<s> <pad> </s> <unk> <mask> good bad word Question ? please note 1 2 3 4 5 6 7 8 9 0'.split()
+    t = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token='<unk>')); t.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    t = PreTrainedTokenizerFast(tokenizer_object=t, pad_token='<pad>', unk_token='<unk>', eos_token='</s>'); t.save_pretrained(folder)
+    config = MPNetConfig(vocab_size=len(words), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+    MPNetModel(config).save_pretrained(folder)
+    return folder, t
+
+
+def test_an_encoder_learns_by_its_adapter_and_head_alone(base, tmp_path):
+    folder, tokenizer = base
+    config = InstrumentConfig(steps=40, scored=4, labels=8, pairs=4, lr=1e-2, warmup=0.)
+    engine = load(lambda: load_encoder(folder, lora=Lora(4)), Optim(config.lr, 0., 'constant', 0.), config.steps)
+    body = {n: p.clone() for n, p in engine.model.body.shared.named_parameters() if 'lora' not in n}
+    losses = []
+    for step in range(config.steps):
+        b = encoder_batch(step_texts(some := drawn(KNOWN, config, 0, step)), tokenizer)
+        engine.backward(loss := lesson_loss(engine(b['input_ids'], b['attention_mask']), some, dict(cost=20.))); engine.step()
+        losses.append(loss.item())
+    assert np.mean(losses[-5:]) < .4 * np.mean(losses[:5])
+    assert all(torch.equal(p, body[n]) for n, p in engine.model.body.shared.named_parameters() if 'lora' not in n)
+    engine.model.save_pretrained(tmp_path/'a'); again = load_encoder(folder, tmp_path/'a')
+    texts = [('Question 1?', 'bad word'), ('Question 22?', 'good'), ('Question 3?', 'please note bad word')]
+    b = encoder_batch(texts, tokenizer); z = again(b['input_ids'], b['attention_mask'])[:, 0]
+    close(z.detach(), engine.model(b['input_ids'], b['attention_mask'])[:, 0].detach()); assert z[0] > 0 > z[1] and z[2] > 0
+    one = encoder_batch(texts[:1], tokenizer); close(again(one['input_ids'], one['attention_mask'])[0].detach(), z[:1].detach(), 1e-4)
+    assert sum(p.stat().st_size for p in (tmp_path/'a').iterdir()) < 200_000
