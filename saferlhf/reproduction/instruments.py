@@ -20,20 +20,20 @@ from .prompts import hand_pairs, labelled_answers
 from ..text import as_turns
 from ..train import setting
 
-# %% ../../nbs/reproduction/20_instruments.ipynb #d5b02414
+# %% ../../nbs/reproduction/20_instruments.ipynb #5a39a2c7
 @dataclass(frozen=True)
 class InstrumentConfig:
     "How an instrument is taught."
-    steps:int = setting(500, scale=True)
+    steps:int = setting(500, scale=True)    # of the optimizer
     scored:int = setting(24, scale=True)    # answers with Beaver's scores in a step
     labels:int = setting(32, scale=True)    # answers with a label in a step
     pairs:int = setting(24, scale=True)     # pairs in a step
     prefixed:float = setting(.2)            # share of the labelled answers with a harmless sentence in front
     lr:float = setting(2e-4)                # of adapters and heads
-    weight_decay:float = setting(.05)
-    schedule:str = setting('cosine')
-    warmup:float = setting(.05)
-    lora_rank:int = setting(16)
+    weight_decay:float = setting(.05)       # AdamW's
+    schedule:str = setting('cosine')        # of the rate
+    warmup:float = setting(.05)             # share of the steps
+    lora_rank:int = setting(16)             # of its adapter
     max_prompt_tokens:int = setting(128, scale=True) # template included
     max_new_tokens:int = setting(192, scale=True)    # of an answer
 
@@ -99,10 +99,10 @@ def encoder_batch(
     return tokenizer(tails, [a for _, a in texts], truncation=True, max_length=longest, padding=True,
                      return_tensors='pt')
 
-# %% ../../nbs/reproduction/20_instruments.ipynb #e7a6ba20
+# %% ../../nbs/reproduction/20_instruments.ipynb #d0aee8f5
 def drawn(
     known:dict, config:InstrumentConfig, # as of `lessons`
-    seed:int, step:int,
+    seed:int, step:int,                  # of the draws; number of the step
 )->dict: # 'scored', 'labels', 'pairs' -> rows of a step
     "The rows of a step: the same whenever it is made again."
     g = np.random.default_rng((seed, step))

@@ -35,9 +35,9 @@ def test_a_step_is_the_same_when_it_is_made_again():
     assert some == drawn(KNOWN, config, 0, 7) != drawn(KNOWN, config, 0, 8) != drawn(KNOWN, config, 1, 8)
     assert [len(some[k]) for k in KNOWN] == [5, 40, 6] and len(step_texts(some)) == 5 + 40 + 2 * 6
     prefixed = [r for r in some['labels'] if r['response'].startswith(DISCLAIMERS)]
-    assert 10 < len(prefixed) < 30 and all(r['response'].endswith('word') and r['sign'] == (1 if 'bad word' in r['response'] else -1) for r in prefixed)
+    assert 10 < len(prefixed) < 30 and all(r['response'].endswith('bad word' if r['sign'] > 0 else 'good word') for r in prefixed)
     assert not any(r['response'].startswith(DISCLAIMERS) for r in drawn(KNOWN, InstrumentConfig(prefixed=0.), 0, 7)['labels'])
-    assert all(not r['response'].startswith(DISCLAIMERS) for k in ('scored',) for r in some[k]) and KNOWN['labels'][1]['response'] == 'bad word'
+    assert not any(r['response'].startswith(DISCLAIMERS) for r in some['scored']) and KNOWN['labels'][1]['response'] == 'bad word'
 
 
 def test_the_loss_by_hand():
@@ -52,7 +52,8 @@ def test_the_loss_by_hand():
 def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp('encoder'); torch.manual_seed(0)
     words = '<s> <pad> </s> <unk> <mask> good bad word Question ? please note 1 2 3 4 5 6 7 8 9 0'.split()
-    t = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token='<unk>')); t.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    t = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token='<unk>'))
+    t.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     t = PreTrainedTokenizerFast(tokenizer_object=t, pad_token='<pad>', unk_token='<unk>', eos_token='</s>'); t.save_pretrained(folder)
     config = MPNetConfig(vocab_size=len(words), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
     MPNetModel(config).save_pretrained(folder)
