@@ -9,8 +9,10 @@ from transformers import MPNetConfig, MPNetModel, PreTrainedTokenizerFast
 from saferlhf.data import bucket
 from saferlhf.engine import Optim, load
 from saferlhf.hardware.adapters import Lora
+from saferlhf.record.run import Run
 from saferlhf.reproduction.gates import DISCLAIMERS
-from saferlhf.reproduction.instruments import InstrumentConfig, drawn, encoder_batch, lesson_loss, lessons, load_encoder, step_texts
+from saferlhf.reproduction.instruments import (
+    InstrumentConfig, drawn, encoder_batch, instrument_scores, lesson_loss, lessons, load_encoder, step_texts, teach)
 
 
 def test_lessons_are_of_their_part_and_of_three_kinds():
@@ -60,21 +62,19 @@ def base(tmp_path_factory):
     return folder, t
 
 
-def test_an_encoder_learns_by_its_adapter_and_head_alone(base, tmp_path):
+def test_an_encoder_learns_by_its_adapter_and_head_alone(base, tmp_path, monkeypatch):
+    monkeypatch.setenv('SAFERLHF_RUNS', str(tmp_path/'runs'))
     folder, tokenizer = base
     config = InstrumentConfig(steps=40, scored=4, labels=8, pairs=4, lr=1e-2, warmup=0.)
     engine = load(lambda: load_encoder(folder, lora=Lora(4)), Optim(config.lr, 0., 'constant', 0.), config.steps)
     body = {n: p.clone() for n, p in engine.model.body.shared.named_parameters() if 'lora' not in n}
-    losses = []
-    for step in range(config.steps):
-        b = encoder_batch(step_texts(some := drawn(KNOWN, config, 0, step)), tokenizer)
-        engine.backward(loss := lesson_loss(engine(b['input_ids'], b['attention_mask']), some, dict(cost=20.))); engine.step()
-        losses.append(loss.item())
-    assert np.mean(losses[-5:]) < .4 * np.mean(losses[:5])
+    batch = lambda texts: encoder_batch(texts, tokenizer)
+    with Run.start('judge', config) as run: teach(engine, batch, KNOWN, config, run); losses = run.metrics().loss
+    assert len(losses) == 40 and losses[-5:].mean() < .4 * losses[:5].mean()
     assert all(torch.equal(p, body[n]) for n, p in engine.model.body.shared.named_parameters() if 'lora' not in n)
     engine.model.save_pretrained(tmp_path/'a'); again = load_encoder(folder, tmp_path/'a')
     texts = [('Question 1?', 'bad word'), ('Question 22?', 'good'), ('Question 3?', 'please note bad word')]
-    b = encoder_batch(texts, tokenizer); z = again(b['input_ids'], b['attention_mask'])[:, 0]
-    close(z.detach(), engine.model(b['input_ids'], b['attention_mask'])[:, 0].detach()); assert z[0] > 0 > z[1] and z[2] > 0
-    one = encoder_batch(texts[:1], tokenizer); close(again(one['input_ids'], one['attention_mask'])[0].detach(), z[:1].detach(), 1e-4)
+    z, told = (instrument_scores(e, batch, *zip(*texts, strict=True), size=2)[:, 0] for e in (engine, load(lambda: again)))
+    close(z, told); assert z[0] > 0 > z[1] and z[2] > 0
+    close(instrument_scores(engine, batch, *zip(*texts[::-1], strict=True))[::-1, 0], z, 1e-4)              # whatever it stands beside
     assert sum(p.stat().st_size for p in (tmp_path/'a').iterdir()) < 200_000
