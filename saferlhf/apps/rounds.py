@@ -77,7 +77,7 @@ def _people(folder, r): # of the round's answers -> labelled rows; [] when they 
               'helpful answer), safer_response_id (0 or 1), is_response_0_safe and is_response_1_safe '
               '(true or false); then run the same command again')
         return []
-    given = [row if isinstance(row, dict) else {} for row in read_lines(path)]
+    given = read_lines(path)
     found = {str(row.get('id')): row for row in given}
     if strange := [k for k in found if k not in wanted]:
         raise ValueError(f'{path}: the id {strange[0]!r} is none of to_annotate.jsonl in the same folder')

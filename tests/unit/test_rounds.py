@@ -190,7 +190,7 @@ def test_wrong_files_of_people_are_refused_in_a_line(start):
     unsure = dict(is_response_0_safe=False, is_response_1_safe=True, safer_response_id=0)
     for given, said in ((rows[1:], f'1 of {n} pairs are missing, the first is {first["id"]}'), ([*rows, first], '1 ids are there twice'),
                         ([first | dict(id='round-9-0'), *rows[1:]], "the id 'round-9-0' is none of to_annotate.jsonl"),
-                        ([3, *rows], "the id 'None' is none"),
+                        ([3, *rows], 'line 1 of .*annotated.jsonl is damaged .no object'),
                         ([first | dict(safer_response_id=None), *rows[1:]],
                          f'1 of {n} rows are not filled in; {first["id"]}: safer_.* is None: fill in 0 or 1'),
                         ([first | dict(better_response_id=2), *rows[1:]], 'better_response_id is 2: fill in 0 or 1'),
