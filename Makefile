@@ -40,7 +40,7 @@ notebooks: .venv/.installed
 	@$(call timed,library notebooks, OMP_NUM_THREADS=1 $(BIN)/nbdev-test nbs --n-workers 2 --pause 0 --timing)
 
 pytest: .venv/.installed
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n 2 --dist loadfile
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Kills, full disks, damaged checkpoints, bad numbers and bad rows; half an hour to an hour. `make faults ONLY="kill rows"` runs a part.
 faults: .venv/.installed

@@ -1,4 +1,4 @@
-"The smoke pipeline, the longest file, first, since files are shared among two processes; the package's size before pytest's closing line."
+"The smoke pipeline, the longest file, first (the Makefile keeps xdist from sorting anew); the size of the package in the end."
 import os
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')       # small tensors: threads of two libraries in one another's way cost minutes
