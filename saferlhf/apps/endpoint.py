@@ -130,6 +130,7 @@ class Endpoint:
             if db.execute('pragma quick_check').fetchone() != ('ok',): raise sqlite3.DatabaseError('its pages')
             db.execute('select id, reply from replies limit 1')
         except sqlite3.DatabaseError as e:
+            if 'locked' in str(e): raise                                           # another command writes
             raise ValueError(f'{path}, the replies that were paid for, is damaged ({e}): restore it, or delete '
                              'it, and all questions are asked again') from None
         return db
