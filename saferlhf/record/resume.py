@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -185,6 +186,8 @@ def exit_on_sigterm(again:str): # how to go on
     def leave(number, frame):
         if _KERNEL not in sys.modules: _said(number, True)           # the listeners may just be changing
         over.set()
+        # of one that the signal cut off between its making and its first step
+        warnings.filterwarnings('ignore', 'coroutine .* was never awaited', RuntimeWarning)
         raise Interrupted(_from_save(again))
     if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL: yield; return
     with _heard('once') as over, _handler(leave, [signal.SIGTERM]): yield

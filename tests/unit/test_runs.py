@@ -459,6 +459,20 @@ def test_no_kernel_stays_behind(tmp_path, moment):
     assert not [*(tmp_path/'tmp').glob('tmp*'), *(tmp_path/'tmp').glob('saferlhf-*')]
 
 
+def test_what_a_signal_cuts_off_is_not_complained_about(tmp_path):
+    "A coroutine between its making and its first step, as in each call of a kernel."
+    code = """import os, signal, time; from saferlhf.record.resume import exit_on_sigterm
+async def ask(): pass
+def later():
+    asked = ask(); os.kill(os.getpid(), signal.SIGTERM); time.sleep(10)
+print('there', flush=True)
+with exit_on_sigterm('run it again'): later()"""
+    env = os.environ | dict(PYTHONPATH=str(Path(__file__).parents[2]))
+    done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+    said = [s.split(':')[0] for s in done.stderr.splitlines()]
+    assert done.stdout == 'there\n' and said == ['SIGTERM', 'stopped by SIGTERM'], done.stderr
+
+
 def test_a_client_that_does_not_close_keeps_nobody(tmp_path):
     "A signal that comes while a client opens may leave a socket that its context waits for. The first client makes room for a second."
     notebook(tmp_path/'t.ipynb', 'seed = 0')
