@@ -44,6 +44,7 @@ class LMConfig:
     batch_size:int = setting(64, scale=True)              # packed sequences per step
     lr:float = setting(3e-3)                              # peak learning rate, cosine
     weight_decay:float = setting(0.1)                     # on matrices
+    documents:int = setting(0, scale=True)                # most documents; 0: all
     text:str = setting('')                                # JSON Lines of prompt, response or text; '': shipped
     answers:bool = setting(False)                         # the shipped answers of public models too
 

@@ -222,7 +222,9 @@ def _tensors(role, state=None): # -> peft's name -> tensor
 def more_of(path)->dict: # folder of an adapter -> what saferlhf.json says; {} without one
     "What only this package wants to know of an adapter."
     path = Path(path)/'saferlhf.json'
-    return json.loads(path.read_text(encoding='utf-8')) if path.is_file() else {}
+    told = json.loads(path.read_text(encoding='utf-8')) if path.is_file() else {}
+    if not isinstance(told, dict): raise ValueError(f'{path} is damaged: it is no JSON object, copy it again')
+    return told
 
 def save_adapter(
     role:Role, folder,     # what is written; made if missing

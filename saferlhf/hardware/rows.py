@@ -318,7 +318,9 @@ def _named(source, split, data_dir, revision): # a path or a name -> rows
     if not str(source).strip(): raise ValueError(f'{_SOURCES}; got an empty text')
     path = Path(source).expanduser()
     if path.is_dir() and (path/(data_dir or '')).is_dir(): return _read_folder(path/(data_dir or ''), split)
-    if path.exists() and not path.is_dir(): return _read_file(path)
+    if path.exists() and not path.is_dir():
+        if not path.is_file(): raise ValueError(f'{path} is no ordinary file: write its rows to one')
+        return _read_file(path)
     if re.fullmatch(r'\w[\w.-]*/[\w.-]+', str(source)) and not path.is_dir() and not _DATA.search(path.name):
         return iter_rows(_from_hub(str(source), split, data_dir=data_dir, revision=revision))
     raise FileNotFoundError(f'there is no {path/(data_dir or "")}: {_SOURCES}')

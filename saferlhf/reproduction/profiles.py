@@ -22,8 +22,8 @@ ROUNDS = {1: dict(threshold=0., lambda_init=1.), 2: dict(threshold=-.5, lambda_i
 _tokens = dict(max_prompt_tokens=96, max_new_tokens=12)
 _score = dict(pairs=48, epochs=1., batch_size=16, lr=1e-3, max_prompt_tokens=96, max_new_tokens=24)
 PROFILES = {'smoke': dict(  # seconds: random two-layer models, real rows
-    base_lm=dict(vocab=600, hidden=32, layers=2, heads=4, kv_heads=2, ffn=64, epochs=0.02, block=128,
-                 batch_size=16),
+    base_lm=dict(vocab=600, hidden=32, layers=2, heads=4, kv_heads=2, ffn=64, epochs=0.14, block=128,
+                 batch_size=16, documents=2000),
     sft=dict(rows=64, epochs=1., batch_size=16, lr=1e-3, max_prompt_tokens=96, max_new_tokens=96),
     gold=_score, reward=_score, cost=_score, judge=_score,
     collect=dict(related=24, unrelated=8, candidates=32, holdout=4, **_tokens),

@@ -220,6 +220,10 @@ def _foreign(path, wanted): # as of `_table`, of another machine; ValueError nam
                         raise ValueError(f'{path}, line {n}, column {c}: {x[:60]!r} is {why}')
                 n = lines.line_num + 1
         except csv.Error as e: raise ValueError(f'{path}, line {n}: {e}: publish it again') from None
+    keys = [c for c in wanted if c != 'run_id']
+    if (runs := table.groupby(keys).run_id.nunique()).gt(1).any():
+        which = ' '.join(runs.index[runs > 1][0])[:60]
+        raise ValueError(f'{path}: {which!r} stands there twice, of two runs: keep the rows of one of them')
     return table
 
 # %% ../../nbs/reproduction/09_results.ipynb #416f968c

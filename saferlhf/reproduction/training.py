@@ -291,7 +291,7 @@ def _prober(run, config, sampler, reference, scorers, tokenizer):
     steps = {round(config.steps * k / config.probes) - 1 for k in range(1, config.probes + 1)}
     if not steps: return steps, None
     gold = scorer(model_path(run.manifest['parent_folders'], 'gold'), config)
-    prompts = unseen_prompts(tokenizer, config.max_prompt_tokens, tuning=True)[:256]
+    prompts = unseen_prompts(tokenizer, config.max_prompt_tokens, tuning=True)[:min(256, 8 * config.prompts)]
     def look(step): # in batches of the width of training, so that the sampler keeps its graphs
         run.sample([dict(step=step) | _probe(sampler, reference, scorers, gold, tokenizer, prompts,
                                              config.max_prompt_tokens, config.prompts)])

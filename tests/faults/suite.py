@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT/'tests')]
 COLUMNS = 'fault stage engine seed phase step outcome lost run_id'.split()
 # stage of the smoke reproduction -> fields that make it long enough to be killed
-LONGER = {**{k: dict(epochs=2.) for k in ('gold', 'sft', 'reward-1', 'cost-2', 'judge')}, 'base_lm': dict(epochs=.04),
+LONGER = {**{k: dict(epochs=2.) for k in ('gold', 'sft', 'reward-1', 'cost-2', 'judge')}, 'base_lm': dict(epochs=.28),
           'policy-2': dict(steps=6), 'collect-2': {}, 'evaluate': {}, 'two_token': dict(steps=8)}
 PHASES = 'write-start write-half flushed before-rename after-rename before-clean'.split()
 STAGE = {k: k for k in ('base_lm', 'gold', 'sft', 'evaluate', 'two_token')} | {'policy-2': 'policy', 'collect-2': 'collect'} | \

@@ -10,6 +10,7 @@ from saferlhf.hardware.slots import Choice, _pieces_choose, _plain_record, choos
 
 device = 'cuda' if torch.cuda.is_available() else 'cpu'
 types = (torch.float32, torch.bfloat16) if device == 'cuda' else (torch.float32,)
+small = device == 'cpu'      # the interpreter takes a minute for what a GPU does at once: no shape there is the second of its kind
 tolerance = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 torch.manual_seed(0)
 
@@ -67,8 +68,8 @@ def products(dtype):
 
 
 def attention(dtype):
-    for H, K, D, L in ((4, 2, 32, 70), (8, 1, 64, 300), (6, 6, 32, 9), (32, 4, 64, 512), (8, 8, 128, 140), (2, 1, 256, 77),
-                       (4, 4, 96, 150), (6, 2, 80, 70)):
+    for H, K, D, L in ((4, 2, 32, 70), (8, 1, 64, 300), (6, 6, 32, 9), (2, 1, 256, 77), (4, 4, 96, 150), (6, 2, 80, 70),
+                       *(() if small else ((32, 4, 64, 512), (8, 8, 128, 140)))):
         N = 5
         qkv, ks, vs = (torch.randn(*s, device=device, dtype=dtype) for s in ((N, (H + 2 * K) * D), (N + 2, K, L, D), (N + 2, K, L, D)))
         pos = torch.tensor([0, 1, L // 2, L - 2, L - 1], device=device)          # an empty cache, and one with a single slot left
@@ -89,7 +90,7 @@ def attention(dtype):
 
 
 def prompts(dtype):
-    for H, K, D, L in ((4, 2, 32, 20), (32, 4, 64, 50), (3, 1, 128, 20), (3, 3, 96, 20)):
+    for H, K, D, L in ((4, 2, 32, 20), (3, 1, 128, 20), (3, 3, 96, 20), *(() if small else ((32, 4, 64, 50),))):
         N, slots = 17, 6
         sizes = (N, (H + 2 * K) * D), (slots, K, L, D), (slots, K, L, D)
         qkv, ks, vs = (torch.randn(*s, device=device, dtype=dtype) for s in sizes)
@@ -104,19 +105,20 @@ def prompts(dtype):
 
 
 def tokens(dtype):
-    for V in (3, 1000, 1024, 4099, 32003):
-        z = 4 * torch.randn(64, 2, V, device=device).to(dtype)[:, 1]             # strides of others' tensors
-        u = torch.rand(64, 3, device=device, dtype=torch.float64)[:, 1]
+    n = 16 if small else 64
+    for V in (3, 1000, 1024, 4099, *(() if small else (32003,))):
+        z = 4 * torch.randn(n, 2, V, device=device).to(dtype)[:, 1]              # strides of others' tensors
+        u = torch.rand(n, 3, device=device, dtype=torch.float64)[:, 1]
         z[0] = float('-inf'); z[0, V // 2] = 1.; u[1] = 0.; u[2] = 1 - 2 ** -53
         for temperature in (1., .7):
             got, want = choose(z, u, temperature), plain_choose(z.float(), u, temperature)
             same = got[0] == want[0]
-            assert same[:2].all() and same.sum() >= 62, 'the token differs'      # u just below 1, and a draw between two roundings, may
+            assert same[:2].all() and same.sum() >= n - 2, 'the token differs'      # u just below 1, and a draw between two roundings, may
             assert ((got[0] >= 0) & (got[0] < V)).all()
             yield error([x[same] for x in got[1:]], [x[same] for x in want[1:]])
             if device == 'cuda': continue
             got = _pieces_choose(z, u, temperature)                               # a CPU's way, which needs no interpreter
-            assert ((same := got[0] == want[0])[:2]).all() and same.sum() >= 62
+            assert ((same := got[0] == want[0])[:2]).all() and same.sum() >= n - 2
             yield error([x[same] for x in got[1:]], [x[same] for x in want[1:]])
 
 

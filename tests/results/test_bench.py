@@ -4,16 +4,21 @@ import pytest
 from bench import COLUMNS, chosen, efficiency
 from project import ROOT
 
-from saferlhf.record.execute import execute
+from saferlhf.record.execute import execute, warm_kernel
 
 RESULTS = ROOT/'data/results/bench'
 GPU = 'NVIDIA H200'
 
 
+@pytest.fixture(scope='module')
+def km():
+    with warm_kernel() as kernel: yield kernel
+
+
 @pytest.mark.parametrize('name', ('sampler', 'ppo_step', 'training', 'cpu', 'adapters'))
-def test_a_benchmark_runs_in_miniature(name, tmp_path):
+def test_a_benchmark_runs_in_miniature(name, tmp_path, km):
     small = dict(overrides=dict(batch=4, prompt_tokens=8, new_tokens=8)) if name == 'cpu' else {}
-    execute(ROOT/f'nbs/bench/{name}.ipynb', tmp_path/'out.ipynb', small | dict(results_dir=str(tmp_path)), progress=False)
+    execute(ROOT/f'nbs/bench/{name}.ipynb', tmp_path/'out.ipynb', small | dict(results_dir=str(tmp_path)), progress=False, km=km)
     t = pd.read_csv(tmp_path/f'{name}.csv')
     assert list(t.columns) == COLUMNS and t.run_id.nunique() == 1 and t.device.str.startswith('CPU').all()
     assert t.ours[t.unit != 'GB'].notna().all() and (t.ours[t.unit.isin(['tokens/s', 's'])] > 0).all()
@@ -23,17 +28,17 @@ def test_a_benchmark_runs_in_miniature(name, tmp_path):
         assert kinds(t) == kinds(committed[committed.device.str.startswith('NVIDIA')])
 
 
-def test_scale_runs_in_miniature_and_goes_on(tmp_path, capsys):
+def test_scale_runs_in_miniature_and_goes_on(tmp_path, capsys, km):
     from scale import COLUMNS, measure
     told = dict(results_dir=str(tmp_path), overrides=dict(zeros=[3], steps=1, run_id='mini'))
-    execute(ROOT/'nbs/bench/scale.ipynb', tmp_path/'out.ipynb', told, progress=False)
+    execute(ROOT/'nbs/bench/scale.ipynb', tmp_path/'out.ipynb', told, progress=False, km=km)
     t = pd.read_csv(tmp_path/'scale.csv')
     assert list(t.columns) == COLUMNS and t.gpus.tolist() == [1, 2] and set(t.run_id) == {'mini'} and set(t.offload) == {'none'}
     assert (t[['step_s', 'rollout_s', 'update_s', 'tokens_per_s']] > 0).all(axis=None) and (t.step_s > t.rollout_s + t.update_s).all()
     assert t.allreduce_gbs.notna().tolist() == [False, True] and efficiency(t).efficiency[0] == 1
     for more, model in ((dict(lora_rank=2), 'tiny, rank 2'), (dict(what='score model'), 'tiny, cost model')):
         told['overrides'] = dict(zeros=[1], gpus=[2], steps=1, run_id='mini') | more
-        execute(ROOT/'nbs/bench/scale.ipynb', tmp_path/'out.ipynb', told, progress=False)
+        execute(ROOT/'nbs/bench/scale.ipynb', tmp_path/'out.ipynb', told, progress=False, km=km)
         row = pd.read_csv(tmp_path/'scale.csv').iloc[-1]
         assert row.model == model and row.step_s > 0 and row.predicted_gb > 0 and (row.rollout_s > 0) == ('lora_rank' in more)
     spread = dict(gpus=2, zero=3)                                              # what stands there under this name is not measured again

@@ -337,7 +337,9 @@ def test_without_results_the_command_that_makes_them_is_named(argv, capsys, monk
 
 
 @pytest.mark.parametrize('content, said', [(b'', 'is damaged'), (b'\xff\xfe"', 'is damaged'),
-                                           (b'a,b\n1,2\n', 'it lacks the columns seed, round')])
+                                           (b'a,b\n1,2\n', 'it lacks the columns seed, round'),
+                                           (b'seed,round,kind,what,run_id\n0,1,a,b,sft/1-a\n0,1,a,b,sft/1-b\n',
+                                            "'0 1 a b' stands there twice, of two runs")])
 def test_damaged_results_are_not_joined(home, capsys, content, said):
     (home/'again').mkdir(); (home/'again/rounds.csv').write_bytes(content)
     line = told(['join', str(home/'again'), '--profile', 'cpu'], capsys)

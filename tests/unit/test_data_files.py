@@ -1,5 +1,6 @@
 "What people bring as files: read as it is meant, or refused with one line that says what to do."
 import json
+import os
 import logging
 from pathlib import Path
 
@@ -209,6 +210,8 @@ def test_two_columns_of_one_name(tmp_path):
 def test_what_is_no_source(tmp_path, load):
     for bad in (3, None, 2.5, b'rows.jsonl', object): refused(lambda bad=bad: load(bad), 'pass a file, a folder', TypeError)
     for bad in ('', '  '): refused(lambda bad=bad: load(bad), 'empty text')
+    os.mkfifo(tmp_path/'pipe.jsonl')                                    # `--data <(zcat rows.gz)`: it would wait for ever
+    refused(lambda: load(tmp_path/'pipe.jsonl'), 'pipe.jsonl is no ordinary file: write its rows to one')
     missing = ('none', 'none.jsonl', 'a/none.jsonl', './none', '/none', '~/none/x', 'a/b/c', tmp_path/'none', Path('none'), 'a b/c')
     for bad in missing: refused(lambda bad=bad: load(bad), 'there is no .*pass a file, a folder', FileNotFoundError)
 
