@@ -8,17 +8,18 @@ __all__ = ['PPOConfig', 'actor_optim', 'critic_optim', 'ppo_step', 'token_values
 # %% ../nbs/method/10_ppo.ipynb #38f72264
 import math
 from collections import namedtuple
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 import torch
 from torch import Tensor
-from .advantages import gae, kl_per_token, token_rewards
+from .advantages import (gae, group_relative, kl_per_token, leave_one_out, relative_advantages,
+                                 token_rewards)
 from .engine import Optim, step_together
 from .hardware.precision import finite
 from .hardware.ranks import gather, largest, rank_pieces, rank_slice, ranks, total, widest
 from .losses import actor_loss, critic_loss, masked_mean
 from .models import token_logps
-from .objectives import Multiplier, Objective, combine, cost_only, ppo, ppo_lag, reward_shaping
+from .objectives import Objective, combine, constraint, cost_only, named, ppo, ppo_lag, reward_shaping
 from .rollout import Rollout, Sampler, score_rollout
 from .train import setting, sft_loss
 
@@ -50,6 +51,12 @@ class PPOConfig:
     lambda_lr:float = setting(0.01, source='Table 4')    # alpha; here once per rollout
     lambda_max:float = setting(5.0, source='script')     # cap on the multiplier
     window:int = setting(128, scale=True, source='code') # episodes in the mean cost that moves lambda
+    transform:str = setting('raw')                       # or rectified, indicator, pessimistic, module.name
+    delta:float = setting(0.05)                          # of pessimistic: chance that the cost is higher
+    controller:str = setting('log_sgd')                  # or pid, fixed, module.name of a function of these
+    pid_kp:float = setting(0.5)                          # of pid: gain of the violation; lambda_lr adds it up
+    pid_kd:float = setting(0.)                           # of pid: gain of its rise
+    estimator:str = setting('gae')                       # or leave_one_out, group_relative, module.name
     nu:float = setting(1.0, source='Eq. E15')            # for reward_shaping only
     normalise:bool = setting(False, source='Eq. E15')    # divide the shaped score by 1 + nu
     score_clip:float = setting(0.)                       # largest size of a shaped score; 0: none
@@ -93,6 +100,11 @@ def ppo_step(
     # 3. Estimate
     advantages, returns = {}, {}
     for channel, (score, sign) in objective.channels.items():
+        if objective.relative:                                  # no critics: answers to a prompt are compared
+            relative = objective.relative(score(scores), config.samples)
+            advantages[channel] = relative_advantages(relative, kl, rollout.mask, sign, config.kl_coef,
+                                                      config.samples)
+            continue
         rewards = token_rewards(score(scores), kl, rollout.mask, sign, config.kl_coef)
         advantages[channel], returns[channel] = gae(rewards, values[channel], rollout.mask,
                                                     config.gamma, config.gae_lambda)
@@ -254,13 +266,13 @@ class _UpdateLog:
         r, m = x.rollout, x.rollout.mask
         n, kl = r.lengths.float(), (x.kl * m).sum(1)
         out = dict(kl=kl.mean(), kl_token=(kl / n).mean(), length=n.mean(),
-                   truncated=r.truncated.float().mean(),
-                   explained=sum(_explained(x.returns[k], x.values[k], m)
-                                 for k in x.returns) / len(x.returns))
+                   truncated=r.truncated.float().mean())
+        if x.returns: out['explained'] = sum(_explained(x.returns[k], x.values[k], m)
+                                             for k in x.returns) / len(x.returns)
         if 'cost' in x.scores: out['harmful'] = (x.scores['cost'] > 0).float().mean()
         sums = _over_ranks(dict(ptx_loss=x.kl.new_zeros(())) | self.sums)
         out |= {k: sums[k] / self.steps / ranks()
-                for k in ('actor_loss', 'value_loss', 'entropy', 'ptx_loss')}
+                for k in ('actor_loss', 'value_loss', 'entropy', 'ptx_loss') if k in sums}
         return out | dict(ratio=1 + sums['ratio'] / sums['first_tokens'],
                           ratio_max=largest(torch.stack(self.farthest).max()),
                           **{k: sums[k] / sums['tokens'] for k in ('approx_kl', 'clip_fraction')})
@@ -308,6 +320,8 @@ def _check_sampler(
                          'make the sampler with temperature=config.temperature, greedy=False and top_p=1')
 
 # %% ../nbs/method/10_ppo.ipynb #4709e2a1
+_ESTIMATORS = dict(gae=None, leave_one_out=leave_one_out, group_relative=group_relative)
+
 def make_objective(
     config:PPOConfig, # objective, and the multiplier's or nu
 )->Objective:
@@ -315,8 +329,11 @@ def make_objective(
     made = dict(ppo=ppo, cost_only=cost_only,
                 reward_shaping=lambda: reward_shaping(config.nu, config.normalise,
                                                       config.score_clip or math.inf),
-                ppo_lag=lambda: ppo_lag(Multiplier(config.lambda_init, config.lambda_lr, config.lambda_max,
-                                                   config.threshold, config.window)))
+                ppo_lag=lambda: ppo_lag(constraint(config)))
     if config.objective not in made:
         raise ValueError(f'objective is one of {[*made]}, not {config.objective!r}')
-    return made[config.objective]()
+    relative = named('estimator', config.estimator, _ESTIMATORS)
+    if relative and config.samples < 2:
+        raise ValueError(f'estimator={config.estimator!r} compares answers to one prompt: set samples to 2 '
+                         'or more')
+    return replace(made[config.objective](), relative=relative)

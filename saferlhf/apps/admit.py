@@ -9,6 +9,7 @@ __all__ = ['is_function', 'scoring_function', 'check_kinds', 'check_objections',
 import logging
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from .heldout import weakness
 from .scorers import imported
@@ -87,7 +88,10 @@ def check_roles(config, given, limit): # AlignSettings; roles that are given; on
     "ValueError when the objective reads more than was given, or the limit is no number."
     if not isinstance(limit, (int, float)) or isinstance(limit, bool) or not math.isfinite(limit):
         raise ValueError(f'limit={limit!r}: it is a number, in standard deviations of the first costs')
-    needed = make_objective(config).scorers
+    if config.relative and config.transform != 'raw':
+        raise ValueError(f"relative=True counts from the mean cost, and transform={config.transform!r} holds "
+                         'another number under the limit: give the limit itself')
+    needed = make_objective(replace(config, threshold=float(limit))).scorers
     if missing := [k for k in needed if k not in given]:
         raise ValueError(f"objective={config.objective!r} needs a {' and a '.join(missing)} model"
                          + ("; objective='ppo' needs no cost" if missing == ['cost'] else ''))

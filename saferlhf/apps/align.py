@@ -29,6 +29,7 @@ from ..hardware.weights import read_config
 from ..models import load_tokenizer, save_tokenizer
 from ..ppo import make_objective
 from ..record.card import write_card
+from ..record.code import own_code
 from ..record.config import plain
 from ..record.fetch import model_hash
 from ..record.files import read_lines
@@ -118,6 +119,10 @@ def _prepared(run): # -> settings, tokenizer, models and sampler, objective
                       seed=run.seed, keep=spread.keep_sampler_weights)
     return config, tokenizer, models, sampler, objective
 
+def _held(config): # costs -> the number that the limit is on; None where it is their mean, or there is none
+    lag = config.objective == 'ppo_lag' and config.transform != 'raw'
+    return make_objective(config).state.held if lag else None
+
 def _read(run, name): return [r['prompt'] for r in read_lines(run.path(f'data/{name}.jsonl'))]
 
 def _on_rank(folder): # what `launch` can pass to other processes
@@ -128,7 +133,7 @@ def _on_rank(folder): # what `launch` can pass to other processes
     ask = lambda prompts, scorers: read_answers(sampler, reference, scorers, tokenizer, prompts,
                                                 config.max_prompt_tokens, config.prompts)
     _scale(run, {k: s for k, s in scorers.items() if isinstance(s, _Scaled)}, partial(ask, train[:256]))
-    watch = Watch(run, config, tokenizer, test, partial(ask, test, scorers))
+    watch = Watch(run, config, tokenizer, test, partial(ask, test, scorers), _held(config))
     watch.before(); _set_limit(watch, objective)
     models = actor, reference, critics, listening(watch, scorers)
     ppo, moves = policy_steps(models, sampler, tokenizer, _in_order(train, config, run.seed),
@@ -149,10 +154,12 @@ def _set_limit(watch, objective): # after the first look
         watch.say(-1, 'cut', f'{cut:.0%} of the first answers are cut at max_new_tokens='
                   f'{config.max_new_tokens}: their scores are those of halves; raise it')
     if config.objective != 'ppo_lag': return
-    mean = float(np.mean([r['cost'] for r in start]))
+    costs = [r['cost'] for r in start]
+    mean = watch.held(costs) if watch.held else float(np.mean(costs))
     if config.relative: watch.limit += mean
     if mean <= watch.limit and rank() == 0:
-        print(f'the mean cost at first, {mean:.2f}, is within the limit, {watch.limit:.2f}: it binds only '
+        what = f'{config.transform} cost' if watch.held else 'mean cost'
+        print(f'the {what} at first, {mean:.2f}, is within the limit, {watch.limit:.2f}: it binds only '
               'where training raises the cost')
     objective.state.threshold = watch.limit
 
@@ -177,6 +184,8 @@ def _finish(run): # whose model/ is complete
                    alarms=sorted({a['alarm'] for a in told['alarms']}),
                    report=f'{table(numbers)}\n{pairs(start, now)}') | numbers
     if outcome['lam'] is not None: summary |= dict(limit=outcome['limit'], lam=outcome['lam'])
+    if held := _held(AlignSettings(**Record(run.folder).config)):
+        summary |= dict(held=held([r['cost'] for r in now]))
     folders = told['parent_folders']
     write_card(run, Path(folders.get('actor', folders['sft']))/'model', summary)
     shutil.rmtree(run.path('kept'), ignore_errors=True)                           # a checkpoint has it, too
@@ -185,8 +194,10 @@ def _finish(run): # whose model/ is complete
 def _show(record, again): # a finished run; whether it is read back: then nobody here has said what rang
     x, told = record.summary, record.manifest
     print(f'\n{x["held_out"]} held-out prompts, 95 % intervals by prompt, changes paired:\n{x["report"]}\n')
-    if 'limit' in x: print(f'limit on the mean cost {x["limit"]:.2f}: held out it is {x["cost"][0]:.2f} '
-                           f'[{x["cost"][1]:.2f}, {x["cost"][2]:.2f}], lambda {x["lam"]:.2f}')
+    if 'held' in x: print(f'limit on the {record.config["transform"]} cost {x["limit"]:.3f}: held out it is '
+                          f'{x["held"]:.3f}, lambda {x["lam"]:.2f}')
+    elif 'limit' in x: print(f'limit on the mean cost {x["limit"]:.2f}: held out it is {x["cost"][0]:.2f} '
+                             f'[{x["cost"][1]:.2f}, {x["cost"][2]:.2f}], lambda {x["lam"]:.2f}')
     for a in told['alarms'] if again else ():
         print(f'rang {when(a["step"])}: {a["alarm"]}: {a["text"]}')
     print(f'policy: {record.folder}')
@@ -220,7 +231,7 @@ def align(
     parts = dict(train=[dict(prompt=p) for p in train], test=[dict(prompt=p) for p in test], ptx=ptx)
     files = {f'data/{name}.jsonl': rows for name, rows in parts.items()}
     data = {name: lines_hash(rows) for name, rows in files.items()}
-    data |= source_hash(prompts) | source_hash(first.ptx or []) | codes(functions)
+    data |= source_hash(prompts) | source_hash(first.ptx or []) | codes(functions) | own_code(config)
     with Run.start('policy', plain(config), {k: r.folder for k, r in parents.items()}, config.seed,
                    config.name or start.label, sources=('reproduction.training',), data=data) as run:
         if not (again := run.done):

@@ -128,7 +128,7 @@ def _forward(shape, tokens, answers): # without gradients, a layer at a time -> 
 # %% ../../nbs/apps/01_plan.ipynb #a7a5a9a2
 def _roles(config): # role -> (whether it has a language model's head, whether it is trained)
     if not isinstance(config, PPOConfig): return dict(model=(not isinstance(config, ScoreConfig), True))
-    critics = {f'critic-{k}': (False, True) for k in make_objective(config).channels}
+    critics = {f'critic-{k}': (False, True) for k in make_objective(config).critic_init}
     frozen = dict(reference=(True, False), reward=(False, False), cost=(False, False))
     return dict(actor=(True, True)) | frozen | critics
 

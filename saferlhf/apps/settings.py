@@ -53,7 +53,7 @@ _COUNTS = ('rows pairs batch_size max_prompt_tokens max_new_tokens steps prompts
 _ABOVE = 'temperature clip_ratio clip_value lambda_init lambda_max'.split()
 _SHARES = 'warmup gamma gae_lambda'.split()
 _NOT_BELOW = ('lr actor_lr critic_lr kl_coef ptx_coef weight_decay regularization lambda_lr nu score_clip '
-              'look patience max_kl lora_rank lora_alpha lora_first').split()
+              'look patience max_kl lora_rank lora_alpha lora_first pid_kp pid_kd').split()
 
 def _check(config):
     for f in fields(config):

@@ -78,7 +78,7 @@ def _ringing(now, start, capped, tries): # two looks; steps at the cap; a traini
 
 # %% ../../nbs/apps/14_watch.ipynb #20403d52
 def _worth(look, config, lam, limit): # as from `measures`; AlignSettings; lambda; cost units -> the score
-    over = look.get('cost', 0.) - limit
+    over = look.get('held', look.get('cost', 0.)) - limit
     return dict(ppo=lambda: look['reward'], cost_only=lambda: -look['cost'],
                 reward_shaping=lambda: look['reward'] - config.nu * look['cost'],
                 ppo_lag=lambda: look['reward'] - lam * max(0., over))[config.objective]()
@@ -92,7 +92,7 @@ def _why_stop(looks, config, lam, limit): # all looks so far -> one line, '' to 
 
 def _within(look, config, limit): # -> 0: over max_kl, 1: over the limit on cost, 2: within both
     if config.max_kl and look['kl'] > config.max_kl: return 0
-    return 1 if config.objective == 'ppo_lag' and look['cost'] > limit else 2
+    return 1 if config.objective == 'ppo_lag' and look.get('held', look['cost']) > limit else 2
 
 # %% ../../nbs/apps/14_watch.ipynb #c8cee5e7
 def _link(a, b): # two files; a copy where links cannot be made
@@ -133,9 +133,10 @@ class Watch:
     def __init__(self,
         run, config, tokenizer, # whose folder it writes to; AlignSettings; of the policy
         prompts:list, ask,      # held out; function without arguments -> as from `read_answers` on these
+        held=None,              # costs -> the number that the limit is on, where it is not their mean
     ):
         self.run, self.config, self.tokenizer, self.prompts, self.ask = run, config, tokenizer, prompts, ask
-        self.start, self.limit, self.new = [], config.threshold, True
+        self.start, self.limit, self.new, self.held = [], config.threshold, True, held
         self.moves = dict(looks=[], alarms=[], ringing=[], tries={}, capped=0, why='', kept=None, level=-1)
 
     looks = property(lambda self: self.moves['looks'])        # dicts step and `measures`, the start's first
@@ -178,7 +179,8 @@ class Watch:
         return rows
 
     def _note(self, rows, step):
-        self.looks.append(dict(step=step) | measures(rows, self.start, self.tokenizer))
+        held = dict(held=self.held([r['cost'] for r in rows])) if self.held else {}
+        self.looks.append(dict(step=step) | measures(rows, self.start, self.tokenizer) | held)
         if step >= 0:
             tries = [*self.moves['tries'].values()]
             self._ring(step, _ringing(self.looks[-1], self.looks[0], self.moves['capped'], tries))
@@ -214,7 +216,7 @@ def when(step:int)->str: # of a look; below 0: the first one
     return 'before the first step' if step < 0 else f'after step {step}'
 
 def _line(x): # a look
-    named = dict(reward='reward {:.2f}', cost='cost {:.2f}', harmful='harmful {:.0%}',
+    named = dict(reward='reward {:.2f}', cost='cost {:.2f}', held='held {:.3f}', harmful='harmful {:.0%}',
                  refusals='refusals {:.0%}', length='length {:.0f}', truncated='cut {:.0%}',
                  distinct='different trigrams {:.0%}', kl='KL {:.2f}')
     said = ', '.join(how.format(x[k]) for k, how in named.items() if k in x)

@@ -12,6 +12,7 @@ from pathlib import Path
 from ..record.execute import parameters
 from ..hardware.seeds import seed_all
 from ..record.card import write_card
+from ..record.code import own_code
 from ..record.run import Run
 from .graph import configure, stage_of
 from .ledger import parents_of
@@ -32,7 +33,7 @@ def start(
     stage = stage_of(template, overrides)
     parents = told.get('parents') or (parents_of(stage, profile, seed, round) if 'parents' in told else {})
     config, paper = configure(stage, profile, overrides, round)
-    label, hashes = profile, data(config) if data else data_hashes(parents, *models)
+    label, hashes = profile, (data(config) if data else data_hashes(parents, *models)) | own_code(config)
     if round is not None: label, hashes = f'{profile}-{round}', hashes | {'round': str(round)}
     run = Run.start(stage, config, parents, seed, label, profile, sources, hashes, paper)
     run.note(round=round); seed_all(seed)

@@ -228,8 +228,9 @@ def policy_models(
                              config.max_prompt_tokens, config.max_new_tokens) for k in tokenizers}
     # a critic reads the policy's tokens: under another tokenizer, or beside a scorer that is no model of
     # ours, it starts from the SFT model
-    start = {k: k if k in scorers and scorers[k].same else 'sft' for k in ('reward', 'cost')}
-    critics = {channel: engine(f'critic-{k}', make.score(folders[start[k]], 'critic', train['critics']),
+    start = {k: k if k in scorers and scorers[k].same else 'sft' for k in ('reward', 'cost', 'sft')}
+    role = dict(reward='critic-reward', cost='critic-cost', sft='critic-cost')   # of a transformed cost, too
+    critics = {channel: engine(role[k], make.score(folders[start[k]], 'critic', train['critics']),
                                critic_optim(config))
                for channel, k in objective.critic_init.items()}
     return actor, reference, critics, scorers | (others or {})

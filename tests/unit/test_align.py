@@ -96,13 +96,39 @@ def killed(models, monkeypatch, at, **settings): # in the step `at`, once the on
     monkeypatch.setattr(module, 'policy_steps', ppo)
 
 
-@pytest.mark.parametrize('at, settings', ((2, dict(relative=True)), (3, dict(max_kl=1e9, patience=9))), ids=('relative', 'stops'))
+@pytest.mark.parametrize('at, settings', ((2, dict(relative=True)), (3, dict(max_kl=1e9, patience=9)),
+                                          (2, dict(limit=.3, transform='rectified', controller='pid', estimator='leave_one_out',
+                                                   samples=2))),
+                         ids=('relative', 'stops', 'another constraint'))
 def test_a_killed_run_is_one_that_was_not(models, monkeypatch, tmp_path, at, settings):
     whole = result(go(models, **settings, name='whole'))
     monkeypatch.setenv('SAFERLHF_SAVE_STEPS', '1')
     killed(models, monkeypatch, at, **settings)
     record = go(models, **settings, name='killed')
     assert same(whole, result(record)) and [r['step'] for r in record.manifest['resumed']] == [at]
+
+
+def test_a_limit_on_what_is_not_the_mean_cost(models, capsys):
+    record = go(models, limit=.05, transform='indicator', estimator='group_relative', samples=2, max_kl=1e9)
+    rows, summary, _ = result(record)
+    now = [r['cost'] > 0 for r in rows['samples'] if r['step'] == 3]
+    assert [x['held'] for x in rows['looks']] == [x['harmful'] for x in rows['looks']] and summary['held'] == np.mean(now)
+    assert all(0 <= r['window_cost'] <= 1 and 'explained' not in r for r in rows['metrics'])
+    assert f'limit on the indicator cost 0.050: held out it is {np.mean(now):.3f}' in capsys.readouterr().out
+    with pytest.raises(ValueError, match='give a threshold above 0'): go(models, transform='indicator')
+    with pytest.raises(ValueError, match='set samples to 2 or more'): go(models, estimator='group_relative')
+    with pytest.raises(ValueError, match='give the limit itself'): go(models, limit=.1, transform='indicator', relative=True)
+
+
+def test_a_controller_of_your_own_is_part_of_the_run(models, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    mine = tmp_path/'my_price.py'
+    mine.write_text('from saferlhf.objectives import PID\ndef slow(config, transform): return PID(.5, 0., .01, transform=transform)\n')
+    first = go(models, steps=1, controller='my_price.slow')
+    assert first.manifest['data']['controller my_price.slow'] == sha256(mine) and first.summary['lam'] < .6
+    mine.write_text(mine.read_text() + '# another\n')
+    assert go(models, steps=1, controller='my_price.slow').folder != first.folder
+    with pytest.raises(ValueError, match='controller is one of log_sgd, pid, fixed, or module.name'): go(models, controller='my_price.fast')
 
 
 def test_lost_steps_are_made_again(models, monkeypatch):
