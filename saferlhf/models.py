@@ -62,13 +62,14 @@ def token_logps(
     T:int,                # response slots
     temperature:float=1., # of the distribution that was sampled from
     entropy:bool=False,   # also return the entropies, without gradient
-)->Tensor:                # (B, T) fp32, nats, 0 where the response mask is 0; with `entropy` two of them
+)->Tensor:                # (B, T) fp32, nats, 0 where nothing stands before or the mask is 0; `entropy`: two
     "Log-probability of every response token given what stands before it."
     (B, L), m = mask.shape, host(mask).bool()
     check_ids(getattr(model, 'model', model).config, ids, mask)
-    lay = layout(mask)
-    to = m[:, L - T:].flatten().nonzero().squeeze(1)                     # response tokens, places in (B, T)
-    at = (torch.arange(L).expand(B, L)[m] >= L - T).nonzero().squeeze(1) # the same in the packed row
+    lay, read = layout(mask), m & (m.cumsum(1) > 1)                      # nothing stands before a row's first
+    read[:, :L - T] = False
+    to = read[:, L - T:].flatten().nonzero().squeeze(1)                  # response tokens, places in (B, T)
+    at = read[m].nonzero().squeeze(1)                                    # the same in the packed row
     to, at = (x.to(ids.device, non_blocking=True) for x in (to, at))
     logits = packed_forward(model, ids, lay, logits_to_keep=at - 1).logits[0]
     out = gather_logps(logits, ids.flatten()[lay.index[at]], temperature, entropy)

@@ -10,7 +10,7 @@ from saferlhf.models import (TINY, ScoreModel, _at_last_token, gather_logps, lla
                              load_tokenizer, positions,
                              tiny_model, token_logps)
 from saferlhf.text import pad, pair_batch
-from tiny import FAMILIES, close, lm, paddings, scorer, tokenizer
+from tiny import FAMILIES, close, lm, paddings, prompt_rows, scorer, tokenizer
 
 ROW = [5, 9, 0, 7, 1, 3, 40, 1]  # the pad id 0 and EOS 1 also stand inside the text
 NORMALISER = {'normalizer.mean', 'normalizer.var', 'normalizer.count'}
@@ -274,3 +274,14 @@ def test_code_from_outside_does_not_run(tmp_path):
     for read in (load_lm, ScoreModel.from_pretrained):
         with pytest.raises(ValueError, match='trust_remote_code'): read(tmp_path)
     assert not ran.exists()
+
+
+@pytest.mark.parametrize('arch', ('llama', 'gpt2'))
+def test_a_token_with_nothing_before_it_has_no_probability(arch):
+    "In a packed row another answer stands before it: what that says of it is not read, and a row says the same in any batch."
+    model, b = lm(arch), prompt_rows(8, 61, seed=0)                           # five of these rows are shorter than the three slots
+    read = lambda rows: token_logps(model, b['input_ids'][rows], b['attention_mask'][rows], 3, entropy=True)
+    together, apart = read(slice(8)), [torch.cat(x) for x in zip(*(read([i]) for i in range(8)), strict=True)]
+    for x, y in zip(together, apart, strict=True): close(x.detach(), y.detach(), 1e-5)
+    first = b['attention_mask'].cumsum(1)[:, -3:] <= 1
+    assert first.any() and not any(x[first].any() for x in together) and (together[0][~first] < 0).all()
