@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'setting', 'LMConfig', 'SFTConfig', 'ScoreConfig', 'model_optim', 'batch_indices', 'loop', 'text_batch',
-           'sft_loss', 'sft_step', 'lm_step', 'pack', 'valid_loss', 'score_loss', 'score_step', 'score_batches']
+           'to_device', 'backward_pieces', 'sft_loss', 'sft_step', 'lm_step', 'pack', 'valid_loss', 'score_loss',
+           'score_step', 'score_batches']
 
 # %% ../nbs/method/09_train.ipynb #3abd0b63
 import math
@@ -196,10 +197,17 @@ def text_batch(
     return dict(input_ids=torch.cat([left, right], 1), attention_mask=torch.cat([left_mask, mask], 1),
                 mask=mask)
 
-def _to(device, batch): # name -> tensor, on the device; tensors remember where they came from
+def to_device(
+    device, batch:dict, # name -> tensor on the host
+)->dict:                # the same on the device; tensors remember where they came from
+    "A batch where the model is."
     return {k: with_host(v, device) for k, v in batch.items()}
 
-def _backward(engine, n, micro_batch, loss): # loss: function of row numbers, and whether they count: 1. or 0.
+def backward_pieces(
+    engine, n:int,   # that is trained; rows of the batch, of all ranks
+    micro_batch:int, # rows per backward pass on a rank; 0: all
+    loss,            # function of row numbers, and of whether they count (1. or 0.) -> ()
+)->Tensor:           # ()
     "Backward passes over this rank's part of n rows; the sum of their losses, as a mean over ranks."
     pieces, out = rank_pieces(n, micro_batch), 0.
     for k, (rows, real) in enumerate(pieces):
@@ -215,7 +223,7 @@ def sft_loss(
     denominator=None, # rows of the whole batch, when this is a part of it
 )->Tensor:            # () nats per token
     "Language modelling loss on responses."
-    b = _to(engine.device, batch)
+    b = to_device(engine.device, batch)
     logp = token_logps(engine, b['input_ids'], b['attention_mask'], b['mask'].shape[1])
     return lm_loss_from_logp(logp, b['mask'], denominator)
 
@@ -227,7 +235,7 @@ def sft_step(
     "One optimizer step of supervised fine-tuning."
     n = max(1, int(batch['mask'].any(1).sum())) / ranks()
     loss = lambda rows, _: sft_loss(engine, {name: x[rows] for name, x in batch.items()}, n)
-    return dict(loss=_backward(engine, len(batch['mask']), micro_batch, loss), grad_norm=engine.step())
+    return dict(loss=backward_pieces(engine, len(batch['mask']), micro_batch, loss), grad_norm=engine.step())
 
 def lm_step(engine, ids:Tensor)->dict: # of a causal LM; (B, L) packed text -> metrics
     "One optimizer step of language modelling."
@@ -279,11 +287,11 @@ def score_step(
     n, scores = len(batch['paired']), ([], [])                           # of the high, of the low answers
     def loss(rows, real):
         both = torch.cat([rows, rows + n])
-        b = _to(engine.device, {name: x[both if len(x) > n else rows] for name, x in batch.items()})
+        b = to_device(engine.device, {name: x[both if len(x) > n else rows] for name, x in batch.items()})
         end = engine(b['input_ids'], b['attention_mask']).end_scores
         for seen, x in zip(scores, end.detach().chunk(2), strict=True): seen.append(x[:len(x) * int(real)])
         return score_loss(kind, end, b, regularization, n / ranks())
-    metrics = dict(loss=_backward(engine, n, micro_batch, loss), grad_norm=engine.step())
+    metrics = dict(loss=backward_pieces(engine, n, micro_batch, loss), grad_norm=engine.step())
     high, low = (gather(torch.cat(x), n) for x in scores)                # of all ranks, in the batch's order
     sign, paired = torch.cat([batch['high_sign'], batch['low_sign']]).to(high.device), batch['paired'] > 0
     right = (torch.cat([high, low]) * sign > 0)[sign != 0]

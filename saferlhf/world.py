@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['two_token_world', 'two_token_lambda', 'run_two_token', 'WorldConfig', 'world_row', 'World', 'run_world',
-           'world_config']
+           'world_config', 'TrialConfig']
 
 # %% ../nbs/method/11_world.ipynb #e667027d
 import math
@@ -186,3 +186,8 @@ def world_config(steps=300, answers=256, samples=1, **more)->PPOConfig: # more: 
     return PPOConfig(**dict(steps=steps, prompts=answers // samples, samples=samples, max_new_tokens=8,
                             kl_coef=.5, ptx_coef=0., clip_ratio=.2, clip_value=50., epochs=2, minibatches=2,
                             micro_batch=answers, threshold=0., lambda_lr=.05, window=answers) | more)
+
+@dataclass(frozen=True)
+class TrialConfig(WorldConfig):
+    "Size of the trials of notebook 21_trials; they are not in the paper, so everything is scale."
+    trials:int = setting(0, scale=True)    # the first so many; 0: all

@@ -11,7 +11,7 @@ from graphlib import TopologicalSorter
 from typing import NamedTuple
 from .paper import COST_SD, of
 from ..ppo import PPOConfig
-from ..world import WorldConfig
+from ..world import TrialConfig, WorldConfig
 from ..record.config import nearest, resolve
 from .profiles import PROFILES, REASONS, ROUNDS
 from .collection import CollectConfig
@@ -34,6 +34,8 @@ _GOLD_BASE = dict(hidden=512, layers=12, heads=8, kv_heads=4, ffn=1408, epochs=3
 # roles that read a base LM (of `paper`: see `own_base`) and gold annotators; else the shipped ones are read
 def _base(profile): return {} if profile == 'cpu' else {'base': 'base_lm'}
 def _gold(profile): return {'gold': 'gold'} if profile in ('smoke', 'gpu') else {}
+
+_WORLDS = [Stage('two_token', 'two_token', {}), Stage('constraints', 'constraints', {})]
 
 def _first(profile): # the stages that make base LM and gold annotators
     if not _gold(profile): return []
@@ -81,11 +83,11 @@ def graph(
         more = [s for r in (2, 3) for s in _one_round(profile, r, '-no-red', candidates=0)]
         policies = {s.name: s.name for s in more if s.template == 'policy'}
         out += more + [Stage('evaluate-no-red', 'evaluate', out[-1].parents | policies)]
-    return out + ([Stage('two_token', 'two_token', {})] if profile == 'smoke' else [])
+    return out + (_WORLDS if profile == 'smoke' else [])
 
 # made once and shipped, or beside the reproduction
 _BESIDE = [Stage('base_lm', 'base_lm', {}), Stage('gold', 'gold', {'base': 'base_lm'}),
-           Stage('two_token', 'two_token', {})]
+           *_WORLDS]
 
 # %% ../../nbs/reproduction/07_graph.ipynb #e5f5587b
 SEEDS = dict(core=range(5), shaped=(0,), thresholds=(0,), data=(0, 1), strict=range(3)) # of groups of arms
@@ -174,7 +176,7 @@ def arm_stages(profile:str, *groups:str)->list: # those of SEEDS; none: all; -> 
 # %% ../../nbs/reproduction/07_graph.ipynb #618cd287
 _CLASSES = dict(base_lm=LMConfig, sft=SFTConfig, gold=ScoreConfig, reward=ScoreConfig, cost=ScoreConfig,
                judge=ScoreConfig, collect=CollectConfig, policy=PPOConfig, evaluate=EvalConfig,
-               two_token=WorldConfig)
+               two_token=WorldConfig, constraints=TrialConfig)
 _READ_BY = dict(ppo_lag=('threshold', 'lambda_init', 'lambda_lr', 'lambda_max'),     # fields of an objective
                 reward_shaping=('nu', 'normalise', 'score_clip'))
 

@@ -101,7 +101,7 @@ def run_stage(
     "Execute one stage unless it is done. RuntimeError when its notebook leaves no finished run."
     seed, overrides = seed if stage.seed is None else stage.seed, overrides or {}
     told, parents = dict(profile=profile, seed=seed), {}
-    if stage.parents or stage.template not in ('base_lm', 'two_token'):
+    if stage.parents or stage.template not in ('base_lm', 'two_token', 'constraints'):
         parents = {role: Record(folder_of(p, profile, k)) for role, (p, k) in reads(stage, seed).items()}
         told['parents'] = {role: str(run.folder) for role, run in parents.items()}
     if stage.round is not None: told['round'] = stage.round

@@ -30,7 +30,7 @@ PROFILES = {'smoke': dict(  # seconds: random two-layer models, real rows
     policy=dict(steps=3, prompts=8, micro_batch=4, minibatches=2, window=16, probes=1,
                 actor_lr=1e-4, critic_lr=1e-4, lambda_lr=0.1, **_tokens),
     evaluate=dict(unsafe=24, safe=12, samples=1, **_tokens),
-    two_token=dict(steps=3, batch=16, last=2))}
+    two_token=dict(steps=3, batch=16, last=2), constraints=dict(steps=3, batch=64, last=2, trials=3))}
 
 _tokens = dict(max_prompt_tokens=48, max_new_tokens=48)
 _score = dict(epochs=1., batch_size=32, lr=1e-3, **_tokens)

@@ -142,7 +142,7 @@ def table1(
     return pd.DataFrame(lines, columns=['accuracy, %', 'whose', 'round 1', 'round 2', 'round 3', 'unified'])
 
 # %% ../../nbs/reproduction/12_tables.ipynb #e1c8e55d
-_PARTS = (('base_lm', 'gold_base', 'gold', 'sft', 'two_token'),
+_PARTS = (('base_lm', 'gold_base', 'gold', 'sft', 'two_token', 'constraints'),
           tuple(f'{kind}-{r}' for r in (1, 2, 3) for kind in ('collect', 'reward', 'cost', 'policy')),
           ('reward-0', 'cost-0', 'judge', 'reward-only', 'evaluate'))
 

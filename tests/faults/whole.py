@@ -60,7 +60,7 @@ def copied(lab, name, *without):
     return runs, home
 
 
-BY_NOTEBOOK = 'base_lm', 'two_token'
+BY_NOTEBOOK = 'base_lm', 'two_token', 'constraints'
 
 
 def folder(lab, runs, stage): return Path(runs)/json.loads((lab.base/'ledger-smoke-0.json').read_text())[stage]['folder']
@@ -68,7 +68,7 @@ def folder(lab, runs, stage): return Path(runs)/json.loads((lab.base/'ledger-smo
 
 def tables(home, drawn=False):
     "Published tables, seconds apart; and the figures."
-    skip = 'times.csv', 'base_lm.csv', 'two_token_world.csv'                     # seconds; what notebooks publish
+    skip = 'times.csv', 'base_lm.csv', 'two_token_world.csv', 'constraints.csv'  # seconds; what notebooks publish
     found = {p.name: p.read_bytes() for p in Path(home).glob('data/results/smoke/*.csv') if p.name not in skip}
     return found | ({p.name: p.read_bytes() for p in Path(home).glob('figures/smoke/*.png')} if drawn else {})
 

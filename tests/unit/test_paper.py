@@ -113,7 +113,7 @@ def test_every_deviation_has_its_reason(profile):
 
 
 def test_only_sizes_are_scale_and_the_profile_paper_has_no_deviation():
-    sizes = ('rows pairs steps prompts samples batch_size batch micro_batch minibatches window epochs prompt_epochs '
+    sizes = ('rows pairs documents trials steps prompts samples batch_size batch micro_batch minibatches window epochs prompt_epochs '
              'block vocab hidden layers heads kv_heads ffn max_prompt_tokens max_new_tokens collected related '
              'unrelated candidates holdout unsafe safe last probes').split()
     for cls in set(_CLASSES.values()):

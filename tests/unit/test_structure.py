@@ -30,7 +30,7 @@ NO_POSIX = 'sched_getaffinity', 'fork', 'forkpty', 'O_DIRECTORY'        # and no
 
 def test_every_module_has_a_notebook_and_the_other_way_round():
     assert {str(p.relative_to(PACKAGE).with_suffix('')).replace('/', '.') for p in exported()} == set(ORDER)
-    wanted = 'text data models losses advantages objectives engine rollout train ppo world annotate evaluate judges'.split()
+    wanted = 'text data models losses advantages objectives engine rollout train ppo world annotate evaluate judges offline'.split()
     assert [m for m in ORDER if wing(m) == 'method'] == wanted, 'the contract: these names stay flat'
     for module, path in modules().items(): assert path.parent.name == wing(module), module
 
