@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from saferlhf.hardware.weights import read_tensors
-from saferlhf.models import (TINY, ScoreModel, _at_last_token, gather_logps, llama, load_lm,
+from saferlhf.models import (TINY, ScoreModel, at_last_token, gather_logps, llama, load_lm,
                              load_tokenizer, positions,
                              tiny_model, token_logps)
 from saferlhf.text import pad, pair_batch
@@ -68,8 +68,8 @@ def test_rows_of_a_batch_do_not_mix(arch):
 def test_the_last_token_is_the_last_of_the_mask():
     x = torch.arange(20.).view(4, 5)
     mask = torch.tensor([[1, 1, 0, 0, 0], [0, 0, 1, 1, 1], [0, 1, 0, 1, 0], [0, 0, 0, 0, 0]])
-    assert _at_last_token(x, mask).tolist() == [1, 9, 13, 15]
-    assert _at_last_token(torch.stack([x, -x], -1), mask)[1].tolist() == [9, -9]
+    assert at_last_token(x, mask).tolist() == [1, 9, 13, 15]
+    assert at_last_token(torch.stack([x, -x], -1), mask)[1].tolist() == [9, -9]
 
 
 @torch.no_grad()
@@ -81,7 +81,7 @@ def test_pad_equal_to_eos_keeps_the_eos():
     rows, model = [dict(prompt='is it safe', high='no, never', low='yes')], scorer('gpt2', len(ours))
     a, b = (pair_batch(rows, t, 64, 16) for t in (ours, theirs))
     assert torch.equal(a['attention_mask'], b['attention_mask'])
-    assert (_at_last_token(b['input_ids'], b['attention_mask']) == 1).all()
+    assert (at_last_token(b['input_ids'], b['attention_mask']) == 1).all()
     close(model(a['input_ids'], a['attention_mask']).end_scores,
           model(b['input_ids'], b['attention_mask']).end_scores)
 
