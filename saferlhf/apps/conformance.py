@@ -227,7 +227,8 @@ def conformance(
     out = []
     for trap in TRAPS:
         state, found = 'ok', ''
-        if not callable(getattr(adapter, trap.needs, None)):
+        f = getattr(adapter, trap.needs, None)
+        if not callable(f) or getattr(f, '__func__', f) is getattr(Trainer, trap.needs):
             state, found = 'not tried', f'no function {trap.needs}'
         else:
             try: trap.check(adapter)
@@ -253,7 +254,7 @@ def report(
     return rows
 
 # %% ../../nbs/apps/21_conformance.ipynb #01471d93
-class Ours:
+class Ours(Trainer):
     "This package's trainer, as the suite sees it. PTX has a backward pass of its own: no `total_loss`."
     def positions(self, mask): return positions(mask)
     def end_scores(self, scores, mask): return at_last_token(scores, mask)
