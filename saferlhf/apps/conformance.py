@@ -26,27 +26,49 @@ from ..train import batch_indices
 
 # %% ../../nbs/apps/21_conformance.ipynb #2087b084
 class Trainer(Protocol):
-    "What the suite asks a trainer for; each function may be missing."
-    def positions(self, mask): "(B, L) 1 on tokens, padded on the left -> (B, L) position of each token."
-    def end_scores(self, scores, mask): "(B, L) score of every prefix, (B, L) mask -> (B,) an answer's score."
-    def response_mask(self, ids, eos, pad): "(B, T) ids; pad may be eos -> (B, T) up to the first eos."
-    def token_logps(self, logits, ids): "(B, L, V), (B, L) -> (B, L - 1) log-probability of each next token."
-    def token_rewards(self, reward, cost, kl, mask, kl_coef): "(B,), (B,), (B, T), (B, T) -> two (B, T)."
-    def multiplier(self, lam, costs, threshold, lr): "One move of lambda by (N,) raw costs -> a number."
-    def gae(self, rewards, values, mask, gamma, lam): "(B, T) each -> advantages, returns."
-    def group_relative(self, score, samples): "(B,) scores, adjacent answers to a prompt -> (B,)."
-    def lag_relative(self, reward, cost, lam, samples): "The same of PPO-Lag's two channels -> (B,)."
-    def actor_loss(self, logp, old_logp, reward_advantage, cost_advantage, lam, mask, clip): "(B, T) -> ()."
-    def critic_loss(self, values, old_values, returns, mask, clip): "(B, T) each -> ()."
-    def shaped(self, reward, cost, nu): "(B,), (B,) -> (B,) the score of reward shaping."
-    def total_loss(self, rl, ptx, coef): "() each -> () what the actor goes down."
-    def reward_loss(self, high, low): "(B,) scores of the better and of the worse answers -> ()."
-    def cost_loss(self, high, low, high_sign, low_sign): "(B,); high: more harmful, signs +1: harmful -> ()."
-    def harm_sign(self, is_safe): "A label of the data -> +1 harmful, -1 safe."
-    def dpo(self, policy, reference, rows, beta): "Causal LMs; (prompt, better, worse) ids with EOS -> ()."
-    def probabilities(self, logits, temperature): "(B, V) -> (B, V) what tokens are drawn from."
-    def order(self, n, epoch, seed): "Rows of an epoch, in order -> list of numbers."
-    def noise(self, seed, rank): "(8,) random numbers that sampling on a rank begins with."
+    "What the suite asks a trainer for; each function may be missing. The docstring says what comes back."
+    def positions(self, mask): # (B, L) 1 on tokens, padded on the left
+        "(B, L) position of each token."
+    def end_scores(self, scores, mask): # (B, L) score of every prefix; (B, L)
+        "(B,) score of each answer."
+    def response_mask(self, ids, eos, pad): # (B, T) sampled; pad may be eos
+        "(B, T) 1 up to and including the first eos."
+    def token_logps(self, logits, ids): # (B, L, V) of any float type; (B, L)
+        "(B, L - 1) log-probability of each next token."
+    def token_rewards(self, reward, cost, kl, mask, kl_coef): # (B,) twice; (B, T) twice; effective weight
+        "(B, T) rewards, (B, T) costs."
+    def multiplier(self, lam, costs, threshold, lr): # lambda now; (N,) raw; the limit; alpha
+        "lambda after one move."
+    def gae(self, rewards, values, mask, gamma, lam): # (B, T) three times; numbers
+        "(B, T) advantages, (B, T) returns."
+    def group_relative(self, score, samples): # (B,) answers to a prompt adjacent; how many
+        "(B,) in standard deviations."
+    def lag_relative(self, reward, cost, lam, samples): # (B,) twice; the multiplier
+        "(B,) what moves the actor."
+    def actor_loss(self,
+        logp, old_logp, reward_advantage, cost_advantage, lam, mask, clip, # (B, T) but lam, clip
+    ):
+        "() clipped surrogate."
+    def critic_loss(self, values, old_values, returns, mask, clip): # (B, T) four times; a number
+        "() clipped squared error."
+    def shaped(self, reward, cost, nu): # (B,) twice; fixed price
+        "(B,) the score of reward shaping."
+    def total_loss(self, rl, ptx, coef): # () twice; weight
+        "() what the actor goes down."
+    def reward_loss(self, high, low): # (B,) scores of the better, of the worse answers
+        "() pairwise loss."
+    def cost_loss(self, high, low, high_sign, low_sign): # (B,) high: the more harmful; +1 harmful, -1, 0
+        "() E3."
+    def harm_sign(self, is_safe): # a label of the data
+        "+1 harmful, -1 safe."
+    def dpo(self, policy, reference, rows, beta): # causal LMs; (prompt, better, worse) ids with EOS
+        "() DPO loss."
+    def probabilities(self, logits, temperature): # (B, V); a number
+        "(B, V) what tokens are drawn from."
+    def order(self, n, epoch, seed): # rows; numbers
+        "The row numbers of an epoch, in order."
+    def noise(self, seed, rank): # numbers
+        "(8,) random numbers that sampling on a rank begins with."
 
 # %% ../../nbs/apps/21_conformance.ipynb #1f5144cd
 class _Differs(Exception): "What was found instead."
