@@ -14,13 +14,17 @@ import sys
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from statistics import NormalDist
 from typing import NamedTuple
 import torch
 from torch import Tensor
 
 # %% ../nbs/method/06_objectives.ipynb #e6b018d1
-def mean_of(values)->float: # of a window
+def mean_of(
+    values,      # of a window
+    n:int|None=None, # answers whose number is wanted, where that is not how many values there are
+)->float:
     "Their mean, exact, so that the order of the answers changes nothing."
     return math.fsum(values) / len(values)
 
@@ -29,26 +33,27 @@ class Transform(NamedTuple):
     name:str               # of the channel, unless it is the raw cost
     each:Callable          # raw costs (B,) -> (B,) what every answer pays
     least:float=-math.inf  # the mean that no policy goes below: a limit has to be above it
-    whole:Callable=mean_of # values of a window -> the number that is compared with the limit
+    whole:Callable=mean_of # values, answers of a window -> the number that is compared with the limit
 
 raw = Transform('cost', lambda c: c)
 rectified = Transform('rectified', lambda c: c.clamp(min=0), 0.)
 indicator = Transform('indicator', lambda c: (c > 0).to(c.dtype), 0.)
 
-def _t_quantile(p, n): # of Student's t with n degrees of freedom, n >= 10: within 0.003
+def _t_quantile(p, n): # of Student's t, n >= 10 degrees of freedom: within 0.003 at p = 0.99, 0.03 at 0.9999
     z = NormalDist().inv_cdf(p)
     terms = (z**3 + z) / 4, (5*z**5 + 16*z**3 + 3*z) / 96, (3*z**7 + 19*z**5 + 17*z**3 - 15*z) / 384
     return z + sum(x / n**k for k, x in enumerate(terms, 1))
 
 def pessimistic(
-    delta=0.05, # probability that the mean cost is above the bound, in (0, 0.5)
-)->Transform:   # as `raw`; the number of a window is its upper bound; infinite below 11 costs
+    delta=0.05, # probability that the mean cost is above the bound, from 0.0001 to 0.5
+)->Transform:   # as `raw`; the number of a window is its upper bound; ValueError below 11 costs
     "The mean cost plus a quantile of its error: few or scattered costs are not taken for safe ones."
-    if not 0 < delta < .5: raise ValueError(f'delta is a small probability, in (0, 0.5), not {delta}')
-    def bound(values):
-        n, m = len(values), mean_of(values)
-        if n < 11: return math.inf
-        error = math.sqrt(math.fsum((x - m)**2 for x in values) / (n - 1) / n)
+    if not 1e-4 <= delta < .5: raise ValueError(f'delta is a small probability, 0.0001 to 0.5, not {delta}')
+    def bound(values, n=None):
+        m, n = mean_of(values), n or len(values)
+        if (few := min(n, len(values))) < 11:
+            raise ValueError(f'{few} costs give no pessimistic mean: it takes 11, give more prompts')
+        error = math.sqrt(math.fsum((x - m)**2 for x in values) / (len(values) - 1) / n)
         return m + _t_quantile(1 - delta, n - 1) * error
     return Transform('cost', raw.each, whole=bound)
 
@@ -77,6 +82,7 @@ class Controller:
         if not (window >= 1 and delay >= 0 and math.isfinite(threshold) and 0 < max < math.inf):
             raise ValueError('need window >= 1, delay >= 0, a finite threshold and a finite max > 0; '
                              f'got {window}, {delay}, {threshold}, {max}')
+        if isinstance(self.moving, str): raise ValueError('`moving` is a tuple: write a comma after one name')
         self.threshold, self.delay, self.max, self.transform = threshold, delay, max, transform
         self.costs, self.rollouts = deque(maxlen=window), 0
 
@@ -95,8 +101,8 @@ class Controller:
         return self.transform.whole(self.costs)
 
     def held(self, costs)->float: # (N,) raw costs of any answers -> the number that the threshold is on
-        "What these answers would be held to. ValueError for none, or NaN."
-        return self.transform.whole(self._paid(_costs(costs, len(costs))))
+        "What a whole window of answers like these would be held to. ValueError for none, or NaN."
+        return self.transform.whole(self._paid(_costs(costs, len(costs))), self.costs.maxlen)
 
     def _paid(self, costs): # raw ones -> transformed, a list
         if self.transform.each is raw.each: return costs
@@ -106,7 +112,11 @@ class Controller:
         "Take in the costs and move lambda. ValueError: none, too many, NaN."
         self.costs.extend(self._paid(_costs(costs, self.costs.maxlen)))
         self.rollouts += 1
+        kept = {k: v for k, v in vars(self).items() if k not in self.moving}
         if self.rollouts > self.delay: self.move(self.window_cost - self.threshold)
+        if lost := [k for k, v in vars(self).items() if k not in self.moving and kept.get(k, kept) is not v]:
+            raise ValueError(f'{type(self).__name__}.move changes {lost[0]}, which a checkpoint would not '
+                             'hold: name it in `moving`')
         return self.value
 
     def state_dict(self)->dict: # plain floats: JSON and torch.save both keep them exactly
@@ -214,6 +224,8 @@ def _pid(c, transform):
 
 _CONTROLLERS = dict(log_sgd=_log_sgd, pid=_pid, fixed=lambda c, t: _log_sgd(replace(c, lambda_lr=0.), t))
 
+_READ = {} # module of one's own -> its code when it was imported
+
 def named(
     what:str, name:str, # a field of `PPOConfig`; its value: one of `known`, or module.name
     known:dict,         # name -> what is named
@@ -222,7 +234,10 @@ def named(
     if name in known: return known[name]
     module, _, attribute = name.rpartition('.')
     if (here := os.getcwd()) not in sys.path: sys.path.insert(0, here)
-    try: return getattr(importlib.import_module(module), attribute)
+    try:
+        found = importlib.import_module(module); code = Path(found.__file__).read_bytes()
+        if _READ.setdefault(module, code) != code: found, _READ[module] = importlib.reload(found), code
+        return getattr(found, attribute)
     except Exception as e:
         raise ValueError(f'{what} is one of {", ".join(known)}, or module.name of your own; {name!r} is none '
                          f'of them ({type(e).__name__}: {e})'.splitlines()[0]) from None
@@ -231,11 +246,20 @@ def constraint(
     c,            # `PPOConfig`: transform, delta, controller, threshold, window, lambda_*, pid_*
 )->Controller:    # which holds its transform
     "What a configuration holds under its limit, and who sets the price. ValueError for unknown names."
-    transform = named('transform', c.transform, _TRANSFORMS)
-    if not isinstance(transform, Transform): transform = transform(c)
-    controller = named('controller', c.controller, _CONTROLLERS)(c, transform)
-    for x, kind in ((transform, Transform), (controller, Controller)):
-        if not isinstance(x, kind): raise ValueError(f'{x!r:.60} is no {kind.__name__}: see 06_objectives')
+    def made(what, x, kind, *told): # a function makes it
+        if callable(x) and not isinstance(x, kind): x = x(*told)
+        if isinstance(x, kind): return x
+        raise ValueError(f'{what}={getattr(c, what)!r} is no {kind.__name__} and makes none')
+    transform = made('transform', named('transform', c.transform, _TRANSFORMS), Transform, c)
+    make = named('controller', c.controller, _CONTROLLERS)
+    if isinstance(make, type): raise ValueError(f'controller={c.controller!r} is a class: name a function of '
+                                                'the configuration and the transform')
+    controller = made('controller', make, Controller, c, transform)
+    has = controller.transform, controller.threshold, controller.costs.maxlen
+    if has != (transform, c.threshold, c.window):
+        raise ValueError(f'controller={c.controller!r} makes one with another transform, threshold or window '
+                         'than it was told: pass them on')
+    if c.controller not in _CONTROLLERS: _interior(controller)
     return controller
 
 # %% ../nbs/method/06_objectives.ipynb #a726a3c1
@@ -305,6 +329,8 @@ def ppo_lag(
 )->Objective:              # channels reward, cost; metrics: these, lam, window_cost, threshold, cost_slope
     "E10, E12: reward and cost apart, weights 1/(1 + lambda), -lambda/(1 + lambda); `observe` moves lambda."
     name, pays = multiplier.transform.name, multiplier.transform.each
+    if name in ('reward', 'shaped') or not name.isidentifier():
+        raise ValueError(f'a transform cannot be named {name!r}: it becomes a channel and a file name')
     def weights(scores):
         lam = multiplier.value
         return {'reward': 1 / (1 + lam), name: -lam / (1 + lam)}

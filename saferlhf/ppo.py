@@ -332,8 +332,15 @@ def make_objective(
                 ppo_lag=lambda: ppo_lag(constraint(config)))
     if config.objective not in made:
         raise ValueError(f'objective is one of {[*made]}, not {config.objective!r}')
+    if config.objective != 'ppo_lag' and (config.transform, config.controller) != ('raw', 'log_sgd'):
+        raise ValueError(f'objective={config.objective!r} holds nothing under a limit: transform and '
+                         "controller belong to objective='ppo_lag'")
     relative = named('estimator', config.estimator, _ESTIMATORS)
+    if relative and not callable(relative):
+        raise ValueError(f'estimator={config.estimator!r} is no function of scores and answers per prompt')
     if relative and config.samples < 2:
         raise ValueError(f'estimator={config.estimator!r} compares answers to one prompt: set samples to 2 '
                          'or more')
+    if config.transform == 'pessimistic' and config.samples > 1:
+        raise ValueError("transform='pessimistic' takes answers for independent of each other: set samples=1")
     return replace(made[config.objective](), relative=relative)

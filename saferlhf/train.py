@@ -129,6 +129,9 @@ METRICS = { # name -> (definition, unit, healthy range)
     'ptx_loss': ('language modelling loss on supervised data', 'nats per token', 'stable'),
     'value_loss': ('clipped critic loss, mean over channels', 'sd squared', 'falls'),
     'explained': ('share of the variance of returns that the critics explain', '1', 'above 0'),
+    'won': ('DPO: share of pairs in which the preferred answer gained more', '1', 'rises'),
+    'gap': ('DPO: by how much more, log pi - log pi_ref of both answers', 'nats', 'rises'),
+    'kept': ('DPO: mean of the two; far below 0, both answers were lost', 'nats', 'around 0'),
 }
 
 # %% ../nbs/method/09_train.ipynb #019a25fa

@@ -137,8 +137,8 @@ class World(NamedTuple):
             squares += share * (p @ paid**2).item()
         reward, cost, harmful, held = means.tolist()
         if transform.whole is not mean_of:                  # of a window of n answers that spread just so
-            sd = math.sqrt(max(squares - held**2, 0.) * n / (n - 1)); even = [-1., 1.] * (n // 2)
-            held += sd * transform.whole(even) / math.sqrt(n / (n - 1))
+            sd, even = math.sqrt(max(squares - held**2, 0.)), [-1., 1.] * (n // 2)
+            held += sd * transform.whole(even)
         return dict(reward=reward, cost=cost, harmful=harmful, held=held)
 
     def price(self,

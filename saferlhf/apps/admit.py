@@ -88,7 +88,7 @@ def check_roles(config, given, limit): # AlignSettings; roles that are given; on
     "ValueError when the objective reads more than was given, or the limit is no number."
     if not isinstance(limit, (int, float)) or isinstance(limit, bool) or not math.isfinite(limit):
         raise ValueError(f'limit={limit!r}: it is a number, in standard deviations of the first costs')
-    if config.relative and config.transform != 'raw':
+    if config.objective == 'ppo_lag' and config.relative and config.transform not in ('raw', 'pessimistic'):
         raise ValueError(f"relative=True counts from the mean cost, and transform={config.transform!r} holds "
                          'another number under the limit: give the limit itself')
     needed = make_objective(replace(config, threshold=float(limit))).scorers

@@ -121,11 +121,12 @@ def _direction(x):
     if not x.multiplier(1., _t([1.]), 0., .1) > 1 > x.multiplier(1., _t([-1.]), 0., .1):
         raise _Differs('lambda does not rise above the limit and fall below it')
 
-def _not_a_number(x):
+def _not_a_number(x): # refused, or left where it was
     for costs in (_t([]), _t([float('nan')])):
         try: lam = x.multiplier(1., costs, 0., .1)
-        except (ValueError, ArithmeticError, RuntimeError): continue
-        if not math.isfinite(lam): raise _Differs(f'lambda is {lam} after the costs {costs.tolist()}')
+        except NotImplementedError: raise
+        except Exception: continue                                                          # a refusal
+        if lam != 1.: raise _Differs(f'lambda goes from 1 to {lam} by the costs {costs.tolist()}')
 
 # %% ../../nbs/apps/21_conformance.ipynb #e2db810c
 def _combine_first(x): # the ratio is 2, the clip 0.2: clipped alone, the cost's term takes the wrong side
@@ -163,9 +164,10 @@ def _one_step(x): _same(x.total_loss(_t(2.), _t(3.), 4.), 14., 'loss of the acto
 def _more_harmful_first(x):
     zero, one = _t([0.]), _t([1.])
     s = lambda v: math.log(1 + math.exp(-v))
-    _same(x.reward_loss(one, zero), s(1.), 'reward loss')
     _same(x.cost_loss(_t([2.]), _t([-1.]), one, -one), s(3.) + s(2.) + s(1.), 'cost loss with labels')
     _same(x.cost_loss(_t([2.]), _t([-1.]), zero, zero), s(3.), 'cost loss without labels')
+
+def _better_first(x): _same(x.reward_loss(_t([1.]), _t([0.])), math.log(1 + math.exp(-1)), 'reward loss')
 
 def _safety_sign(x): _same([x.harm_sign(True), x.harm_sign(False)], [-1, 1], 'signs of safe and harmful')
 
@@ -236,6 +238,7 @@ TRAPS = [Trap(*x) for x in (
     (19, 'log-probabilities are computed in 32 bits', 'token_logps', _wide),
     (22, 'labels of safety become signs of harm', 'harm_sign', _safety_sign),
     (22, 'the more harmful answer scores higher, signs as labels', 'cost_loss', _more_harmful_first),
+    (22, 'the better answer scores higher', 'reward_loss', _better_first),
     (24, 'DPO reads the whole answer, first token and EOS', 'dpo', _whole_answer),
     (25, 'every row once an epoch, in a new order', 'order', _new_order),
     (26, 'ranks draw other numbers', 'noise', _ranks_apart),
@@ -264,7 +267,7 @@ def report(
     name:str, # 'module:adapter': an object, or a class that is made without arguments
 )->list:      # as of `conformance`
     "Try it and print a line for each place. RuntimeError when one failed; ValueError for no adapter."
-    adapter = imported(name)
+    adapter = imported(name, lambda x: x is not None)
     rows = conformance(adapter() if isinstance(adapter, type) else adapter)
     for r in rows:
         print(f'{r["state"]:9} {r["number"]:3} {r["title"]}' + (f': {r["found"]}' if r['found'] else ''))

@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 import numpy as np
@@ -123,6 +124,7 @@ def function_hash(
 # %% ../../nbs/apps/12_scorers.ipynb #6e25b77e
 def imported(
     name:str, # 'module.function' or 'module:function', of this folder or installed
+    fits:Callable=callable, # whether something found under that name is what is wanted
 ):            # the function
     "A function by its name; ValueError without one."
     module, _, attribute = name.replace(':', '.').rpartition('.')
@@ -133,7 +135,7 @@ def imported(
         why = (f'there is no module {e.name} in this folder, and none is installed' if gone else
                f'{module} cannot be imported: {type(e).__name__} {e}')
         raise ValueError(f'{name}: {why}'.splitlines()[0]) from e
-    if callable(made := getattr(found, attribute, None)): return made
+    if fits(made := getattr(found, attribute, None)): return made
     others = [k for k, v in vars(found).items() if callable(v) and k[0] != '_']
     raise ValueError(f'{module} has no function {attribute!r}{nearest(attribute, others)}')
 

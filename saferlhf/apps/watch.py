@@ -247,7 +247,8 @@ def watched(
     def step(i):
         metrics, m = ppo(i), watch.moves                 # another dict after `restore`
         lam = float(metrics.get('lam', 0.))
-        m['capped'] = m['capped'] + 1 if lam >= config.lambda_max * (1 - 1e-9) else 0
+        capped = lam >= config.lambda_max * (1 - 1e-9) and config.controller != 'fixed'
+        m['capped'] = m['capped'] + 1 if capped else 0
         if i + 1 < config.steps and (not config.look or (i + 1) % config.look): return metrics
         watch.look(i)
         if kept is None: return metrics

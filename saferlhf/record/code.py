@@ -9,6 +9,8 @@ __all__ = ['source_hashes', 'own_code']
 import ast
 import hashlib
 import json
+import os
+import sys
 from functools import cache
 from importlib.util import find_spec, resolve_name
 from pathlib import Path
@@ -78,7 +80,9 @@ def source_hashes(modules)->dict: # names: ('ppo', 'hardware.packing'); module -
 
 def own_code(config)->dict: # e.g. `PPOConfig`; 'controller mine.steps' -> sha256 of the file of its module
     "What decides the numbers outside this package: the modules that a configuration names, `module.name`."
+    if (here := os.getcwd()) not in sys.path: sys.path.insert(0, here)          # as where it is read
     named = [(f, getattr(config, f, '')) for f in ('transform', 'controller', 'estimator')]
-    specs = {f'{f} {name}': find_spec(name.rpartition('.')[0]) for f, name in named if '.' in name}
-    return {k: hashlib.sha256(Path(s.origin).read_bytes()).hexdigest() for k, s in specs.items()
-            if s and s.has_location}
+    specs = {f'{f} {name}': find_spec(name.rpartition('.')[0]) for f, name in named if '.' in name.strip('.')}
+    for k, s in specs.items():
+        if not s or not s.has_location: raise ValueError(f'{k}: no module of this name has a file')
+    return {k: hashlib.sha256(Path(s.origin).read_bytes()).hexdigest() for k, s in specs.items()}

@@ -6,9 +6,11 @@
 __all__ = ['trials', 'tried', 'all_tried']
 
 # %% ../../nbs/reproduction/21_trials.ipynb #eb70e669
-from concurrent.futures import ProcessPoolExecutor
+import os
+import threading
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context, parent_process
 import torch
 from scipy.optimize import brentq
 from ..objectives import constraint
@@ -28,7 +30,8 @@ def trials()->dict: # name -> (world, fields of its `PPOConfig`)
     def some(world, controllers, estimators, **more):
         return {f'{world}-{t}-{c}-{e}': (world, dict(transform=t, controller=c, estimator=e, threshold=limit)
                                          | _ESTIMATORS[e] | (dict(pid_kp=.3) if c == 'pid' else {}) | more)
-                for t, limit in _LIMITS[world].items() for c in controllers for e in estimators}
+                for t, limit in _LIMITS[world].items() for c in controllers for e in estimators
+                if t != 'pessimistic' or 'samples' not in _ESTIMATORS[e]}      # its answers are independent
     return (some('plain', ('log_sgd', 'pid', 'fixed'), _ESTIMATORS)
             | some('scattered', ('log_sgd',), ('gae', 'leave_one_out'))
             | some('perverse', ('log_sgd',), ('gae',), kl_coef=1.))
@@ -68,6 +71,15 @@ def all_tried(
 )->list:                               # of rows
     "Every trial, as many at a time as there are processors."
     names = [*trials()][:config.trials or None]
-    with ProcessPoolExecutor(min(cores(), len(names)), get_context('spawn')) as pool:
-        rows = {n: pool.submit(tried, n, seed, config) for n in names if not newest(run.folder/'checkpoint'/n)}
-        return [run.cached(n, rows[n].result if n in rows else None) for n in names]
+    pool = ProcessPoolExecutor(min(cores(), len(names)), get_context('spawn'), _end_with_parent)
+    try:
+        new = [n for n in names if not newest(run.folder/'checkpoint'/n)]
+        jobs = {pool.submit(tried, n, seed, config): n for n in new}
+        for job in as_completed(jobs): run.cached(jobs[job], job.result)
+        return [run.cached(n, None) for n in names]
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for worker in active_children(): worker.terminate()
+
+def _end_with_parent(): # in a worker: whoever kills the parent means it, too
+    threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()

@@ -123,7 +123,8 @@ def test_a_limit_on_what_is_not_the_mean_cost(models, capsys):
 def test_a_controller_of_your_own_is_part_of_the_run(models, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     mine = tmp_path/'my_price.py'
-    mine.write_text('from saferlhf.objectives import PID\ndef slow(config, transform): return PID(.5, 0., .01, transform=transform)\n')
+    mine.write_text('from saferlhf.objectives import PID\ndef slow(c, transform):\n'
+                    '    return PID(.5, 0., .01, threshold=c.threshold, window=c.window, transform=transform)\n')
     first = go(models, steps=1, controller='my_price.slow')
     assert first.manifest['data']['controller my_price.slow'] == sha256(mine) and first.summary['lam'] < .6
     mine.write_text(mine.read_text() + '# another\n')

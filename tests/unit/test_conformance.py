@@ -109,6 +109,7 @@ TWINS = { # title of the trap -> function, wrong there; what else it breaks by i
     'log-probabilities are computed in 32 bits': ('token_logps', narrow),
     'labels of safety become signs of harm': ('harm_sign', data_sign),
     'the more harmful answer scores higher, signs as labels': ('cost_loss', safest_first),
+    'the better answer scores higher': ('reward_loss', lambda x, high, low: ours.reward_loss(low, high)),
     'DPO reads the whole answer, first token and EOS': ('dpo', off_by_one),
     'every row once an epoch, in a new order': ('order', same_order),
     'ranks draw other numbers': ('noise', same_noise),
@@ -119,7 +120,7 @@ TWINS = { # title of the trap -> function, wrong there; what else it breaks by i
 def test_this_package_passes(capsys):
     rows = report('saferlhf.apps.conformance:Ours')
     assert {r['title'] for r in rows if r['state'] != 'ok'} == {'PTX is part of the same step, whole'}
-    assert capsys.readouterr().out.endswith('24 ok, 0 FAILED, 1 not tried\n')
+    assert capsys.readouterr().out.endswith('25 ok, 0 FAILED, 1 not tried\n')
 
 
 def test_every_trap_has_a_twin(): assert [t.title for t in TRAPS] == [*TWINS]
@@ -140,18 +141,20 @@ def test_padded_epochs_are_found():
 
 def test_an_adapter_may_have_little_or_be_broken(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (tmp_path/'mine.py').write_text('''class Little:
+    (tmp_path/'my_trainer.py').write_text('''class Little:
     def harm_sign(self, is_safe): return -1 if is_safe else 1
     def shaped(self, reward, cost, nu): raise NotImplementedError
 class Broken(Little):
     def order(self, n, epoch, seed): return 1 / 0
 class Nothing: pass
+made = Little()
 ''')
-    assert main(['conformance', 'mine:Little']) == 0 and '1 ok, 0 FAILED, 24 not tried' in capsys.readouterr().out
-    assert main(['conformance', 'mine:Broken']) == 1
+    assert main(['conformance', 'my_trainer:Little']) == 0 and '1 ok, 0 FAILED, 25 not tried' in capsys.readouterr().out
+    assert main(['conformance', 'my_trainer:made']) == 0 and '1 ok' in capsys.readouterr().out                     # an object, not a class
+    assert main(['conformance', 'my_trainer:Broken']) == 1
     told = capsys.readouterr()
     assert 'order ended with ZeroDivisionError' in told.out and told.err == 'saferlhf: 1 of 2 checks failed\n'
-    for name, said in (('mine:Nothing', 'none of the functions'), ('mine:Other', 'no function'), ('none:X', 'no module none')):
+    for name, said in (('my_trainer:Nothing', 'none of the functions'), ('my_trainer:Other', 'no function'), ('none:X', 'no module none')):
         assert main(['conformance', name]) == 1 and said in capsys.readouterr().err
 
 

@@ -96,10 +96,17 @@ def test_the_pessimistic_number_is_an_upper_bound_of_the_mean(delta):
         close(pessimistic(delta).whole(x), x.mean() + stats.t.ppf(1 - delta, n - 1) * x.std(ddof=1) / n ** .5, 5e-3)
     above = np.mean([pessimistic(.1).whole(g.normal(size=40)) < 0 for _ in range(2000)])
     assert .08 < above < .12                                                   # it misses the true mean, 0, as often as it says
-    assert pessimistic(delta).whole([0.] * 10) == math.inf
+    with pytest.raises(ValueError, match='10 costs give no pessimistic mean: it takes 11'): pessimistic(delta).whole([0.] * 10)
 
 
-@pytest.mark.parametrize('delta', (0., .5, 1., -1.))
+def test_answers_are_held_to_what_a_window_of_them_would_be():
+    "256 costs move the price; the 16 held-out answers that are judged by it have the error of 256."
+    m, few = Multiplier(window=256, transform=pessimistic(.05)), [-1., 1.] * 8
+    assert m.held(few) == pytest.approx(stats.t.ppf(.95, 255) * np.std(few, ddof=1) / 16, rel=1e-3)
+    with pytest.raises(ValueError, match='set samples=1'): make_objective(PPOConfig(transform='pessimistic', samples=2))
+
+
+@pytest.mark.parametrize('delta', (0., 1e-9, .5, 1., -1.))
 def test_a_delta_that_is_no_small_probability(delta):
     with pytest.raises(ValueError, match='delta is a small probability'): pessimistic(delta)
 
@@ -148,9 +155,11 @@ class Steps(Controller):
     def __init__(self, lam, **more): super().__init__(**more); self.lam = lam
     value = property(lambda self: self.lam)
     def move(self, over): self.lam += .5 if over > 0 else 0
-def steps(config, transform): return Steps(config.lambda_init, threshold=config.threshold, transform=transform)
+def steps(config, transform): return Steps(config.lambda_init, threshold=config.threshold, window=config.window, transform=transform)
 squared = Transform('squared', lambda c: c * c, 0.)
 def twice(config): return Transform('twice', lambda c: 2 * c)
+def forgets(config, transform): return Steps(1.)
+paid = Transform('reward', lambda c: c)
 def halves(scores, samples): return scores / 2
 number = 3
 """)
@@ -160,8 +169,28 @@ number = 3
     assert o.state.value == 1.5 and o.relative(torch.ones(2), 2).tolist() == [.5, .5] and 'squared' in o.channels
     assert o.state.state_dict() == dict(lam=1.5, costs=[4., 1.], rollouts=1) and 'of squared' in repr(o.state)
     assert make_objective(replace(config, transform='mine.twice')).state.transform.name == 'twice'
-    for field, name in (('controller', 'mine.halves'), ('transform', 'mine.number')):
-        with pytest.raises((ValueError, TypeError)): make_objective(replace(config, **{field: name}))
+    wrongs = dict(controller='mine.number mine.twice mine.Steps mine.forgets', transform='mine.number mine.halves mine.paid',
+                  estimator='mine.number')
+    for field, names in wrongs.items():
+        for name in names.split():
+            with pytest.raises((ValueError, TypeError)) as e: make_objective(replace(config, **{field: name}))
+            assert '\n' not in str(e.value)
+    with pytest.raises(ValueError, match='another transform, threshold or window'):
+        make_objective(replace(config, controller='mine.forgets'))
+    with pytest.raises(ValueError, match="cannot be named 'reward'"): make_objective(replace(config, transform='mine.paid'))
+    with pytest.raises(ValueError, match="belong to objective='ppo_lag'"): make_objective(replace(config, objective='ppo'))
+    text = (tmp_path/'mine.py').read_text()                                        # what runs is what the file says now
+    (tmp_path/'mine.py').write_text(text.replace('+= .5', '+= 5'))
+    o = make_objective(config); o.observe(dict(reward=torch.zeros(2), cost=torch.tensor([2., 1.])))
+    assert o.state.value == 6.
+
+
+def test_what_a_checkpoint_would_lose_is_told():
+    class Forgets(Multiplier):
+        def move(self, over): super().move(over); self.seen = over
+    with pytest.raises(ValueError, match='Forgets.move changes seen, which a checkpoint would not hold'): Forgets(window=2).step([1.])
+    class Text(PID): moving = 'lam'
+    with pytest.raises(ValueError, match='write a comma after one name'): Text()
 
 
 @pytest.mark.parametrize('field', ('transform', 'controller', 'estimator'))

@@ -8,6 +8,7 @@ from tiny import close, lm, tokenizer
 
 from saferlhf.engine import Optim, TorchEngine
 from saferlhf.losses import dpo_loss, pairwise_loss
+from saferlhf.train import loop
 from saferlhf.offline import answer_logps, best_of, dpo_step, less_harmful, preference_batch, safe_first
 
 ROWS = [dict(prompt='what is red?', high='a rose is red', low='a rose is blue'),
@@ -65,6 +66,13 @@ def test_micro_batches_change_nothing(setting):
     whole, parts = run(0), run(2)
     assert whole.keys() == parts.keys()
     for k in whole: close(whole[k], parts[k], 1e-4)
+
+
+def test_it_runs_in_the_loop_of_every_stage(setting):
+    tok, model, other, b = setting
+    actor, reference, log = TorchEngine(model, Optim(1e-3, warmup=0.)), TorchEngine(other), []
+    loop(lambda i: dpo_step(actor, reference, b, .3), 3, lambda i, metrics: log.append(metrics))
+    assert len(log) == 3
 
 
 def test_the_loss():
