@@ -59,20 +59,21 @@ def _in_order(prompts, config, seed): # -> steps x prompts of them, none twice i
 def derived(
     start:Record, prompts:list, # the policy that starts; training prompts
     rank:int|None=None,         # of adapters, where it is asked for
+    asked:dict|None=None,       # field -> value, of all that is asked for
 )->dict:                        # field -> Default
     "What `align` sets where nobody says anything."
     folder = model_folder(start)
     tokenizer = load_tokenizer(folder)
     counts = token_counts([dict(prompt=p, response='') for p in prompts], tokenizer)[0]
     rank = stored_rank(folder) if rank is None else rank
-    found = defaults('align', read_config(folder), len(prompts), (counts, []), rank=rank)
+    found = defaults('align', read_config(folder), len(prompts), (counts, []), rank=rank, asked=asked)
     if n := start.config.get('max_new_tokens'):
         same = dict(value=n, source='data', why='as in fine-tuning')
         found['max_new_tokens'] = found['max_new_tokens']._replace(**same)
     return found
 
 def _configured(told, limit, start, train, has_ptx): # -> AlignSettings
-    found = derived(start, train, told.get('lora_rank'))
+    found = derived(start, train, told.get('lora_rank'), told)
     config = settings_of('align', dict(threshold=float(limit)), {k: d.value for k, d in found.items()}, told)
     encode_prompt('?', load_tokenizer(model_folder(start)), config.max_prompt_tokens)  # its template has room
     check_adapters(config, model_folder(start))

@@ -94,7 +94,9 @@ _CHOICES = dict(
     lora_rank='all weights are trained', lora_alpha='twice the rank',
     lora_targets='every layer of the transformer', lora_whole='all trained roles are adapters where one is',
     lora_first='all layers have one',
-    objective='the method of the paper', minibatches='one step for each pass')
+    objective='the method of the paper', minibatches='one step for each pass',
+    transform='the mean cost, as in the paper', controller='as in the paper', delta='of pessimistic only',
+    estimator='as in the paper, with critics', pid_kp='of pid only', pid_kd='of pid only')
 
 def _fixed(command): # field -> Default that needs neither model nor data
     out = {}
@@ -158,8 +160,8 @@ def _rollouts(out, rows, place): # the same for PPO: prompts, steps, window, loo
     why = f'{_STEPS[place]} in {_RUNS[place]}; at most {_PASSES} passes over {rows:,} prompts'
     whose = out['actor_lr'].source if steps == _STEPS[place] else 'data'
     few = Default(steps, 'rollouts', whose if whose in ('measured', 'data') else 'guess', why)
-    window = out['window']
-    if window.value < p.value: window = Default(p.value, 'episodes', 'data', 'a whole rollout')
+    window, whole = out['window'], p.value * out['samples'].value
+    if window.value < whole: window = Default(whole, 'episodes', 'data', 'a whole rollout')
     if out['minibatches'].value > p.value: # few rows
         out['minibatches'] = Default(p.value, 'steps a pass', 'data', 'no more than prompts')
     return out | dict(steps=few, window=window,
@@ -223,6 +225,7 @@ def defaults(
     gpu:bool|None=None,  # whether it has one
     spread:Spread|None=None, # how it is run; None: $SAFERLHF_SPREAD
     rank:int=0,          # of the adapter that the model has; 0: it is whole
+    asked:dict|None=None, # what is asked for: answers per prompt, estimator and objective change what fits
 )->dict:                 # field -> Default, every field of `settable`
     "What each field starts with. ValueError for an unknown command or without rows."
     if command not in _COMMANDS:
@@ -231,6 +234,8 @@ def defaults(
     here = memory(); gpu, gb = here[1] if gpu is None else gpu, memory_gb or here[0]
     place = 'gpu' if gpu else 'cpu'
     out = _fixed(command) | _sized(command, _size(shape), gpu)
+    for k in {'samples', 'estimator', 'objective'} & {*out} & {*(asked or {})}:
+        out[k] = out[k]._replace(value=asked[k], source='asked for', why='')
     if rank: # `ranks.csv`, below
         out['lora_rank'] = Default(rank, '', 'data', 'that of the adapter which the model has')
         why = 'ten times that of all weights: so rank 16 came out like them at 135M on a GPU'

@@ -101,16 +101,19 @@ class Endpoint:
             known = {t: r for t in dict.fromkeys(texts) if (r := self._known(db, t)) is not None}
             if new := [t for t in dict.fromkeys(texts) if t not in known]: self._agree(new)
             with ThreadPoolExecutor(_AT_ONCE) as pool:
-                stop = threading.Event()
-                jobs = {pool.submit(self._reply, t, stop): t for t in new}
+                stop, turn = threading.Event(), threading.Lock()
+                def job(text): # a reply is kept before the next question is asked
+                    reply = self._reply(text, stop)
+                    with turn, db: db.execute('insert or replace into replies values (?, ?)',
+                                              (self._id(text), reply))
+                    return reply
+                jobs = {pool.submit(job, t): t for t in new}
                 try:
-                    for job in tqdm(as_completed(jobs), self.name, len(jobs), disable=None, leave=False):
-                        text, known[text] = jobs[job], job.result()
-                        with db: db.execute('insert or replace into replies values (?, ?)',
-                                            (self._id(text), known[text]))
+                    for done in tqdm(as_completed(jobs), self.name, len(jobs), disable=None, leave=False):
+                        known[jobs[done]] = done.result()
                 finally:
                     stop.set()
-                    for job in jobs: job.cancel()
+                    for each in jobs: each.cancel()
         return [known[t] for t in texts]
 
     def _agree(self, new): # what it will cost, said once
@@ -125,7 +128,7 @@ class Endpoint:
         (path := runs_home()/'replies.sqlite').parent.mkdir(parents=True, exist_ok=True)
         try:
             if path.is_symlink(): raise sqlite3.DatabaseError('a symbolic link')
-            db = sqlite3.connect(path, timeout=60)
+            db = sqlite3.connect(path, timeout=60, check_same_thread=False)
             db.execute('create table if not exists replies (id text primary key, reply text)')
             if db.execute('pragma quick_check').fetchone() != ('ok',): raise sqlite3.DatabaseError('its pages')
             db.execute('select id, reply from replies limit 1')

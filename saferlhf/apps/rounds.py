@@ -163,7 +163,7 @@ def _table(policies): # Records of round 1, 2, ... -> text
 _MOST = 500 # prompts that a round collects where nobody says how many
 
 def _sizes(start, train, told, limit): # budgets of all steps; ValueError for what `align` will refuse
-    found = {k: d.value for k, d in derived(start, train).items()}
+    found = {k: d.value for k, d in derived(start, train, asked=told).items()}
     config = settings_of('align', {}, found, told)
     check_roles(config, ('reward', 'cost'), limit); check_sizes(config, len(train), Spread.wanted().ranks)
     if config.ptx: answers_of(config.ptx, f'ptx={source_name(config.ptx)}')

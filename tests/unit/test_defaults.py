@@ -1,5 +1,6 @@
 "What a run starts with: every field has a source, both ends are what was run, and a full memory says what helps."
 import math
+import re
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -145,3 +146,14 @@ def test_a_full_memory_says_what_helps_and_how_much(tmp_path):
 @pytest.mark.parametrize('wrong, said', [(dict(command='chat'), "not 'chat'"), (dict(command='sft', rows=0), 'sft has no rows')])
 def test_wrong_requests_end_in_one_line(wrong, said):
     with pytest.raises(ValueError, match=said): ask(**wrong)
+
+
+def test_several_answers_to_a_prompt_are_planned_for():
+    "The window holds a whole rollout, and a step without critics needs less memory."
+    def found(**asked): return defaults('align', SMOLLM2, 20_000, LENGTHS, 80., True, asked=asked)
+    plain, four, relative = found(), found(samples=4), found(samples=4, estimator='leave_one_out')
+    assert four['window'].value == 4 * four['prompts'].value > plain['window'].value and four['samples'].source == 'asked for'
+    used = lambda d: (-d['micro_batch'].value, float(re.search(r'about ([\d.]+) of', d['micro_batch'].why)[1]))
+    assert used(relative) < used(four)
+    new = 'transform', 'controller', 'delta', 'estimator', 'pid_kp', 'pid_kd'
+    assert not [k for k in new if 'configuration of the paper' in described('align')[k].why]

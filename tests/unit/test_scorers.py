@@ -2,10 +2,12 @@
 import json
 import logging
 import re
+import sqlite3
 import sys
 import threading
 import time
 import traceback
+from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
@@ -71,6 +73,17 @@ class Server:
 def question(body): return body['messages'][0]['content']
 
 # endpoints
+
+def test_a_reply_is_kept_before_the_next_question_is_asked(home):
+    "A kill loses the replies under way, whatever the endpoint's speed: the others were paid for."
+    far = []
+    def reply(body):
+        with closing(sqlite3.connect(home/'runs/replies.sqlite', timeout=60)) as db:
+            far.append(len(s.asked) - db.execute('select count(*) from replies').fetchone()[0])
+        return '7'
+    with Server(reply) as s: assert Endpoint(s.address, yes=True).ask([f'question {i}' for i in range(80)]) == ['7'] * 80
+    assert len(far) == 80 and max(far) <= endpoint._AT_ONCE
+
 
 def test_replies_that_are_no_text_are_asked_for_again(home, monkeypatch):
     monkeypatch.setattr('saferlhf.apps.endpoint._WAIT', 0.)
