@@ -7,6 +7,7 @@ __all__ = ['trials', 'tried', 'all_tried']
 
 # %% ../../nbs/reproduction/21_trials.ipynb #eb70e669
 import os
+import sys
 import threading
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
@@ -70,7 +71,8 @@ def all_tried(
     run, seed:int, config:TrialConfig, # an open run, which keeps what is done; as of `tried`
 )->list:                               # of rows
     "Every trial, as many at a time as there are processors."
-    names = [*trials()][:config.trials or None]
+    names, main = [*trials()][:config.trials or None], sys.modules['__main__']
+    main.__spec__ = getattr(main, '__spec__', None)              # a kernel that was made fresh has lost it
     pool = ProcessPoolExecutor(min(cores(), len(names)), get_context('spawn'), _end_with_parent)
     try:
         new = [n for n in names if not newest(run.folder/'checkpoint'/n)]
