@@ -51,12 +51,6 @@ class PPOConfig:
     lambda_lr:float = setting(0.01, source='Table 4')    # alpha; here once per rollout
     lambda_max:float = setting(5.0, source='script')     # cap on the multiplier
     window:int = setting(128, scale=True, source='code') # episodes in the mean cost that moves lambda
-    transform:str = setting('raw')                       # or rectified, indicator, pessimistic, module.name
-    delta:float = setting(0.05)                          # of pessimistic: chance that the cost is higher
-    controller:str = setting('log_sgd')                  # or pid, fixed, module.name of a function of these
-    pid_kp:float = setting(0.5)                          # of pid: gain of the violation; lambda_lr adds it up
-    pid_kd:float = setting(0.)                           # of pid: gain of its rise
-    estimator:str = setting('gae')                       # or leave_one_out, group_relative, module.name
     nu:float = setting(1.0, source='Eq. E15')            # for reward_shaping only
     normalise:bool = setting(False, source='Eq. E15')    # divide the shaped score by 1 + nu
     score_clip:float = setting(0.)                       # largest size of a shaped score; 0: none
@@ -66,6 +60,12 @@ class PPOConfig:
     lora_targets:str = setting('')                        # names of its layers; '': all of the transformer
     lora_first:int = setting(0)                           # layers below this one have none: run once for all
     lora_whole:str = setting('')                          # roles that train all weights: actor, critics
+    transform:str = setting('raw')                       # or rectified, indicator, pessimistic, module.name
+    delta:float = setting(0.05)                          # of pessimistic: chance that the cost is higher
+    controller:str = setting('log_sgd')                  # or pid, fixed, module.name of a function of these
+    pid_kp:float = setting(0.5)                          # of pid: gain of the violation; lambda_lr adds it up
+    pid_kd:float = setting(0.)                           # of pid: gain of its rise
+    estimator:str = setting('gae')                       # or leave_one_out, group_relative, module.name
 
 # %% ../nbs/method/10_ppo.ipynb #5fadf804
 def actor_optim(config:PPOConfig)->Optim: # the peak rate

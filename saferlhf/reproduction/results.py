@@ -220,11 +220,12 @@ def _foreign(path, wanted): # as of `_table`, of another machine; ValueError nam
                         raise ValueError(f'{path}, line {n}, column {c}: {x[:60]!r} is {why}')
                 n = lines.line_num + 1
         except csv.Error as e: raise ValueError(f'{path}, line {n}: {e}: publish it again') from None
-    keys = [c for c in wanted if c != 'run_id']
+    return table
+
+def _of_one_run(path, table, keys): # ValueError where two runs made rows of one key
     if (runs := table.groupby(keys).run_id.nunique()).gt(1).any():
         which = ' '.join(runs.index[runs > 1][0])[:60]
         raise ValueError(f'{path}: {which!r} stands there twice, of two runs: keep the rows of one of them')
-    return table
 
 # %% ../../nbs/reproduction/09_results.ipynb #416f968c
 def _rows(table, columns): return table[columns].apply(tuple, axis=1)
@@ -239,6 +240,7 @@ def join(
     home, compared = results_home() / profile, []
     keys_of = lambda path: ['seed', *_KEYS[path.stem]]
     tables = {p: _foreign(p, [*keys_of(p), 'run_id']) for p in paths}   # all, before any is merged
+    for path, again in tables.items(): _of_one_run(path, again, keys_of(path))
     for path, again in tables.items():
         keys, target = keys_of(path), home / path.name
         first = _table(target, keys) if target.exists() else again[:0]
