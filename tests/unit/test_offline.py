@@ -37,6 +37,14 @@ def test_an_answer_is_all_its_tokens(setting):
     assert int(cut['mask'][0].sum()) == 2 and tok.eos_token_id not in cut['input_ids'][0][cut['attention_mask'][0] > 0][-2:]
 
 
+def test_the_preferred_answers_come_first(setting):
+    tok, *_, b = setting
+    said = [tok.decode(b['input_ids'][i][b['attention_mask'][i] > 0]) for i in range(6)]
+    for r, high, low in zip(ROWS, said[:3], said[3:], strict=True):
+        for text, wanted in ((high, r['high']), (low, r['low'])):
+            assert text.removesuffix(tok.eos_token).rstrip().endswith(f'ASSISTANT:{wanted}'), (text, wanted)
+
+
 def test_what_two_answers_share_at_their_beginning_cancels(setting):
     "The released code leaves it out, and with it the first token that differs."
     tok, model, _, _ = setting
