@@ -1,11 +1,24 @@
 "The smoke pipeline, the longest file, first (the Makefile keeps xdist from sorting anew); the size of the package in the end."
 import os
+import sys
+
+import pytest
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')       # small tensors: threads of two libraries in one another's way cost minutes
 
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: 'test_smoke' not in item.nodeid)
+
+
+@pytest.fixture(autouse=True)
+def modules_of_one_test(tmp_path_factory):
+    "A module that a test writes is gone with it: two tests may write a `mine.py`."
+    yield
+    own = str(tmp_path_factory.getbasetemp())
+    for name, module in [*sys.modules.items()]:
+        if str(getattr(module, '__file__', None)).startswith(own): del sys.modules[name]
+    sys.path[:] = [p for p in sys.path if not p.startswith(own)]
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -206,7 +206,7 @@ def record(
     rows:list,   # dicts with what, batch, model, ours, unit, and perhaps baseline, floor
     folder='data/results/bench', # made if missing
 )->pd.DataFrame: # this run's rows
-    """Replace this device's rows in a results file; those of other devices stay.
+    """Replace the rows of this device and these models in a results file; the others stay.
     `ratio` is how many times better ours is: a rate's ours/baseline, a time's or memory's baseline/ours."""
     path, where, made_with = Path(folder)/f'{name}.csv', device_name(), versions('torch', 'transformers')
     run = f'bench-{name}-{date.today():%Y%m%d}-{abs(hash((where, made_with, time.time()))) % 16 ** 6:06x}'
@@ -214,7 +214,7 @@ def record(
     better = new.ours / new.baseline
     new['ratio'] = better.where(new.unit.str.endswith('/s') | (new.unit == '1'), 1 / better)
     path.parent.mkdir(parents=True, exist_ok=True)
-    tables = [old[old.device != where] for old in ([read_csv(path)] if path.exists() else [])] + [new]
+    tables = [old[(old.device != where) | ~old.model.isin(new.model)] for old in ([read_csv(path)] if path.exists() else [])] + [new]
     path.write_text(csv_text(pd.concat([t for t in tables if len(t)], ignore_index=True), float_format='%.5g'), encoding='utf-8')
     return new
 
@@ -241,10 +241,12 @@ def chosen(
 
 
 STEP = dict(size='1.1B', prompt_tokens=64, new_tokens=448, generate_tokens=48)
-FULL = {'sampler': STEP | dict(batches=[16, 128, 512], mean=128, slots=128, queues=[512, 2048]),
-        'ppo_step': STEP | dict(batches=[16, 64], micro_batch=16),
-        'adapters': dict(size='7B', batch=16, micro_batch=8, prompt_tokens=64, new_tokens=448, rank=16),
-        'training': dict(size='1.1B', pairs=16, length=512, shortest=64)}
+SMALL = dict(size='135M', prompt_tokens=64, new_tokens=96, generate_tokens=48)
+FULL = {'sampler': [s | dict(batches=[16, 128, 512], mean=mean, slots=128, queues=[512, 2048]) for s, mean in ((STEP, 128), (SMALL, 32))],
+        'ppo_step': [STEP | dict(batches=[16, 64], micro_batch=16),
+                     SMALL | dict(batches=[128], micro_batch=64, minibatches=2, ptx_rows=32)],
+        'adapters': [dict(size='7B', batch=16, micro_batch=8, prompt_tokens=64, new_tokens=448, rank=16)],
+        'training': [dict(size='1.1B', pairs=16, length=512, shortest=64), dict(size='135M', pairs=32, length=160, shortest=32)]}
 
 if __name__ == '__main__':
     "Results go to data/results/bench below the current folder, executed notebooks to runs/bench."
@@ -252,5 +254,6 @@ if __name__ == '__main__':
     gpu = torch.cuda.is_available()
     for name in [asked] if asked else [*FULL, *([] if gpu else ['cpu'])]:
         print(name)
-        overrides = json.loads(sizes) if sizes else FULL.get(name, {}) if gpu else {}
-        execute(f'nbs/bench/{name}.ipynb', f'runs/bench/{name}.ipynb', dict(overrides=overrides))
+        for overrides in [json.loads(sizes)] if sizes else FULL.get(name, [{}]) if gpu else [{}]:
+            out = '-'.join([name, *([overrides['size']] if 'size' in overrides else [])])
+            execute(f'nbs/bench/{name}.ipynb', f'runs/bench/{out}.ipynb', dict(overrides=overrides))
