@@ -159,10 +159,13 @@ def _rotate(x, cos, sin): # (N, heads, D), (N, D) each: the two halves of every 
     left, right = x.chunk(2, -1)
     return x * cos[:, None] + torch.cat([-right, left], -1) * sin[:, None]
 
-def _plain_rotate_append(qkv, cos, sin, slot, position, k_cache, v_cache):
+def _rotated(qkv, cos, sin, k_cache): # -> query, key (N, heads, D), both rotated, and value
     K, D = k_cache.shape[1], k_cache.shape[3]
     q, k, v = qkv.view(len(qkv), -1, D).split([qkv.shape[1] // D - 2 * K, K, K], 1)
-    q, k = _rotate(q, cos, sin).to(qkv.dtype), _rotate(k, cos, sin).to(qkv.dtype)
+    return _rotate(q, cos, sin).to(qkv.dtype), _rotate(k, cos, sin).to(qkv.dtype), v
+
+def _plain_rotate_append(qkv, cos, sin, slot, position, k_cache, v_cache):
+    q, k, v = _rotated(qkv, cos, sin, k_cache)
     there = slot >= 0
     to = slot[there], slice(None), position[there]
     k_cache[to], v_cache[to] = k[there].to(k_cache.dtype), v[there].to(v_cache.dtype)
@@ -170,7 +173,9 @@ def _plain_rotate_append(qkv, cos, sin, slot, position, k_cache, v_cache):
 
 def _plain_attend_cache(qkv, k_cache, v_cache, pos, cos, sin, scale, seen=None, cap=0.):
     (_, K, L, D), N, qkv = k_cache.shape, len(pos), whole(qkv, k_cache.dtype)
-    q = _plain_rotate_append(qkv, cos, sin, torch.arange(N, device=pos.device), pos, k_cache, v_cache)[0]
+    q, k, v = _rotated(qkv, cos, sin, k_cache)
+    to = torch.arange(N, device=pos.device), slice(None), pos      # a GPU records this: no shape hangs on values
+    k_cache[to], v_cache[to] = k.to(k_cache.dtype), v.to(v_cache.dtype)
     n = L if seen is None else seen
     mask = (torch.arange(n, device=pos.device) <= pos[:, None])[:, None, None]
     q, k, v = q.reshape(N, K, -1, D).to(k_cache.dtype), k_cache[:N, :, :n], v_cache[:N, :, :n]

@@ -5,6 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from saferlhf.hardware.kernels import attend_cache
 
 
 def test_kernels_equal_their_plain_forms():
@@ -40,3 +43,10 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(early): # types that the int
         source = ASTSource(kernel, signature, {k: x for k, x in given.items() if k not in run_time})
         text = triton.compile(source, GPUTarget('cuda', 90, 32), dict(num_warps=4, launch_pdl=early)).asm['ptx']
         assert ('griddepcontrol.wait' in text) == early and ('prefetch' in text) == (early and module == 'products')
+
+
+def test_attention_asks_the_device_for_nothing():
+    "A GPU records the plain form where heads are smaller than a kernel takes; 'meta' has no values to ask for."
+    with torch.device('meta'):
+        qkv, cache, pos, turn = torch.empty(3, 8 * 16), torch.empty(4, 2, 32, 16), torch.empty(3, dtype=torch.long), torch.empty(3, 16)
+        assert attend_cache(qkv, cache, cache.clone(), pos, turn, turn, .25).shape == (3, 4 * 16)
