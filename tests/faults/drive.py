@@ -80,13 +80,14 @@ def torn_line(run, name, rows):
 
 
 def poison(what, n, value):
-    "The n-th loss, gradient, reward or cost is not a number."
-    bad = float(value)
+    "The n-th loss, gradient, reward or cost after the first step is not a number."
+    bad, begun = float(value), []
+    wrap(records.Run, 'log', behind=lambda *_: begun.append(True))
     if what in ('loss', 'gradient'):
         tick = iter(range(1, 10**9))
         inner = engine.TorchEngine.backward
         def backward(self, loss, last=True):
-            hit = next(tick) == n
+            hit = bool(begun) and next(tick) == n
             if hit and what == 'gradient':
                 next(p for p in self.model.parameters() if p.requires_grad).register_hook(lambda g: g * bad)
             return inner(self, loss * bad if hit and what == 'loss' else loss, last)
@@ -94,7 +95,7 @@ def poison(what, n, value):
     else:
         tick, inner = iter(range(1, 10**9)), engine.finite
         def finite(name, *xs):
-            return inner(name, *(x * bad if name == what and next(tick) == n else x for x in xs))
+            return inner(name, *(x * bad if name == what and begun and next(tick) == n else x for x in xs))
         engine.finite = finite
 
 

@@ -226,8 +226,8 @@ def damage(lab, home):
 
 
 NUMBERS = [(s, w, v, at) for v in ('nan', 'inf') for s, w, at in (
-    ('sft', 'loss', 3), ('sft', 'gradient', 3), ('reward-1', 'loss', 3), ('base_lm', 'gradient', 3),
-    ('policy-2', 'loss', 11), ('policy-2', 'gradient', 12), ('policy-2', 'reward', 3), ('policy-2', 'cost', 3))]
+    ('sft', 'loss', 2), ('sft', 'gradient', 2), ('reward-1', 'loss', 2), ('base_lm', 'gradient', 2),
+    ('policy-2', 'loss', 1), ('policy-2', 'gradient', 2), ('policy-2', 'reward', 1), ('policy-2', 'cost', 1))]
 
 
 def same_weights(a, b, but):
