@@ -149,7 +149,7 @@ def sources() -> list: # dicts name, file, sha256, dataset, source, revision, pa
     return json.loads(data_path('sources.json').read_text(encoding='utf-8'))
 
 # %% ../nbs/method/02_data.ipynb #93151be9
-PARTITIONS = {'test': range(10, 20), 'gold': range(20, 40), 'judge': range(40, 55), 'rounds': range(55, 100)}
+PARTITIONS = {'test': range(10, 20), 'gold': range(20, 50), 'judge': range(50, 65), 'rounds': range(65, 100)}
 
 @lru_cache(maxsize=4)
 def _test_keys(home): # of $SAFERLHF_HOME, which may change

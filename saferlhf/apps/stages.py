@@ -29,6 +29,7 @@ from ..hardware.weights import read_config
 from ..models import ScoreModel, load_lm, load_tokenizer
 from ..record.card import write_card
 from ..record.fetch import check_base, fetch, model_hash
+from ..reproduction.instruments import SHIPPED, placed
 from ..record.files import atomic_write, turn
 from ..record.run import Record, Run, runs_home
 from ..reproduction.prompts import shuffled
@@ -51,10 +52,11 @@ def _find(model): # a path or a name -> a folder
     path = Path(model).expanduser()
     if path.is_dir(): return path
     if str(model) == 'smollm2': return _fetched()
+    if str(model) in SHIPPED: return placed(str(model), _fetched())
     if path.exists(): raise ValueError(f'{model} is a file: name the folder of a run or of a model')
     if re.fullmatch(r'[\w-][\w.-]*/[\w.-]+', str(model)): return _from_hub(str(model))
-    raise FileNotFoundError(f'{model} is no folder: name a run, a folder of a model, smollm2, or OWNER/NAME '
-                            'of the hub')
+    raise FileNotFoundError(f'{model} is no folder: name a run, a folder of a model, smollm2, '
+                            f'{", ".join(SHIPPED)}, or OWNER/NAME of the hub')
 
 def _label(folder): # of a model -> what its runs are called
     hub = re.search(r'models--.+--([^/]+)/snapshots', folder.resolve().as_posix())
@@ -79,7 +81,7 @@ def _base(label, sha, folder): # -> the run of a model from outside
     return run
 
 def located(
-    model,   # a `Record`, the folder of a run or of a model, 'smollm2', or OWNER/NAME of the hub
+    model,   # a `Record`, the folder of a run or of a model, 'smollm2', one of SHIPPED, OWNER/NAME of the hub
 )->tuple:    # the model's folder, its finished `Record` or None
     "Where a model lies. FileNotFoundError, ValueError and RuntimeError say what is wrong with it."
     folder = model.folder if isinstance(model, Record) else _find(model)

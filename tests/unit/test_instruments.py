@@ -18,7 +18,7 @@ from saferlhf.reproduction.instruments import (
 def test_lessons_are_of_their_part_and_of_three_kinds():
     known, harm = lessons('judge'), lessons('judge', harm_only=True)
     assert {*known} == {'scored', 'labels', 'pairs'} and all(len(rows) > 500 for rows in known.values())
-    assert {bucket(r['prompt']) for rows in known.values() for r in rows} == {*range(40, 55)}
+    assert {bucket(r['prompt']) for rows in known.values() for r in rows} == {*range(50, 65)}
     assert {r['sign'] for r in known['labels']} == {-1, 1} and {p['axis'] for p in known['pairs']} == {'help', 'harm'}
     assert harm['pairs'] == [p for p in known['pairs'] if p['axis'] == 'harm'] and harm['labels'] == known['labels']
     assert all(np.isfinite([r['reward'], r['cost']]).all() for r in known['scored'])

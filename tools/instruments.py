@@ -1,0 +1,190 @@
+"""The instruments that judge harm: taught, and asked to show what they are worth.
+
+    python tools/instruments.py teach gold|judge [SEED] [FILE] [JSON]  # needs a GPU, or hours; FILE: further scored answers, JSON Lines;
+                                                                       # JSON: fields of InstrumentConfig with other values
+    python tools/instruments.py gates gold|judge [FOLDER] [FILE]       # on the test part; FOLDER: the adapter, else the one that ships
+    python tools/instruments.py language [ROWS]   # of the reader of language; `saferlhf fetch gemma3` brings its model
+
+A run of `teach` leaves adapter and heads in its folder. Gates are rows of data/results/judges/gates.csv; an instrument's bounds and
+lessons come from its own part, and the run that opens its test answers says when.
+"""
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import RidgeCV
+from transformers import AutoTokenizer
+
+from saferlhf.data import buckets, data_path, sha256
+from saferlhf.engine import Optim, load
+from saferlhf.evaluate import accuracy, longer_wins, rank_correct
+from saferlhf.hardware.adapters import Lora
+from saferlhf.hardware.precision import fast_precision
+from saferlhf.models import ScoreModel, load_tokenizer
+from saferlhf.record.execute import publish
+from saferlhf.record.fetch import fetch, model_hash, seal_adapter
+from saferlhf.record.run import Run
+from saferlhf.judges import TfidfJudge
+from saferlhf.reproduction.gates import ASKED, NOT_ANSWERS, artefacts, correlation, gates
+from saferlhf.reproduction.instruments import (InstrumentConfig, decoder_batch, encoder_batch, instrument_scores, lessons,
+                                               load_encoder, placed, teach)
+from saferlhf.reproduction.language import Language, LanguageBounds
+from saferlhf.reproduction.prompts import hand_pairs, labelled_answers, shuffled
+from saferlhf.text import prompt_id
+
+SOURCES = 'reproduction.instruments', 'reproduction.gates', 'reproduction.prompts'
+BASES = dict(gold='smollm2', judge='mpnet')
+CONFIGS = dict(gold=InstrumentConfig(), judge=InstrumentConfig(scored=16, pairs=16, lr=3e-4))
+COLUMNS = dict(gold=16, judge=1)               # help, harm and 14 categories; harm
+
+
+def instrument(which, adapter=None, config=None, base=None, steps=0):
+    "-> an engine that reads as `teach` and `instrument_scores` want, its batches, the base's folder."
+    config, base = config or CONFIGS[which], base or fetch(BASES[which])
+    lora = None if adapter else Lora(config.lora_rank)
+    if which == 'gold':
+        tokenizer = load_tokenizer(base)
+        fresh = dict(kind='cost', lora=lora, score_dim=COLUMNS[which])
+        make = lambda: ScoreModel.from_pretrained(adapter or base, **({} if adapter else fresh))
+        batch = lambda texts: decoder_batch(texts, tokenizer, config)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        make = lambda: load_encoder(base, adapter, lora, COLUMNS[which])
+        batch = lambda texts: encoder_batch(texts, tokenizer)
+    optim = Optim(config.lr, config.weight_decay, config.schedule, config.warmup) if steps else None
+    graphs = 'auto' if which == 'gold' and torch.cuda.is_available() else 'off'
+    return load(make, optim, max(1, steps), precision=fast_precision(), graphs=graphs), batch, base
+
+
+def _rows(file): return [json.loads(x) for x in Path(file).read_text(encoding='utf-8').splitlines()] if file else []
+
+
+def taught(which, seed=0, more=None, **other):
+    "Teach one instrument on its own part."
+    config = replace(CONFIGS[which], **other)
+    known = lessons(which, harm_only=which == 'judge', more=_rows(more))
+    print(which, {k: len(v) for k, v in known.items()}, flush=True)
+    engine, batch, base = instrument(which, config=config, steps=config.steps)
+    data = {BASES[which]: model_hash(base)} | ({'more': sha256(more)} if more else {})
+    with Run.start('instrument', config, name=which, seed=seed, sources=SOURCES, data=data) as run:
+        run.data(buckets=buckets([r for rows in known.values() for r in rows]))
+        if not run.done:
+            teach(engine, batch, known, config, run)
+            engine.model.save_pretrained(run.path('model'))
+            seal_adapter(run.path('model'))
+            run.finish(dict(loss=float(run.metrics().loss[-50:].mean()), lessons={k: len(v) for k, v in known.items()}))
+    print(run.folder, run.summary, flush=True)
+
+
+def labelled(part):
+    "Answers that people labelled, each once; those of two opposite labels are left out."
+    found = {}
+    for r in labelled_answers(part, human=True): found.setdefault((str(r['prompt']), r['response']), []).append(r)
+    return [rows[0] for rows in found.values() if len({r['is_safe'] for r in rows}) == 1]
+
+
+def pair_gates(name, read, axis, pairs, seed=0):
+    "Pairs by who ranked them: the share in the right order, beside the rule 'longer'."
+    high, low = (read(f'{axis}-{end}', [p['prompt'] for p in pairs], [p[end] for p in pairs]) for end in ('high', 'low'))
+    right, longer, out = rank_correct(high, low), longer_wins(pairs), []
+    who = np.array([f'{p["source"]}, {p["label_source"]}' for p in pairs])
+    clusters = np.array([prompt_id(p['prompt']) for p in pairs])
+    people = np.array([p['label_source'].startswith('human') and p['source'].startswith('pku') for p in pairs])
+    for kind, part in {'PKU, people and people with AI': people, **{k: who == k for k in sorted({*who})}}.items():
+        share, rule = (accuracy(x[part], clusters[part], seed=seed) for x in (right, longer))
+        out.append(dict(instrument=name, gate=f'{axis} pairs: {kind}', asked='low above 0.5, above "longer"' if part is people else 'shown',
+                        **share._asdict(), n=int(part.sum()), longer=rule.value,
+                        passed=bool(share.low > .5 and share.value > rule.value) if part is people else True))
+    return out
+
+
+def ridge(known, rows, axis):
+    "TF-IDF's own reading of Beaver's scores, taught by the same scored answers -> (N,)"
+    text = lambda part: [f"{r['prompt']}\n{r['response']}" for r in part]
+    words = TfidfVectorizer(ngram_range=(1, 2), min_df=2, max_features=30_000, sublinear_tf=True)
+    x, y = words.fit_transform(text(known)), np.array([r[axis] for r in known])
+    return RidgeCV(np.logspace(-1, 2, 7)).fit(x, y).predict(words.transform(text(rows)))
+
+
+def opened(which, folder=None, more=None):
+    "Every gate of one instrument: its test answers are opened here, and the run says when."
+    folder = Path(folder or (placed('gold') if which == 'gold' else data_path('models/judge-mpnet')))
+    rows, known = labelled('test'), lessons(which, harm_only=which == 'judge', more=_rows(more))
+    config, columns = replace(CONFIGS[which], steps=0), dict(help=0, harm=min(1, COLUMNS[which] - 1))
+    with Run.start('gates', config, name=which, sources=SOURCES, data={'adapter': sha256(folder/'adapter_model.safetensors')}) as run:
+        engine, batch, _ = instrument(which, folder, config)
+        def read(piece, prompts, responses, axis='harm'): # every text once
+            make = lambda: instrument_scores(engine, batch, prompts, responses, 32).tolist()
+            return np.array(run.cached(piece.replace(' ', '-'), make))[:, columns[axis]]
+        pieces = iter(['people', 'disclaimer'])
+        column = lambda part, *keys: [[r[k] for r in part] for k in keys]
+        words = TfidfJudge().fit(*column(known['labels'], 'prompt', 'response'), [r['sign'] > 0 for r in known['labels']])
+        texts = column(rows, 'prompt', 'response')
+        out = gates(which, lambda p, r: read(next(pieces), p, r), rows, words.scores(*texts))
+        harmful = np.array([not r['is_safe'] for r in rows])
+        own = np.array([prompt_id(p) for p in texts[0]])
+        for kind in ('other prompt', 'shuffled'): # an answer to another question, or no sentence, has no verdict to keep
+            lost = accuracy((read(kind, *artefacts(rows)[kind]) <= 0)[harmful], own[harmful])
+            out.append(dict(instrument=which, gate=f'flags lost: {kind}', asked='shown', **lost._asdict(), n=int(harmful.sum()),
+                            passed=True))
+        scored = lessons('test')['scored']
+        asked, clusters = column(scored, 'prompt', 'response'), [prompt_id(r['prompt']) for r in scored]
+        for axis, scale in dict(help='reward', harm='cost').items():
+            if axis == 'help' and COLUMNS[which] == 1: continue
+            mine, beaver = read('scored', *asked, axis), [r[scale] for r in scored]
+            plain = ridge(known['scored'], scored, scale)
+            for within in (False, True):
+                x, y = (correlation(v, beaver, clusters, within) for v in (mine, plain))
+                out.append(dict(instrument=which, gate=f"correlation with Beaver's {scale}{', within prompts' if within else ''}",
+                                asked='above TF-IDF ridge', **x._asdict(), n=len(scored), ridge=y.value, passed=bool(x.value > y.value)))
+            pairs = [p for p in hand_pairs(scale, 'test') if p.get('paired', 1.)]
+            out += pair_gates(which, lambda piece, p, r, a=axis: read(piece, p, r, a), axis, pairs)
+        scores = dict(score=read('people', *texts), words=words.scores(*texts))
+        told = [dict(row=i, **{k: float(f'{v[i]:.5g}') for k, v in scores.items()}, harmful=bool(harmful[i]),
+                     source=r['label_source'], prompt=prompt_id(r['prompt'])) for i, r in enumerate(rows)]
+        run.finish(dict(passed=sum(r['passed'] for r in out), gates=len(out)))
+    for r in out: print({k: v for k, v in r.items() if k != 'instrument'})
+    publish([dict(seed=0, **r) for r in out], 'judges/gates.csv', run.id, ['instrument', 'gate'])
+    publish([dict(seed=0, instrument=which, **r) for r in told], 'judges/test_scores.csv', run.id, ['instrument', 'row'])
+
+
+def people(part, n=None):
+    "Answers that people labelled, one a prompt, in a fixed order."
+    found = {}
+    for r in shuffled(labelled_answers(part, human=True), 'gates'): found.setdefault(prompt_id(r['prompt']), r)
+    return [*found.values()][:n]
+
+
+def language(n=100):
+    "The reader of language, on answers that people wrote or chose and on what became of them."
+    folder = fetch('gemma3')
+    with Run.start('gates', dict(rows=n), name='language', data=dict(gemma3=model_hash(folder)),
+                   sources=('reproduction.language', 'reproduction.gates', 'reproduction.prompts')) as run:
+        reader, known, rows = Language(folder), people('gold', n), people('test', n)
+        texts = lambda part: ([r['prompt'] for r in part], [r['response'] for r in part])
+        bounds = LanguageBounds(*run.cached('bounds', lambda: tuple(reader.bounds(*texts(known)))))
+        clusters, out = [prompt_id(r['prompt']) for r in rows], []
+        for kind, (prompts, responses) in dict({'people': texts(rows)}, **artefacts(rows)).items():
+            found = run.cached(kind.replace(' ', '-'), lambda p=prompts, r=responses: [int(x) for x in reader.coherent(p, r, bounds).flags])
+            share = accuracy(1 - np.array(found), clusters)
+            real = kind not in NOT_ANSWERS
+            asked = 'at most 0.15' if real else f'at least {ASKED["no_answer"]}'
+            passed = bool(share.value <= .15 if real else share.value >= ASKED['no_answer'])
+            out.append(dict(instrument='language', gate=f'no answer: {kind}', asked=asked, **share._asdict(), n=n, passed=passed))
+            print(out[-1], flush=True)
+        run.finish(dict(bounds=bounds._asdict()))
+    publish([dict(seed=0, **r) for r in out], 'judges/gates.csv', run.id, ['instrument', 'gate'])
+
+
+if __name__ == '__main__':
+    match sys.argv[1:]:
+        case ['teach', ('gold' | 'judge') as which, *rest]:
+            seed, more, other = [*rest, '', '', ''][:3]
+            taught(which, int(seed or 0), more or None, **json.loads(other or '{}'))
+        case ['gates', ('gold' | 'judge') as which, *rest]: opened(which, *rest)
+        case ['language', *rows]: language(*map(int, rows))
+        case _: sys.exit(__doc__)
