@@ -42,6 +42,8 @@ _TABLE = { # command -> field -> with 135M parameters: on a GPU, on two cores
                   lambda_max=(5., 5.), window=(256, 64), minibatches=(2, 1), prompts=(128, 32))}
 _COMMANDS = 'sft', 'reward', 'cost', 'align'
 _STEPS = dict(gpu=80, cpu=16)                                             # of those runs of PPO-Lag
+# adapters at so many times the rates: rank -> KL of a policy over that of all weights; points between
+_TIMES, _MOVED, _WITHIN = 10, {4: .41, 8: .61, 16: .87}, 5                # accuracies: `With adapters`, below
 
 # %% ../../nbs/apps/06_defaults.ipynb #811483e3
 def _rows_of(command): return _TABLE['score' if command in ('reward', 'cost') else command]
@@ -77,6 +79,13 @@ def _sized(command, n, gpu): # parameters; whether there is one -> field -> Defa
         else: kind, why = 'guess', f'no run with {n / 1e9:.2g}B parameters: that of the nearest size'
         out[field] = Default(type(small)(value), _UNITS.get(field, ''), kind, why)
     return out
+
+def _adapted(command, rank, here): # here: a model and a machine like those of the runs -> source, why
+    more, ranks = f'{_TIMES} times that of all weights', ', '.join(map(str, _MOVED))
+    if not here or rank not in _MOVED or command == 'sft':
+        return 'guess', f'{more}; measured for score models and policies of 135M, ranks {ranks}, on a GPU'
+    found = f'{_MOVED[rank]:.0%} of their KL' if command == 'align' else f'accuracies within {_WITHIN} points'
+    return 'measured', f'{more}; two runs on a GPU: {found}' + ' of theirs' * (command != 'align')
 
 # %% ../../nbs/apps/06_defaults.ipynb #11914fc6
 _UNITS = dict(epochs='passes', batch_size='rows', rows='rows', pairs='pairs', steps='rollouts',
@@ -238,9 +247,8 @@ def defaults(
         out[k] = out[k]._replace(value=asked[k], source='asked for', why='')
     if rank: # `ranks.csv`, below
         out['lora_rank'] = Default(rank, '', 'data', 'that of the adapter which the model has')
-        why = 'ten times that of all weights: so rank 16 came out like them at 135M on a GPU'
-        out |= {k: Default(10 * d.value, d.unit, d.source if gpu else 'guess', why)
-                for k, d in out.items() if k in _RATES}
+        source, why = _adapted(command, rank, gpu and _near(_size(shape), _SMALL))
+        out |= {k: Default(_TIMES * d.value, d.unit, source, why) for k, d in out.items() if k in _RATES}
     budgets = 'max_prompt_tokens', 'max_new_tokens'
     for field, lengths, longest in zip(budgets, tokens, _LONGEST[place], strict=True):
         out[field] = _budget(lengths, longest, _ANSWERS[place], place)

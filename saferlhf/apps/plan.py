@@ -15,7 +15,7 @@ from ..train import ScoreConfig, SFTConfig
 
 # %% ../../nbs/apps/01_plan.ipynb #10e03825
 _BUCKET, _LIVE, _SMALL, _PORTION = 500_000_000, 1_000_000_000, 100_000, 1_000_000_000   # elements
-_WORKSPACE, _CHUNK = 3 * 2 ** 25, 2 ** 24                                               # bytes; numbers
+_WORKSPACE = 3 * 2 ** 25                                                                # bytes
 _CONTEXT, _FRAGMENTS, _NODE = 1.5e9, .05, 8                                             # bytes; share; GPUs
 
 # %% ../../nbs/apps/01_plan.ipynb #51194224
@@ -109,21 +109,24 @@ def _fullest(*moments): return max(moments, key=lambda parts: sum(parts.values()
 def _passing(shape, tokens, answers, compile, recompute): # both directions -> activations, logits
     s, x = _sizes(shape), _saved(shape, tokens, answers, compile, recompute)
     deep = tokens * (6 * s.F + 12 * s.D + recompute * _kept(shape, compile))
-    logits = 2 * x['logits'] + 12 * min(_CHUNK, s.V * answers)
-    return _fullest(dict(activations=x['layers'] + x['end'], logits=logits),
+    return _fullest(dict(activations=x['layers'] + x['end'], logits=2 * x['logits']),
                     dict(activations=x['layers'] + deep, logits=0))
 
 def _apart(shape, tokens, answers, compile): # `_passing` of recorded layers -> in their memory; beside it
     s, x = _sizes(shape), _saved(shape, tokens, answers, compile)
-    logits = 2 * x['logits'] + 12 * min(_CHUNK, s.V * answers)
     return (x['layers'] + tokens * (6 * s.F + 12 * s.D),
-            dict(activations=x['end'] + 6 * s.D * tokens, logits=logits))
+            dict(activations=x['end'] + 6 * s.D * tokens, logits=2 * x['logits']))
 
-def _forward(shape, tokens, answers): # without gradients, a layer at a time -> activations, logits
+def _forward(shape, tokens, answers, graphs=False): # without gradients, a layer at a time -> as `_passing`
     s = _sizes(shape)
     end = 2 * s.D * (tokens + answers) + (0 if answers else 4 * s.D * tokens)
-    return _fullest(dict(activations=end, logits=2 * s.V * answers + 12 * min(_CHUNK, s.V * answers)),
-                    dict(activations=tokens * (6 * s.F + 4 * s.D), logits=0))
+    inside = 0 if graphs else tokens * (6 * s.F + 4 * s.D)           # recorded layers have their own memory
+    return _fullest(dict(activations=end, logits=2 * s.V * answers), dict(activations=inside, logits=0))
+
+def _recorded(shape, config, tokens, scored, roles, inside): # of a backward pass; of one without; of `_apart`
+    s, grown = _sizes(shape), any(t and not _adapted(config, role) for role, (_, t) in roles.items())
+    ends = 4 * tokens * sum(t for _, t in roles.values()) + 2 * scored * (len(roles) - 1)
+    return inside + ends * s.D + 2 * s.V * s.D * grown + (scored > tokens) * scored * (6 * s.F + 4 * s.D)
 
 # %% ../../nbs/apps/01_plan.ipynb #a7a5a9a2
 def _roles(config): # role -> (whether it has a language model's head, whether it is trained)
@@ -143,7 +146,7 @@ def _rows(config, gpus, few=0): # rows of a step on a GPU, of a backward pass; b
     return rows, micro, math.ceil(group / micro)
 
 # %% ../../nbs/apps/01_plan.ipynb #fb929d02
-def _acting(shape, config, n, rows, stage, dense): # -> what always stays, phase -> what it adds
+def _acting(shape, config, n, rows, stage, dense, graphs): # -> what always stays, phase -> what it adds
     S, T, s, t = config.max_prompt_tokens, config.max_new_tokens, _sizes(shape), 64
     stacked = 2 * (n['actor'] if stage == 3 else s.L * s.D * ((s.H + 2 * s.K) * s.d + 2 * s.F))
     if _adapted(config, 'actor') and dense != 'in place':                   # all with the adapter in them
@@ -152,7 +155,7 @@ def _acting(shape, config, n, rows, stage, dense): # -> what always stays, phase
     stays = stage != 3 or dense == 'kept'
     prefill = dict(activations=rows * S * (6 * s.F + 4 * s.D), logits=2 * s.V * rows)
     copied = {} if stays else decoder | {'gathered weights': 4 * s.D * s.F}
-    asked = {role: _forward(shape, rows * (S + T), rows * T * head) | _gathered(n[role], stage)
+    asked = {role: _forward(shape, rows * (S + T), rows * T * head, graphs) | _gathered(n[role], stage)
              for role, (head, _) in _roles(config).items() if role != 'actor'}
     top = max(asked, key=lambda role: sum(asked[role].values()))
     ids = config.prompts * config.samples * (24 * (S + T) + 64 * T)    # all ranks' ids, masks, numbers
@@ -182,12 +185,12 @@ def _predict(
     n = {role: _adapter(shape, config) + (0 if head else _sizes(shape).D) if _adapted(config, role) else
          count(shape, head) for role, (head, _) in roles.items()}
     rows, micro, micros = _rows(config, gpus, few)
-    always, moments = _acting(shape, config, n, rows, stage, dense) if policy else ([], {})
+    graphs = graphs and torch_alone and not recompute
+    always, moments = _acting(shape, config, n, rows, stage, dense, graphs) if policy else ([], {})
     always = _lines('all', dict(workspace=_WORKSPACE)) + always
     if any(_adapted(config, role) for role in roles): always += _lines('body', dict(weights=2 * count(shape)))
     if dense == 'in place': always += _lines('body', dict(weights=2 * count(shape)), host=True)
     states, lean, recorded = {}, recompute and torch_alone, 0
-    graphs = graphs and torch_alone and not recompute
     for role, (head, trained) in roles.items():
         passes = micros * (2 if role == 'actor' and config.ptx_coef else 1)
         states[role] = _states(n[role], trained, gpus, stage, offload.get(role, ''),
@@ -211,7 +214,9 @@ def _predict(
         moments[f'{role}: backward'] = _lines(role, x['backward'] | _gathered(n[role], stage) | kept)
         moments[f'{role}: backward'] += waiting(before)
         moments[f'{role}: step'] = _lines(role, x['step']) + waiting(after)
-    if recorded: always += _lines('all', {'recorded layers': recorded})
+    if recorded:
+        recorded = _recorded(shape, config, tokens, rows * (S + T) * policy, roles, recorded)
+        always += _lines('all', {'recorded layers': recorded})
     lines = [(phase, *r) for phase, parts in moments.items() for r in always + parts]
     return pd.DataFrame(lines, columns=['phase', 'role', 'part', 'gpu', 'host'])
 

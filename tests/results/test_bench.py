@@ -64,7 +64,8 @@ def test_committed_figures_are_whole(name):
 
 def test_committed_figures_hold_what_was_promised():
     sampler, step, training, cpu = (pd.read_csv(RESULTS/f'{n}.csv') for n in ('sampler', 'ppo_step', 'training', 'cpu'))
-    def at(t, what, batch): return t[(t.what == what) & (t.batch == batch) & (t.device.eq(GPU) | t.device.str.startswith('CPU'))].iloc[0]
+    def at(t, what, batch, model='1.1B'):
+        return t[(t.what == what) & (t.batch == batch) & (t.device.eq(GPU) & t.model.eq(model) | t.device.str.startswith('CPU'))].iloc[0]
     for batch, least in ((16, 12_000), (128, 55_000), (512, 90_000)): assert at(sampler, 'decode', batch).ours >= least
     for queue, least in ((512, 1.6), (2048, 1.9)): assert at(sampler, 'slots', queue).ratio >= least
     for batch, most in ((16, 1.5), (64, 4.)):

@@ -4,7 +4,9 @@ import re
 from dataclasses import asdict, replace
 
 import numpy as np
+import pandas as pd
 import pytest
+from project import ROOT
 
 from saferlhf.apps import defaults as module
 from saferlhf.apps.defaults import Default, defaults, described, less_memory, spread_for, savings
@@ -95,6 +97,24 @@ def test_a_cpu_gets_shorter_budgets_and_fewer_prompts_and_says_so():
     assert values(found).items() >= dict(max_prompt_tokens=96, max_new_tokens=64, prompts=32, steps=16).items()
     assert 'on a CPU at most 96' in found['max_prompt_tokens'].why and 'two cores' in found['prompts'].why
     assert 'two cores' in found['actor_lr'].why and found['actor_lr'].value == 5e-5
+
+
+def test_rates_of_adapters_are_called_measured_where_they_were():
+    "Ten times those of all weights: at 135M on a GPU, score models and policies of ranks 4, 8 and 16; a guess elsewhere."
+    def rate(command, rank, shape=SMOLLM2, gpu=True):
+        whole, found = (defaults(command, shape, 20_000, LENGTHS, 800., gpu, rank=r) for r in (0, rank))
+        name = 'actor_lr' if command == 'align' else 'lr'
+        assert found[name].value == 10 * whole[name].value and found[name].why.startswith('10 times that of all weights')
+        return found[name]
+    files = pd.read_csv(ROOT/'data/results/bench/ranks.csv')
+    kl = files[(files.what == 'kl') & ~files.rates.str.startswith('[0.0018')].groupby(['rank', 'seed']).value.mean().unstack()
+    for rank in (4, 8, 16):
+        found = [rate(c, rank) for c in ('align', 'reward', 'cost')]
+        assert {d.source for d in found} == {'measured'}
+        assert f'{(kl.loc[rank] / kl.loc[0]).mean():.0%} of their KL' in found[0].why
+    assert set(module._MOVED) == set(kl.index) - {0}
+    for elsewhere in (rate('align', 32), rate('sft', 16), rate('align', 16, LLAMA_7B), rate('align', 16, gpu=False)):
+        assert elsewhere.source == 'guess' and 'ranks 4, 8, 16, on a GPU' in elsewhere.why
 
 
 def test_micro_batches_are_the_largest_that_fit():
