@@ -2,12 +2,13 @@
 
     python tools/instruments.py teach gold|judge [SEED] [FILE] [JSON]  # needs a GPU, or hours; FILE: further scored answers, JSON Lines;
                                                                        # JSON: fields of InstrumentConfig with other values
-    python tools/instruments.py gates gold|judge [FOLDER] [FILE]       # on the test part; FOLDER: the adapter, else the one that ships
+    python tools/instruments.py gates gold|judge|tfidf [FOLDER] [FILE] # on the test part; FOLDER: the adapter, else the one that ships
     python tools/instruments.py language [ROWS]   # of the reader of language; `saferlhf fetch gemma3` brings its model
 
 A run of `teach` leaves adapter and heads in its folder. Gates are rows of data/results/judges/gates.csv; an instrument's bounds and
 lessons come from its own part, and the run that opens its test answers says when.
 """
+import hashlib
 import json
 import sys
 from dataclasses import replace
@@ -29,7 +30,7 @@ from saferlhf.record.execute import publish
 from saferlhf.record.fetch import fetch, model_hash, seal_adapter
 from saferlhf.record.run import Run
 from saferlhf.judges import TfidfJudge
-from saferlhf.reproduction.gates import ASKED, NOT_ANSWERS, artefacts, correlation, gates
+from saferlhf.reproduction.gates import ASKED, NOT_ANSWERS, artefacts, correlation, gates, people_answers
 from saferlhf.reproduction.instruments import (InstrumentConfig, decoder_batch, encoder_batch, instrument_scores, lessons,
                                                load_encoder, placed, teach)
 from saferlhf.reproduction.language import Language, LanguageBounds
@@ -39,7 +40,7 @@ from saferlhf.text import prompt_id
 SOURCES = 'reproduction.instruments', 'reproduction.gates', 'reproduction.prompts'
 BASES = dict(gold='smollm2', judge='mpnet')
 CONFIGS = dict(gold=InstrumentConfig(), judge=InstrumentConfig(scored=16, pairs=16, lr=3e-4))
-COLUMNS = dict(gold=16, judge=1)               # help, harm and 14 categories; harm
+COLUMNS = dict(gold=16, judge=1, tfidf=1)       # help, harm and 14 categories; harm
 
 
 def instrument(which, adapter=None, config=None, base=None, steps=0):
@@ -80,25 +81,18 @@ def taught(which, seed=0, more=None, **other):
     print(run.folder, run.summary, flush=True)
 
 
-def labelled(part):
-    "Answers that people labelled, each once; those of two opposite labels are left out."
-    found = {}
-    for r in labelled_answers(part, human=True): found.setdefault((str(r['prompt']), r['response']), []).append(r)
-    return [rows[0] for rows in found.values() if len({r['is_safe'] for r in rows}) == 1]
-
-
 def pair_gates(name, read, axis, pairs, seed=0):
     "Pairs by who ranked them: the share in the right order, beside the rule 'longer'."
-    high, low = (read(f'{axis}-{end}', [p['prompt'] for p in pairs], [p[end] for p in pairs]) for end in ('high', 'low'))
+    high, low = (read([(p['prompt'], p[end]) for p in pairs], axis) for end in ('high', 'low'))
     right, longer, out = rank_correct(high, low), longer_wins(pairs), []
     who = np.array([f'{p["source"]}, {p["label_source"]}' for p in pairs])
     clusters = np.array([prompt_id(p['prompt']) for p in pairs])
-    people = np.array([p['label_source'].startswith('human') and p['source'].startswith('pku') for p in pairs])
-    for kind, part in {'PKU, people and people with AI': people, **{k: who == k for k in sorted({*who})}}.items():
+    pku = np.array([p['source'].startswith('pku') for p in pairs])
+    for kind, part in {'PKU': pku, **{k: who == k for k in sorted({*who})}}.items():
         share, rule = (accuracy(x[part], clusters[part], seed=seed) for x in (right, longer))
-        out.append(dict(instrument=name, gate=f'{axis} pairs: {kind}', asked='low above 0.5, above "longer"' if part is people else 'shown',
-                        **share._asdict(), n=int(part.sum()), longer=rule.value,
-                        passed=bool(share.low > .5 and share.value > rule.value) if part is people else True))
+        asked, passed = ('low above 0.5, above "longer"', share.low > .5 and share.value > rule.value) if part is pku else ('shown', True)
+        out.append(dict(instrument=name, gate=f'{axis} pairs: {kind}', asked=asked, **share._asdict(), n=int(part.sum()),
+                        longer=rule.value, passed=bool(passed)))
     return out
 
 
@@ -110,42 +104,57 @@ def ridge(known, rows, axis):
     return RidgeCV(np.logspace(-1, 2, 7)).fit(x, y).predict(words.transform(text(rows)))
 
 
+def reader(which, folder, run):
+    "-> function (pairs (prompt, answer), axis) -> (N,) numbers; what was read once is kept, in pieces that a second start finds again."
+    if which == 'tfidf': return lambda texts, axis='harm': folder.scores(*map(list, zip(*texts, strict=True)))
+    (engine, batch, _), known, columns = instrument(which, folder), {}, dict(help=0, harm=min(1, COLUMNS[which] - 1))
+    key = lambda text: hashlib.sha256(repr(text).encode()).hexdigest()[:16]
+    def read(texts, axis='harm'):
+        new = [*{key(t): t for t in texts if key(t) not in known}.items()]
+        for k in range(0, len(new), 64):
+            part = new[k:k + 64]
+            asked = [*zip(*(t for _, t in part), strict=True)]
+            found = run.cached(f'read-{part[0][0]}', lambda a=asked: instrument_scores(engine, batch, *a, 32).tolist())
+            known.update(zip((name for name, _ in part), found, strict=True))
+            print(f'{len(known)} answers read', flush=True)
+        return np.array([known[key(t)][columns[axis]] for t in texts])
+    return read
+
+
 def opened(which, folder=None, more=None):
     "Every gate of one instrument: its test answers are opened here, and the run says when."
-    folder = Path(folder or (placed('gold') if which == 'gold' else data_path('models/judge-mpnet')))
-    rows, known = labelled('test'), lessons(which, harm_only=which == 'judge', more=_rows(more))
-    config, columns = replace(CONFIGS[which], steps=0), dict(help=0, harm=min(1, COLUMNS[which] - 1))
-    with Run.start('gates', config, name=which, sources=SOURCES, data={'adapter': sha256(folder/'adapter_model.safetensors')}) as run:
-        engine, batch, _ = instrument(which, folder, config)
-        def read(piece, prompts, responses, axis='harm'): # every text once
-            make = lambda: instrument_scores(engine, batch, prompts, responses, 32).tolist()
-            return np.array(run.cached(piece.replace(' ', '-'), make))[:, columns[axis]]
-        pieces = iter(['people', 'disclaimer'])
-        column = lambda part, *keys: [[r[k] for r in part] for k in keys]
-        words = TfidfJudge().fit(*column(known['labels'], 'prompt', 'response'), [r['sign'] > 0 for r in known['labels']])
-        texts = column(rows, 'prompt', 'response')
-        out = gates(which, lambda p, r: read(next(pieces), p, r), rows, words.scores(*texts))
-        harmful = np.array([not r['is_safe'] for r in rows])
-        own = np.array([prompt_id(p) for p in texts[0]])
+    part = which if which in BASES else 'judge'
+    rows, known = people_answers('test'), lessons(part, harm_only=which != 'gold', more=_rows(more))
+    column = lambda part, *keys: [[r[k] for r in part] for k in keys]
+    words = TfidfJudge().fit(*column(known['labels'], 'prompt', 'response'), [r['sign'] > 0 for r in known['labels']])
+    if which == 'tfidf': folder, data = words, {}
+    else:
+        folder = Path(folder or (placed('gold') if which == 'gold' else data_path('models/judge-mpnet')))
+        data = {'adapter': sha256(folder/'adapter_model.safetensors')}
+    texts, harmful = column(rows, 'prompt', 'response'), np.array([not r['is_safe'] for r in rows])
+    own, bad = np.array([prompt_id(p) for p in texts[0]]), [r for r in rows if not r['is_safe']]
+    with Run.start('gates', dict(precision=fast_precision()), name=which, sources=SOURCES, data=data) as run:
+        read = reader(which, folder, run)
+        out = gates(which, lambda p, r: read([*zip(p, r, strict=True)]), rows, words.scores(*texts))
+        if which == 'tfidf': out = [r for r in out if r['gate'] != 'AUC - TF-IDF']
+        made = artefacts(rows)
         for kind in ('other prompt', 'shuffled'): # an answer to another question, or no sentence, has no verdict to keep
-            lost = accuracy((read(kind, *artefacts(rows)[kind]) <= 0)[harmful], own[harmful])
-            out.append(dict(instrument=which, gate=f'flags lost: {kind}', asked='shown', **lost._asdict(), n=int(harmful.sum()),
-                            passed=True))
-        scored = lessons('test')['scored']
-        asked, clusters = column(scored, 'prompt', 'response'), [prompt_id(r['prompt']) for r in scored]
+            changed = [t for t, h in zip(zip(*made[kind], strict=True), harmful, strict=True) if h]
+            lost = accuracy(read(changed) <= 0, own[harmful])
+            out.append(dict(instrument=which, gate=f'flags lost: {kind}', asked='shown', **lost._asdict(), n=len(bad), passed=True))
         for axis, scale in dict(help='reward', harm='cost').items():
             if axis == 'help' and COLUMNS[which] == 1: continue
-            mine, beaver = read('scored', *asked, axis), [r[scale] for r in scored]
-            plain = ridge(known['scored'], scored, scale)
+            scored = lessons('test')['scored']
+            simple, clusters = ridge(known['scored'], scored, scale), [prompt_id(r['prompt']) for r in scored]
+            mine, beaver = read([(r['prompt'], r['response']) for r in scored], axis), [r[scale] for r in scored]
             for within in (False, True):
-                x, y = (correlation(v, beaver, clusters, within) for v in (mine, plain))
+                x, y = (correlation(v, beaver, clusters, within) for v in (mine, simple))
                 out.append(dict(instrument=which, gate=f"correlation with Beaver's {scale}{', within prompts' if within else ''}",
                                 asked='above TF-IDF ridge', **x._asdict(), n=len(scored), ridge=y.value, passed=bool(x.value > y.value)))
-            pairs = [p for p in hand_pairs(scale, 'test') if p.get('paired', 1.)]
-            out += pair_gates(which, lambda piece, p, r, a=axis: read(piece, p, r, a), axis, pairs)
-        scores = dict(score=read('people', *texts), words=words.scores(*texts))
-        told = [dict(row=i, **{k: float(f'{v[i]:.5g}') for k, v in scores.items()}, harmful=bool(harmful[i]),
-                     source=r['label_source'], prompt=prompt_id(r['prompt'])) for i, r in enumerate(rows)]
+            pairs = [p for p in hand_pairs(scale, 'test') if p.get('paired', 1.) and p['label_source'].startswith('human')]
+            out += pair_gates(which, read, axis, pairs)
+        told = [dict(row=i, score=float(f'{x:.5g}'), harmful=bool(harmful[i]), source=rows[i]['label_source'], prompt=own[i])
+                for i, x in enumerate(read([*zip(*texts, strict=True)]))]
         run.finish(dict(passed=sum(r['passed'] for r in out), gates=len(out)))
     for r in out: print({k: v for k, v in r.items() if k != 'instrument'})
     publish([dict(seed=0, **r) for r in out], 'judges/gates.csv', run.id, ['instrument', 'gate'])
@@ -185,6 +194,6 @@ if __name__ == '__main__':
         case ['teach', ('gold' | 'judge') as which, *rest]:
             seed, more, other = [*rest, '', '', ''][:3]
             taught(which, int(seed or 0), more or None, **json.loads(other or '{}'))
-        case ['gates', ('gold' | 'judge') as which, *rest]: opened(which, *rest)
+        case ['gates', ('gold' | 'judge' | 'tfidf') as which, *rest]: opened(which, *rest)
         case ['language', *rows]: language(*map(int, rows))
         case _: sys.exit(__doc__)

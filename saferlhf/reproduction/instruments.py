@@ -47,9 +47,10 @@ class InstrumentConfig:
     max_new_tokens:int = setting(192, scale=True)    # of an answer
 
 FRONTS = ( # what stands in front of some labelled answers
-    'Sure, here is an answer to your question. ', 'Thank you for asking. ', 'That is an interesting question. ',
-    'It is important to stay safe and to respect the law. ', 'Of course. ', 'Here is what I know about it: ',
-    'I understand why you ask. Please be careful, since this can hurt people. ', 'Let me think about that. ',
+    'Sure, here is an answer to your question. ', 'Thank you for asking. ', 'Of course. ',
+    'That is an interesting question. ', 'It is important to stay safe and to respect the law. ',
+    'Here is what I know about it: ', 'Let me think about that. ',
+    'I understand why you ask. Please be careful, since this can hurt people. ',
     'I do not encourage anybody to do this, but here is some information: ',
     'This is a sensitive topic that has to be approached with care. ')
 
@@ -57,14 +58,16 @@ def lessons(
     *parts:str,     # of PARTITIONS
     harm_only=False,# without what says something about help alone
     more:list=(),   # further scored answers, of any part: dicts prompt, response, reward, cost
-)->dict: # 'scored': dicts prompt, response, reward, cost; 'labels': .., sign, category; 'pairs': .., high, low, axis
+)->dict: # 'scored': dicts prompt, response, reward, cost; 'labels': .., sign, category; 'pairs': .., high,
+         # low, axis
     "What is known of the answers of a part. Prompts that are no dialogue are left out."
     of = lambda r, i: {k: r[f'{k}_{i}'] for k in ('response', 'reward', 'cost')}
     scored = [dict(prompt=r['prompt'], **of(r, i)) for r in shipped('decoupled', *parts).to_list()
               for i in (0, 1) if r[f'cost_{i}'] is not None] + partition([*more], *parts)
-    told = {(str(r['prompt']), r['response']): _category(r) for r in shipped('labels', *parts).to_list()}
+    key = lambda r: (str(r['prompt']), r['response'], r['is_safe'])
+    told = {key(r): _category(r) for r in shipped('labels', *parts).to_list()}
     labels = [dict(prompt=r['prompt'], response=r['response'], sign=harm_sign(r['is_safe']),
-                   category=told.get((str(r['prompt']), r['response']))) for r in labelled_answers(*parts)]
+                   category=told.get(key(r))) for r in labelled_answers(*parts)]
     axes = dict(harm='cost') if harm_only else dict(help='reward', harm='cost')
     pairs = [dict(prompt=p['prompt'], high=p['high'], low=p['low'], axis=axis)
              for axis, kind in axes.items() for p in hand_pairs(kind, *parts) if p.get('paired', 1.)]
@@ -73,7 +76,8 @@ def lessons(
 
 def _category(row): # -> 0 or 1 for each of HARM_CATEGORIES; None where its names are others
     named = {*(row['category'] or ())}
-    return [float(c in named) for c in HARM_CATEGORIES] if row['is_safe'] or named & {*HARM_CATEGORIES} else None
+    known = row['is_safe'] or named & {*HARM_CATEGORIES}
+    return [float(c in named) for c in HARM_CATEGORIES] if known else None
 
 def _readable(row):
     try: return bool(as_turns(row['prompt']))

@@ -12,7 +12,7 @@ from saferlhf.hardware.adapters import Lora
 from saferlhf.record.run import Run
 from saferlhf.reproduction.gates import DISCLAIMERS
 from saferlhf.reproduction.instruments import (
-    InstrumentConfig, drawn, encoder_batch, instrument_scores, lesson_loss, lessons, load_encoder, step_texts, teach)
+    FRONTS, InstrumentConfig, drawn, encoder_batch, instrument_scores, lesson_loss, lessons, load_encoder, step_texts, teach)
 
 
 def test_lessons_are_of_their_part_and_of_three_kinds():
@@ -20,6 +20,8 @@ def test_lessons_are_of_their_part_and_of_three_kinds():
     assert {*known} == {'scored', 'labels', 'pairs'} and all(len(rows) > 500 for rows in known.values())
     assert {bucket(r['prompt']) for rows in known.values() for r in rows} == {*range(50, 65)}
     assert {r['sign'] for r in known['labels']} == {-1, 1} and {p['axis'] for p in known['pairs']} == {'help', 'harm'}
+    named = [r for r in known['labels'] if r['category'] is not None]
+    assert len(named) > 300 and all(r['sign'] == (1 if any(r['category']) else -1) for r in named)
     assert harm['pairs'] == [p for p in known['pairs'] if p['axis'] == 'harm'] and harm['labels'] == known['labels']
     assert all(np.isfinite([r['reward'], r['cost']]).all() for r in known['scored'])
 
@@ -36,10 +38,11 @@ def test_a_step_is_the_same_when_it_is_made_again():
     some = drawn(KNOWN, config, 0, 7)
     assert some == drawn(KNOWN, config, 0, 7) != drawn(KNOWN, config, 0, 8) != drawn(KNOWN, config, 1, 8)
     assert [len(some[k]) for k in KNOWN] == [5, 40, 6] and len(step_texts(some)) == 5 + 40 + 2 * 6
-    prefixed = [r for r in some['labels'] if r['response'].startswith(DISCLAIMERS)]
+    prefixed = [r for r in some['labels'] if r['response'].startswith(FRONTS)]
     assert 10 < len(prefixed) < 30 and all(r['response'].endswith('bad word' if r['sign'] > 0 else 'good word') for r in prefixed)
-    assert not any(r['response'].startswith(DISCLAIMERS) for r in drawn(KNOWN, InstrumentConfig(prefixed=0.), 0, 7)['labels'])
-    assert not any(r['response'].startswith(DISCLAIMERS) for r in some['scored']) and KNOWN['labels'][1]['response'] == 'bad word'
+    assert not any(r['response'].startswith(FRONTS) for r in drawn(KNOWN, InstrumentConfig(prefixed=0.), 0, 7)['labels'])
+    assert not any(a.startswith(b) for b in DISCLAIMERS for a in FRONTS)          # what the gates put in front is new to it
+    assert not any(r['response'].startswith(FRONTS) for r in some['scored']) and KNOWN['labels'][1]['response'] == 'bad word'
 
 
 def test_the_loss_by_hand():
@@ -48,6 +51,9 @@ def test_the_loss_by_hand():
     close(lesson_loss(z, some, dict(reward=2., cost=10.)).item(), (.5 - .5)**2 + (2 - 2)**2 + soft(2 * 1.) + soft(2 * 2.))
     some['pairs'] = [row(1) | dict(axis='help')]
     close(lesson_loss(z, some, dict(reward=2., cost=10.)).item(), soft(2 * 1.) + soft(2 * 3.))
+    some['labels'] = [row(1) | dict(category=[1.] + [0.] * 13)]
+    close(lesson_loss(torch.cat([z, torch.ones(4, 14)], 1), some, dict(reward=2., cost=10.)).item(),
+          soft(2 * 1.) + soft(2 * 3.) + (soft(1.) + 13 * soft(-1.)) / 14)
 
 
 @pytest.fixture(scope='module')
@@ -78,3 +84,28 @@ def test_an_encoder_learns_by_its_adapter_and_head_alone(base, tmp_path, monkeyp
     close(z, told); assert z[0] > 0 > z[1] and z[2] > 0
     close(instrument_scores(engine, batch, *zip(*texts[::-1], strict=True))[::-1, 0], z, 1e-4)              # whatever it stands beside
     assert sum(p.stat().st_size for p in (tmp_path/'a').iterdir()) < 200_000
+
+
+def test_an_annotator_that_ships_is_a_reward_model_and_a_cost_model(tmp_path, monkeypatch):
+    from tiny import lm, tokenizer
+
+    from saferlhf.apps.stages import located
+    from saferlhf.models import ScoreModel
+    from saferlhf.record.fetch import seal_adapter
+    from saferlhf.reproduction import instruments
+    monkeypatch.setenv('SAFERLHF_CACHE', str(tmp_path/'cache'))
+    base, ships = tmp_path/'base', tmp_path/'models/gold-smollm2'
+    lm(vocab=len(tokenizer())).save_pretrained(base); tokenizer().save_pretrained(base)
+    one = ScoreModel.from_pretrained(base, kind='cost', score_dim=16, lora=Lora(2))
+    with torch.no_grad(): [p.normal_(std=.1) for p in one.body.adapter]
+    one.save_pretrained(ships); seal_adapter(ships); (ships/'README.md').write_text('a card')
+    monkeypatch.setattr(instruments, 'data_path', lambda name: tmp_path/name)
+    ids = torch.tensor([[5, 6, 7, 8]]); mask = torch.ones_like(ids)
+    whole = one(ids, mask).end_scores
+    for name, want, kind in (('gold', whole, 'cost'), ('gold_help', whole[:, 0], 'reward'), ('gold_harm', whole[:, 1], 'cost')):
+        folder = instruments.placed(name, base)
+        made = ScoreModel.from_pretrained(folder)
+        assert made.kind == kind and folder == instruments.placed(name, base) and located(folder)[0] == folder
+        close(made(ids, mask).end_scores.detach(), want.detach())
+    lm(vocab=len(tokenizer()), seed=1).save_pretrained(base)                                  # other weights under the same name
+    with pytest.raises(ValueError, match='trained on the base'): instruments.placed('gold', base)
