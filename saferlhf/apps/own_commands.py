@@ -294,7 +294,8 @@ OWN = { # name -> function, options, whether they can be spread over GPUs; `fiel
     'judge': (_judge, {
         'a': dict(help=_A_MODEL), 'b': dict(help='the other one'), '--prompts': _must(_PROMPTS, 'FILE'),
         '--by': dict(nargs='+', required=True, metavar='JUDGE',
-                     help='score models, module.function, classifiers, or https://HOST/v1#MODEL; '
+                     help='score models (gold_help and gold_harm ship), module.function, classifiers, or '
+                          'https://HOST/v1#MODEL; '
                           'reward=JUDGE, cost=, better= or safer= says what it is'),
         '--out': _may('copies of judged.jsonl and judged.csv (default: none)', 'FOLDER')} | _JUDGES, False)}
 
