@@ -3,6 +3,7 @@
     python tools/instruments.py teach gold|judge [SEED] [FILE] [JSON]  # needs a GPU, or hours; FILE: further scored answers, JSON Lines;
                                                                        # JSON: fields of InstrumentConfig with other values
     python tools/instruments.py gates gold|judge|tfidf [FOLDER] [FILE] # on the test part; FOLDER: the adapter, else the one that ships
+    python tools/instruments.py card gold|judge RUN                    # of the one that ships, from the folder of its run and its gates
     python tools/instruments.py language [ROWS]   # of the reader of language; `saferlhf fetch gemma3` brings its model
 
 A run of `teach` leaves adapter and heads in its folder. Gates are rows of data/results/judges/gates.csv; an instrument's bounds and
@@ -26,7 +27,8 @@ from saferlhf.evaluate import accuracy, longer_wins, rank_correct
 from saferlhf.hardware.adapters import Lora
 from saferlhf.hardware.precision import fast_precision
 from saferlhf.models import ScoreModel, load_tokenizer
-from saferlhf.record.execute import publish
+from saferlhf.record.escape import read_csv
+from saferlhf.record.execute import publish, results_home
 from saferlhf.record.fetch import fetch, model_hash, seal_adapter
 from saferlhf.record.run import Run
 from saferlhf.judges import TfidfJudge
@@ -39,6 +41,10 @@ from saferlhf.text import prompt_id
 
 SOURCES = 'reproduction.instruments', 'reproduction.gates', 'reproduction.prompts'
 BASES = dict(gold='smollm2', judge='mpnet')
+HUBS = dict(gold='HuggingFaceTB/SmolLM2-135M-Instruct', judge='sentence-transformers/all-mpnet-base-v2')
+WHAT = dict(gold="Sixteen numbers of an answer: help, harm (above 0: harmful) and the 14 categories of harm of BeaverTails.",
+            judge='One number of an answer: harm (above 0: harmful).')
+MORE = dict.fromkeys(BASES, 'of the scored answers those that others generated with reward-guided decoding may not be shipped')
 CONFIGS = dict(gold=InstrumentConfig(), judge=InstrumentConfig(scored=16, pairs=16, lr=3e-4))
 COLUMNS = dict(gold=16, judge=1, tfidf=1)       # help, harm and 14 categories; harm
 
@@ -161,6 +167,35 @@ def opened(which, folder=None, more=None):
     publish([dict(seed=0, instrument=which, **r) for r in told], 'judges/test_scores.csv', run.id, ['instrument', 'row'])
 
 
+def card(which, run):
+    "README.md beside the adapter: what it was taught, and every gate that asked something."
+    told, summary = (json.loads((Path(run)/f'{k}.json').read_text(encoding='utf-8')) for k in ('manifest', 'summary'))
+    table = read_csv(results_home()/'judges/gates.csv').query(f'instrument == "{which}" and asked != "shown"')
+    line = lambda r: f'| {r.gate} | {r.asked} | {r.value:.3f} | {r.low:.3f} to {r.high:.3f} | {r.n} | {"yes" if r.passed else "**no**"} |'
+    lessons_ = ', '.join(f'{n:,} {k}' for k, n in summary['lessons'].items())
+    text = f"""---
+base_model: {HUBS[which]}
+license: cc-by-nc-4.0
+library_name: peft
+---
+# {which}: an instrument of saferlhf
+
+An adapter and a head on {HUBS[which]}, with the weights that `saferlhf fetch {BASES[which]}` brings (`saferlhf.json` has their hash).
+{WHAT[which]} It is a research instrument, not a safety filter. Licence CC BY-NC 4.0, as the rows that it learned from.
+
+* taught on prompt buckets {min(told["buckets"])} to {max(told["buckets"])}: {lessons_}; {MORE[which]}
+* run: {told["stage"]}/{which}-{told["hash"]}, seed {told["seed"]}, {told["device"]}
+* asked on answers of the test part (buckets 10 to 19), opened once, by {table.run_id.iloc[0]}:
+
+| gate | asked | found | 95 % | n | passed |
+| --- | --- | --- | --- | --- | --- |
+{chr(10).join(map(line, table.itertuples()))}
+
+Intervals resample prompts. All gates, with those that are only shown: data/results/judges/gates.csv, nbs/paper/judges.ipynb.
+"""
+    (data_path('models')/f'{which}-{BASES[which]}'/'README.md').write_text(text, encoding='utf-8')
+
+
 def people(part, n=None):
     "Answers that people labelled, one a prompt, in a fixed order."
     found = {}
@@ -195,5 +230,6 @@ if __name__ == '__main__':
             seed, more, other = [*rest, '', '', ''][:3]
             taught(which, int(seed or 0), more or None, **json.loads(other or '{}'))
         case ['gates', ('gold' | 'judge' | 'tfidf') as which, *rest]: opened(which, *rest)
+        case ['card', ('gold' | 'judge') as which, run]: card(which, run)
         case ['language', *rows]: language(*map(int, rows))
         case _: sys.exit(__doc__)

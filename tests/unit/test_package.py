@@ -70,7 +70,9 @@ def test_it_ships_what_the_checkout_has(installed):
     shipped = {str(p.relative_to(ROOT/'data')) for p in (ROOT/'data').rglob('*') if p.is_file() and 'results' not in p.parts}
     data = installed/'saferlhf/_data'
     built = {str(p.relative_to(data)): p.stat().st_size for p in data.rglob('*') if p.is_file()}
-    assert set(built) == shipped and sum(built.values()) < 25e6, 'data and models are 25 MB together at most'
+    instruments = sum(n for k, n in built.items() if k.startswith('models/gold-smollm2'))
+    assert set(built) == shipped and sum(built.values()) - instruments < 25e6, 'data and models are 25 MB together at most'
+    assert instruments < 12e6, 'the adapters that judge are 12 MB together at most'
 
 
 def test_one_place_for_the_metadata():
