@@ -28,12 +28,13 @@ def budgets(
     config, record, # of a model of transformers; its `Record`, or None
     asked=(0, 0),   # tokens of prompt and answer; 0: as below
 )->tuple:           # most tokens of a prompt, the template included, and of an answer
-    "What is asked for, else what the run used, else what fits into the model, at most 1,024 each."
+    "What is asked for, else what the run used or saferlhf.json says, else what fits, at most 1,024 each."
     told = record.config if record else {}
     most = getattr(text_config(config), 'max_position_embeddings', None) or 10**6
     fits = min(1024, most // 2), min(1024, most - most // 2 - 1)
     names = 'max_prompt_tokens', 'max_new_tokens'
-    return tuple(a or told.get(name) or f for a, name, f in zip(asked, names, fits, strict=True))
+    told = {name: told.get(name) or getattr(config, name, 0) for name in names}
+    return tuple(a or told[name] or f for a, name, f in zip(asked, names, fits, strict=True))
 
 def common_budgets(
     models:list,    # that answer side by side, as of `located`

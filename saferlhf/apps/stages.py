@@ -46,17 +46,18 @@ def _from_hub(name): # OWNER/NAME -> a folder in the cache
         why = (str(e) or type(e).__name__).strip().splitlines()[0]
         raise FileNotFoundError(f'{name} is no folder here, and the hub does not give it: {why}') from None
 
+_SHIPS = [name for name in SHIPPED if name != 'gold'] # that has sixteen numbers: for tools
 _fetched = cache(fetch)                             # it says where the model comes from: once
 
 def _find(model): # a path or a name -> a folder
     path = Path(model).expanduser()
     if path.is_dir(): return path
     if str(model) == 'smollm2': return _fetched()
-    if str(model) in SHIPPED: return placed(str(model), _fetched())
+    if str(model) in _SHIPS: return placed(str(model), _fetched())
     if path.exists(): raise ValueError(f'{model} is a file: name the folder of a run or of a model')
     if re.fullmatch(r'[\w-][\w.-]*/[\w.-]+', str(model)): return _from_hub(str(model))
     raise FileNotFoundError(f'{model} is no folder: name a run, a folder of a model, smollm2, '
-                            f'{", ".join(SHIPPED)}, or OWNER/NAME of the hub')
+                            f'{", ".join(_SHIPS)}, or OWNER/NAME of the hub')
 
 def _label(folder): # of a model -> what its runs are called
     hub = re.search(r'models--.+--([^/]+)/snapshots', folder.resolve().as_posix())
@@ -81,7 +82,7 @@ def _base(label, sha, folder): # -> the run of a model from outside
     return run
 
 def located(
-    model,   # a `Record`, the folder of a run or of a model, 'smollm2', one of SHIPPED, OWNER/NAME of the hub
+    model,   # a `Record`, a run's or a model's folder, smollm2, gold_help, gold_harm, or OWNER/NAME of the hub
 )->tuple:    # the model's folder, its finished `Record` or None
     "Where a model lies. FileNotFoundError, ValueError and RuntimeError say what is wrong with it."
     folder = model.folder if isinstance(model, Record) else _find(model)

