@@ -32,7 +32,7 @@ from saferlhf.record.execute import publish, results_home
 from saferlhf.record.fetch import fetch, model_hash, seal_adapter
 from saferlhf.record.run import Run
 from saferlhf.judges import TfidfJudge
-from saferlhf.reproduction.gates import ASKED, NOT_ANSWERS, artefacts, correlation, gates, people_answers
+from saferlhf.reproduction.gates import ASKED, NOT_ANSWERS, answers_hash, artefacts, correlation, gates, people_answers
 from saferlhf.reproduction.instruments import (InstrumentConfig, decoder_batch, encoder_batch, instrument_scores, lessons,
                                                load_encoder, placed, teach)
 from saferlhf.reproduction.language import Language, LanguageBounds
@@ -159,12 +159,11 @@ def opened(which, folder=None, more=None):
                                 asked='above TF-IDF ridge', **x._asdict(), n=len(scored), ridge=y.value, passed=bool(x.value > y.value)))
             pairs = [p for p in hand_pairs(scale, 'test') if p.get('paired', 1.) and p['label_source'].startswith('human')]
             out += pair_gates(which, read, axis, pairs)
-        told = [dict(row=i, score=float(f'{x:.5g}'), harmful=bool(harmful[i]), source=rows[i]['label_source'], prompt=own[i])
-                for i, x in enumerate(read([*zip(*texts, strict=True)]))]
+        told = dict(answers=answers_hash(rows), hundredths=' '.join(f'{100 * x:.0f}' for x in read([*zip(*texts, strict=True)])))
         run.finish(dict(passed=sum(r['passed'] for r in out), gates=len(out)))
     for r in out: print({k: v for k, v in r.items() if k != 'instrument'})
     publish([dict(seed=0, **r) for r in out], 'judges/gates.csv', run.id, ['instrument', 'gate'])
-    publish([dict(seed=0, instrument=which, **r) for r in told], 'judges/test_scores.csv', run.id, ['instrument', 'row'])
+    publish([dict(seed=0, instrument=which, **told)], 'judges/test_scores.csv', run.id, ['instrument'])
 
 
 def card(which, run):
