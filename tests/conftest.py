@@ -1,5 +1,6 @@
 "The smoke pipeline, the longest file, first (the Makefile keeps xdist from sorting anew); the size of the package in the end."
 import os
+import signal
 import sys
 
 import pytest
@@ -19,6 +20,16 @@ def modules_of_one_test(tmp_path_factory):
     for name, module in [*sys.modules.items()]:
         if str(getattr(module, '__file__', None)).startswith(own): del sys.modules[name]
     sys.path[:] = [p for p in sys.path if not p.startswith(own)]
+
+
+@pytest.fixture(autouse=True)
+def signals_of_one_test(request):
+    "What a test leaves to hear Ctrl-C would swallow that of the next one; it is put back, with a warning."
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    if signal.getsignal(signal.SIGINT) is before: return
+    signal.signal(signal.SIGINT, before)
+    request.node.warn(pytest.PytestWarning(f'{request.node.nodeid} left a handler of SIGINT'))
 
 
 def pytest_terminal_summary(terminalreporter):
