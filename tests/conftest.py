@@ -24,11 +24,10 @@ def modules_of_one_test(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def signals_of_one_test(request):
-    "What a test leaves to hear Ctrl-C would swallow that of the next one; it is put back, with a warning."
-    before = signal.getsignal(signal.SIGINT)
+    "What a test, or a fixture of a whole module, leaves to hear Ctrl-C would swallow that of the next one."
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
-    if signal.getsignal(signal.SIGINT) is before: return
-    signal.signal(signal.SIGINT, before)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler: return
     request.node.warn(pytest.PytestWarning(f'{request.node.nodeid} left a handler of SIGINT'))
 
 

@@ -666,3 +666,13 @@ def test_rounds_without_red_teaming_have_a_table_of_their_own(tmp_path, monkeypa
     home = tmp_path/'data/results/gpu'
     assert {p.stem for p in home.glob('*.csv')} == {'no_red', 'times'}
     assert pd.read_csv(home/'no_red.csv').policy.tolist() == ['no-red-2', 'no-red-3']
+
+
+def test_a_notebook_leaves_ctrl_c_as_it_was(tmp_path, monkeypatch): # nbclient leaves a handler that does nothing
+    monkeypatch.setenv('SAFERLHF_RUNS', str(tmp_path/'runs'))
+    before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    execute(notebook(tmp_path/'t.ipynb', 'seed = 0', '1 + 1'), tmp_path/'o.ipynb', {}, progress=False)
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
+    with pytest.raises(RuntimeError, match='by zero'):
+        execute(notebook(tmp_path/'f.ipynb', 'seed = 0', '1 / 0'), tmp_path/'p.ipynb', {}, progress=False)
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
