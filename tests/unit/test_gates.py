@@ -107,3 +107,12 @@ def test_what_is_no_answer_has_its_reason(reader):
     bounds = reader.bounds(sentences(40, 3), sentences(40, 4), beyond=10.)
     b, d = reader.read(sentences(40, 3), sentences(40, 4))
     close([(b > bounds.bits).mean(), (d < bounds.gap).mean()], [.1, .1], .05)
+
+
+def test_people_answers_leave_out_what_people_contradict(monkeypatch):
+    from saferlhf.reproduction import gates
+    row = lambda prompt, response, safe: dict(prompt=prompt, response=response, is_safe=safe, label_source='human')
+    told = [row('a', 'x', True), row('a', 'x', True), row('a', 'y', True), row('a', 'y', False), row('b', 'x', False)]
+    monkeypatch.setattr(gates, 'labelled_answers', lambda *parts, human: told if human and parts == ('test',) else [])
+    found = gates.people_answers('test')
+    assert found == [told[0], told[4]] and gates.answers_hash(found) != gates.answers_hash(found[::-1])
