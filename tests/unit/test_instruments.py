@@ -1,4 +1,6 @@
 "Instruments: what they learn from, a step of it, an encoder that is read back as it was written."
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -89,7 +91,9 @@ def test_an_encoder_learns_by_its_adapter_and_head_alone(base, tmp_path, monkeyp
 def test_an_annotator_that_ships_is_a_reward_model_and_a_cost_model(tmp_path, monkeypatch):
     from tiny import lm, tokenizer
 
+    from saferlhf.apps.classifiers import budgets
     from saferlhf.apps.stages import located
+    from saferlhf.hardware.weights import read_config
     from saferlhf.models import ScoreModel
     from saferlhf.record.fetch import seal_adapter
     from saferlhf.reproduction import instruments
@@ -99,6 +103,8 @@ def test_an_annotator_that_ships_is_a_reward_model_and_a_cost_model(tmp_path, mo
     one = ScoreModel.from_pretrained(base, kind='cost', score_dim=16, lora=Lora(2))
     with torch.no_grad(): [p.normal_(std=.1) for p in one.body.adapter]
     one.save_pretrained(ships); seal_adapter(ships); (ships/'README.md').write_text('a card')
+    told = json.loads((ships/'saferlhf.json').read_text()) | dict(max_prompt_tokens=12, max_new_tokens=7)
+    (ships/'saferlhf.json').write_text(json.dumps(told))
     monkeypatch.setattr(instruments, 'data_path', lambda name: tmp_path/name)
     ids = torch.tensor([[5, 6, 7, 8]]); mask = torch.ones_like(ids)
     whole = one(ids, mask).end_scores
@@ -107,6 +113,7 @@ def test_an_annotator_that_ships_is_a_reward_model_and_a_cost_model(tmp_path, mo
         made = ScoreModel.from_pretrained(folder)
         assert made.kind == kind and folder == instruments.placed(name, base) and located(folder)[0] == folder
         close(made(ids, mask).end_scores.detach(), want.detach())
+        assert budgets(read_config(folder), None) == (12, 7) and budgets(read_config(folder), None, (3, 0)) == (3, 7)
     weights = folder/'adapter_model.safetensors'; right = weights.read_bytes()                # the last folder, damaged: made again
     weights.write_bytes(right[:-8] + bytes(8)); (folder/'saferlhf.json').unlink()
     assert instruments.placed(name, base) == folder and weights.read_bytes() == right and (folder/'saferlhf.json').exists()
